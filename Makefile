@@ -1,0 +1,38 @@
+# make run: the first run, set-up included.   make test: the whole test suite.
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: run test lint clean
+
+run: .venv/ready
+	$(BIN)/mkaq run recipes/tiny_llama_int4.yaml
+
+test: .venv/ready-dev lint
+	@$(MAKE) --no-print-directory .venv-loader/ready || echo "no GPTQModel here (it needs a C compiler): its tests skip"
+	$(BIN)/python -m pytest
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check mkaq tests benchmarks
+	$(BIN)/ruff format --check mkaq tests benchmarks
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e .
+	@touch $@
+
+.venv/ready-dev: .venv/ready
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# A plain environment without mkaq, in which the tests load what mkaq wrote.
+.venv-loader/ready: constraints.txt
+	$(PYTHON) -m venv .venv-loader
+	.venv-loader/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt torch
+	.venv-loader/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt transformers accelerate bitsandbytes optimum gptqmodel
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-loader runs dist build

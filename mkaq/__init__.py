@@ -1,0 +1,3 @@
+"""mkaq: merge the similar layers of a language model, quantize the rest, ship a verified artifact."""
+
+__version__ = "0.1.0"

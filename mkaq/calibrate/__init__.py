@@ -1,0 +1,1 @@
+"""Text sources and the calibration tokens that are made of them."""

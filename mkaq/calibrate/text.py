@@ -1,0 +1,172 @@
+"""Sources of text, each as a list of documents, split so that calibration never reads evaluation text."""
+
+import ast
+import csv
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from mkaq.errors import UsageError
+from mkaq.recipe import TextSection
+
+Split = Literal["calibrate", "evaluate"]
+_TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".md")
+
+
+def documents(section: TextSection, split: Split) -> list[str]:
+    """The documents of a data set.
+
+    `builtin` gives every fifth document to evaluation, `wikitext2` has its train and test
+    files, `mmlu` its dev and test folders; `text` and `jsonl` are what the user says they are.
+
+    Raises:
+        UsageError: If the path is missing, unreadable or of another layout.
+    """
+    if section.dataset == "builtin":
+        return [
+            text
+            for number, text in enumerate(builtin_documents())
+            if (number % 5 == 4) == (split == "evaluate")
+        ]
+    path = Path(section.path or "").expanduser()
+    if not path.exists():
+        raise UsageError(
+            "no such file or folder", where=path, fix=f"give dataset {section.dataset} an existing path"
+        )
+    readers: dict[str, Callable[[Path, Split], list[str]]] = {
+        "text": _text,
+        "jsonl": _jsonl,
+        "wikitext2": _wikitext2,
+        "mmlu": _mmlu,
+    }
+    found = [text for text in readers[section.dataset](path, split) if text.strip()]
+    if not found:
+        raise UsageError("holds no text", where=path)
+    return found
+
+
+def builtin_documents() -> list[str]:
+    """English that every Python carries: the language reference and the standard library's docstrings."""
+    from pydoc_data import topics
+
+    texts = [topics.topics[name] for name in sorted(topics.topics)]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(library.glob("*.py")) + sorted(library.glob("[a-h]*/*.py")):
+        if "site-packages" in file.parts or "dist-packages" in file.parts or "idlelib" in file.parts:
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            continue
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        docs = [doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > 80]
+        if docs:
+            texts.append("\n\n".join(docs))
+    return texts
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, decompressed if its name ends with .gz or .xz.
+
+    Raises:
+        UsageError: If it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".xz":
+            data = lzma.decompress(data)
+        elif path.suffix == ".gz":
+            data = gzip.decompress(data)
+        return data.decode("utf-8")
+    except (OSError, lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot be read as UTF-8 text: {error}", where=path) from None
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in (".gz", ".xz") else path.suffix
+
+
+def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in suffixes)
+
+
+def _text(path: Path, split: Split) -> list[str]:
+    return [read_text(file) for file in _files(path, _TEXT_SUFFIXES)]
+
+
+def _jsonl(path: Path, split: Split) -> list[str]:
+    result = []
+    for file in _files(path, (".jsonl", ".ndjson")):
+        for number, line in enumerate(read_text(file).splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise UsageError(f'line {number} is not a JSON object with a "text" string', where=file)
+            result.append(text)
+    return result
+
+
+def _wikitext2(path: Path, split: Split) -> list[str]:
+    if path.is_file():
+        return [read_text(path)]
+    files = _files(path, _TEXT_SUFFIXES)
+    for word in ("train",) if split == "calibrate" else ("test", "valid"):
+        if chosen := [file for file in files if word in file.name]:
+            return [read_text(file) for file in chosen]
+    name = "wiki.train.raw" if split == "calibrate" else "wiki.test.raw"
+    raise UsageError(f"holds no {name} (nor a .txt or .tokens of that split)", where=path)
+
+
+def _mmlu(path: Path, split: Split) -> list[str]:
+    kind = "dev" if split == "calibrate" else "test"
+    folder = next((f for f in (path / "data" / kind, path / kind) if f.is_dir()), None)
+    if folder is None:
+        raise UsageError(
+            f"holds no data/{kind} folder (MMLU's layout: data/{kind}/SUBJECT_{kind}.csv)", where=path
+        )
+    result = []
+    for file in sorted(folder.glob(f"*_{kind}.csv")):
+        subject = file.name.removesuffix(f"_{kind}.csv").replace("_", " ")
+        questions = [f"The following are multiple choice questions (with answers) about {subject}.\n"]
+        for number, row in enumerate(csv.reader(io.StringIO(read_text(file), newline="")), 1):
+            if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
+                raise UsageError(f"row {number} is not question, A, B, C, D, answer", where=file)
+            choices = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row[1:5], strict=True))
+            questions.append(f"{row[0]}\n{choices}\nAnswer: {row[5]}\n")
+        result.append("\n".join(questions))
+    return result
+
+
+def text_digest(section: TextSection) -> str:
+    """What identifies the text of a data set: the files' digests, or Python's version.
+
+    Raises:
+        UsageError: If the path is missing.
+    """
+    if section.dataset == "builtin":
+        return f"python {'.'.join(map(str, sys.version_info[:3]))}"
+    path = Path(section.path or "").expanduser()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if not files:
+        raise UsageError(
+            "no such file or folder", where=path, fix=f"give dataset {section.dataset} an existing path"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()

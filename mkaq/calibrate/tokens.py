@@ -1,0 +1,114 @@
+"""From documents to token ids: calibration samples, and the sequences of a perplexity."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mkaq.errors import CheckpointError, UsageError
+from mkaq.model.checkpoint import read_json
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: If there is none, or it asks for remote code.
+    """
+    from transformers import AutoTokenizer
+
+    if (path / "tokenizer_config.json").is_file() and read_json(path / "tokenizer_config.json").get(
+        "auto_map"
+    ):
+        raise CheckpointError(
+            "auto_map asks for remote code, which mkaq never runs", where=path / "tokenizer_config.json"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # every tokenizer library has its own kinds
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"no usable tokenizer here: {reason}", where=path) from None
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def calibration_tokens(
+    texts: Sequence[str], tokenizer: Any, num_samples: int, max_seq_length: int, seed: int
+) -> torch.Tensor:
+    """Cuts documents into pieces, shuffles them, and packs their tokens into full sequences.
+
+    Args:
+        texts: The documents.
+        tokenizer: Of transformers; what it puts before every text (BOS) starts every sequence.
+        num_samples: Sequences wanted.
+        max_seq_length: Tokens of each.
+        seed: Of the shuffle.
+
+    Returns:
+        int32, shape (num_samples, max_seq_length).
+
+    Raises:
+        UsageError: If the texts have too few tokens; it says how many there are.
+    """
+    prefix = _prefix(tokenizer)
+    body = max_seq_length - len(prefix)
+    size = max(4000, 8 * max_seq_length)
+    pieces = [text[start : start + size] for text in texts for start in range(0, len(text), size)]
+    order = np.random.default_rng(seed).permutation(len(pieces))
+    stream: list[int] = []
+    for index in order:
+        stream += _encode(tokenizer, pieces[index])
+        if len(stream) >= num_samples * body:
+            break
+    else:
+        raise UsageError(
+            f"too little text: {len(stream):,} tokens found, {num_samples} samples of {max_seq_length} need "
+            f"{num_samples * body:,}",
+            where="calibration",
+            fix=f"give more text, or set calibration.num_samples to {len(stream) // body} or less",
+        )
+    rows = [prefix + stream[i * body : (i + 1) * body] for i in range(num_samples)]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def evaluation_sequences(
+    texts: Sequence[str], tokenizer: Any, max_seq_length: int, num_samples: int | None = None
+) -> list[list[int]]:
+    """The whole text in its order as consecutive sequences; the last one may be shorter.
+
+    Raises:
+        UsageError: If there is not even one full sequence.
+    """
+    prefix = _prefix(tokenizer)
+    body = max_seq_length - len(prefix)
+    stream: list[int] = []
+    for piece in _pieces(texts):
+        stream += _encode(tokenizer, piece)
+        if num_samples is not None and len(stream) >= num_samples * body:
+            stream = stream[: num_samples * body]
+            break
+    if len(stream) < body:
+        raise UsageError(
+            f"too little text to evaluate: {len(stream):,} tokens found, one sequence needs {body:,}",
+            where="evaluate",
+        )
+    rows = [prefix + stream[start : start + body] for start in range(0, len(stream), body)]
+    return [row for row in rows if len(row) > max(1, len(prefix))]
+
+
+def _pieces(texts: Sequence[str], size: int = 200_000) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), size):
+            yield text[start : start + size]
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: BOS, or nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []

@@ -1,0 +1,448 @@
+"""The command line. torch and transformers are imported inside commands, so that --help is instant."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mkaq import __version__
+from mkaq.errors import Interrupted, MkaqError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from mkaq.recipe import Recipe
+
+app = typer.Typer(
+    name="mkaq",
+    help="Merge the similar layers of a language model, quantize the rest, ship one verified artifact.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+]
+Setting = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. merge.ratio=0.25.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="Folder of the run [runs/NAME].")
+]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or builtin:tiny-llama.")]
+Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The artifact's folder.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"mkaq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    settings: Setting = [],  # noqa: B006 (typer copies it)
+    output: Output = None,
+    until: Annotated[
+        Literal["calibrate", "merge", "quantize", "export"], typer.Option(help="The last stage to run.")
+    ] = "export",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage again.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe: calibrate, merge, quantize, export. Finished stages are kept."""
+    loaded, folder = _load(recipe, settings, output)
+    _quiet_libraries()
+    from mkaq import pipeline
+    from mkaq.model.walk import pick_device
+    from mkaq.progress import Progress
+    from mkaq.report import table_rows
+
+    result = pipeline.run(loaded, folder, pick_device(device), Progress(), until=until, fresh=fresh)
+    if as_json:
+        stages = [vars(size) | result.evaluation.get(size.stage, {}) for size in result.sizes]
+        _print_json(
+            {
+                "stages": stages,
+                "artifact": str(result.artifact) if result.artifact else None,
+                "run": str(folder),
+            }
+        )
+        return
+    _print_table(
+        ("stage", "layers", "parameters", "bytes on disk", "perplexity"),
+        table_rows(result.sizes, result.evaluation),
+    )
+    print(f"artifact: {result.artifact}" if result.artifact else f"stopped after {until}: {folder}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    settings: Setting = [],  # noqa: B006
+    output: Output = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run would do: layers, sizes, memory, disk. Changes nothing."""
+    loaded, folder = _load(recipe, settings, output)
+    _quiet_libraries()
+    from mkaq.model.checkpoint import open_checkpoint
+    from mkaq.model.source import resolve_model
+    from mkaq.model.walk import pick_device
+    from mkaq.plan import plan_run
+    from mkaq.report import table_rows
+    from mkaq.units import human
+
+    planned = plan_run(
+        loaded, open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision)), pick_device(device)
+    )
+    if as_json:
+        stages = [vars(size) for size in planned.sizes]
+        _print_json(
+            {
+                "stages": stages,
+                "memory_bytes": planned.memory_bytes,
+                "disk_bytes": planned.disk_bytes,
+                "run": str(folder),
+            }
+        )
+        return
+    rows = [row[:4] for row in table_rows(list(planned.sizes), {})]
+    _print_table(("stage", "layers", "parameters", "bytes of weights"), rows)
+    print(f"memory: about {human(planned.memory_bytes)} at the peak")
+    print(f"disk:   {human(planned.disk_bytes)} in {folder}")
+
+
+@app.command()
+def analyze(
+    model: Model,
+    heatmap: Annotated[Path, typer.Option("--heatmap", metavar="PNG", help="Where the heatmap goes.")] = Path(
+        "similarity.png"
+    ),
+    dataset: Annotated[str, typer.Option(help="builtin, text, jsonl, wikitext2 or mmlu.")] = "builtin",
+    path: Annotated[str | None, typer.Option(help="File or folder of the dataset.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    max_seq_length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compare the layers of a model: a table of neighbours and a heatmap of all pairs."""
+    _quiet_libraries()
+    from mkaq.calibrate.text import documents
+    from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
+    from mkaq.merge.stage import compare_layers
+    from mkaq.model.checkpoint import open_checkpoint
+    from mkaq.model.source import resolve_model
+    from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
+    from mkaq.progress import Progress
+    from mkaq.recipe import CalibrationSection, ManifoldSection
+    from mkaq.report import save_heatmap
+
+    values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
+    section = _section(CalibrationSection, values)
+    checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
+    texts = documents(section, "calibrate")
+    tokens = calibration_tokens(
+        texts, load_tokenizer(checkpoint.path), num_samples, max_seq_length, section.seed
+    )
+    walk = LayerWalk(checkpoint, place, compute_dtype(checkpoint, place))
+    matrix = compare_layers(walk, tokens, ManifoldSection(), section.seed, Progress()).matrix
+    save_heatmap(matrix, heatmap)
+    if as_json:
+        _print_json({"npib": matrix.tolist(), "heatmap": str(heatmap)})
+        return
+    rows = [
+        (f"{i} - {i + 1}", f"{matrix[i, i + 1]:.3f}", "#" * round(40 * matrix[i, i + 1]))
+        for i in range(len(matrix) - 1)
+    ]
+    _print_table(("layers", "NPIB", ""), rows)
+    print(f"heatmap: {heatmap}")
+
+
+@app.command()
+def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
+    """Show the manifest of an artifact."""
+    from mkaq.export.manifest import MergeStep, read_manifest
+    from mkaq.units import human
+
+    manifest = read_manifest(artifact)
+    if as_json:
+        _print_json(manifest.model_dump(mode="json", by_alias=True))
+        return
+    source = manifest.source
+    print(f"{manifest.name}: made by mkaq {manifest.mkaq_version} from {source.path} ({source.model_type})")
+    sizes = [("source", source.layers, source.parameters, source.bytes)]
+    sizes += [
+        (step.step, step.layers_after, step.parameters_after, step.bytes_after) for step in manifest.steps
+    ]
+    rows = []
+    for stage, layers, parameters, size in sizes:
+        measured = manifest.evaluation.get(stage, {}).get("perplexity")
+        rows.append(
+            (
+                stage,
+                str(layers),
+                f"{parameters:,}",
+                human(size),
+                f"{measured['perplexity']:.2f}" if measured else "-",
+            )
+        )
+    _print_table(("stage", "layers", "parameters", "bytes", "perplexity"), rows)
+    for step in manifest.steps:
+        if isinstance(step, MergeStep):
+            for layer in step.layers:
+                if len(layer.from_) > 1:
+                    mix = " + ".join(f"{weight:.3f} x {old}" for old, weight in layer.from_.items())
+                    print(f"layer {layer.new} = {mix}")
+        else:
+            worst = max(step.modules, key=lambda module: module.error or module.weight_error)
+            kind, error = (
+                ("output", worst.error) if worst.error is not None else ("weight", worst.weight_error)
+            )
+            print(
+                f"{step.method}, {step.bits} bits, {len(step.modules)} modules; "
+                f"largest {kind} error {error:.2e} ({worst.name})"
+            )
+    print(f"{len(manifest.files)} files, {human(sum(file.bytes for file in manifest.files))}")
+
+
+@app.command()
+def verify(
+    artifact: Artifact,
+    source: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original model: recompute the merge.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Check every claim of an artifact's manifest."""
+    _quiet_libraries()
+    from mkaq.evaluate.verify import verify as check
+    from mkaq.model.source import resolve_model
+    from mkaq.model.walk import pick_device
+    from mkaq.progress import Progress
+
+    done = check(artifact, resolve_model(source) if source else None, pick_device(device), Progress())
+    if as_json:
+        _print_json({"verified": True, "checks": done})
+        return
+    for line in done:
+        print(f"ok: {line}")
+    print(f"verified: {artifact}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    dataset: Annotated[str, typer.Option(help="builtin, text, jsonl, wikitext2 or mmlu.")] = "builtin",
+    path: Annotated[str | None, typer.Option(help="File or folder of the dataset.")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="At most this many sequences.")] = None,
+    max_seq_length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure the perplexity of a model, layer by layer: it may be larger than memory."""
+    _quiet_libraries()
+    from mkaq.calibrate.text import documents
+    from mkaq.calibrate.tokens import evaluation_sequences, load_tokenizer
+    from mkaq.evaluate.perplexity import perplexity
+    from mkaq.model.checkpoint import open_checkpoint
+    from mkaq.model.source import resolve_model
+    from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
+    from mkaq.progress import Progress
+    from mkaq.recipe import PerplexitySection
+
+    values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
+    section: PerplexitySection = _section(PerplexitySection, values)
+    checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
+    tokenizer = load_tokenizer(checkpoint.path)
+    sequences = evaluation_sequences(documents(section, "evaluate"), tokenizer, max_seq_length, num_samples)
+    walk = LayerWalk(checkpoint, place, compute_dtype(checkpoint, place))
+    measured = perplexity(walk, sequences, Progress())
+    if as_json:
+        _print_json(
+            {"model": model, "perplexity": measured.as_json(), "settings": section.model_dump(mode="json")}
+        )
+        return
+    print(
+        f"perplexity: {measured.perplexity:.4f} ± {measured.standard_error:.4f} ({measured.tokens:,} tokens)"
+    )
+
+
+@app.command(name="generate")
+def generate_text(
+    artifact: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens.")] = 64,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, greedily."""
+    _quiet_libraries()
+    import torch
+
+    from mkaq.calibrate.tokens import load_tokenizer
+    from mkaq.model.checkpoint import open_checkpoint
+    from mkaq.model.load import generate, whole_model
+    from mkaq.model.source import resolve_model
+    from mkaq.model.walk import compute_dtype, pick_device
+
+    checkpoint, place = open_checkpoint(resolve_model(artifact), quantized=True), pick_device(device)
+    tokenizer = load_tokenizer(checkpoint.path)
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise UsageError("the prompt has no tokens", where="PROMPT")
+    model = whole_model(checkpoint, place, compute_dtype(checkpoint, place))
+    new = generate(model, torch.tensor([ids], device=place), max_new_tokens, {tokenizer.eos_token_id})
+    text = tokenizer.decode(new)
+    if as_json:
+        _print_json({"prompt": prompt, "text": text, "tokens": len(new)})
+        return
+    print(prompt + text)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes that ship."""
+    from mkaq.shipped import shipped_recipes
+
+    listed = [(path.stem, told, str(path)) for path, told in shipped_recipes()]
+    if as_json:
+        _print_json([{"name": name, "about": told, "path": path} for name, told, path in listed])
+        return
+    width = max(len(name) for name, _, _ in listed)
+    for name, told, path in listed:
+        print(f"{name:<{width}}  {told}\n{'':<{width}}  {path}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors."""
+    from mkaq.recipe import Recipe
+
+    _print_json(Recipe.model_json_schema())
+
+
+def _load(recipe: str, settings: list[str], output: Path | None) -> "tuple[Recipe, Path]":
+    from mkaq.recipe import load_recipe
+    from mkaq.shipped import find_recipe
+
+    loaded = load_recipe(find_recipe(recipe), settings)
+    return loaded, output or Path("runs") / loaded.name
+
+
+def _section(kind: Any, values: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = f"--{str(first['loc'][0]).replace('_', '-')}" if first["loc"] else "--dataset"
+        raise UsageError(str(first["msg"]).removeprefix("Value error, "), where=option) from None
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _print_table(header: tuple[str, ...], rows: Any) -> None:
+    table = [header, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    for row in table:
+        cells = [
+            cell.ljust(width) if n == 0 else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _quiet_libraries() -> None:
+    """Libraries log nothing of their own and never go to the network behind the recipe's back."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """The entry point: runs a command and turns every error into one message and an exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(_exit_code(lambda: app(standalone_mode=False), "--debug" in sys.argv))
+
+
+def _exit_code(command: Callable[[], Any], debug: bool) -> int:
+    from click.exceptions import Abort, ClickException
+
+    try:
+        command()
+    except MkaqError as error:
+        return _say(error, debug)
+    except ClickException as error:
+        return _say(UsageError(error.format_message(), fix="see --help"), debug)
+    except (KeyboardInterrupt, Abort):
+        return _say(
+            Interrupted("interrupted; finished stages are kept", fix="the same command resumes"), debug
+        )
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        return _say(_os_error(error), debug)
+    except MemoryError:
+        return _say(ResourceError("out of memory"), debug)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            return _say(
+                ResourceError(f"out of memory on the device: {error}", fix="fewer or shorter samples"), debug
+            )
+        message = f"{type(error).__name__}: {error}"
+        return _say(
+            MkaqError(f"a fault of mkaq itself: {message}", fix="please report it, with what --debug shows"),
+            debug,
+        )
+    return 0
+
+
+def _os_error(error: OSError) -> MkaqError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ResourceError(
+            "the disk is full",
+            where=error.filename,
+            fix="free some, or use --output; the same command resumes",
+        )
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return UsageError(
+            "may not be written or read", where=error.filename, fix="check its permissions, or use --output"
+        )
+    return UsageError(str(error.strerror or error), where=error.filename)
+
+
+def _say(error: MkaqError, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"mkaq: {error}", file=sys.stderr)
+    return error.exit_code

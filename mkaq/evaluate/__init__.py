@@ -1,0 +1,1 @@
+"""Perplexity, and the verification of every claim of a manifest."""

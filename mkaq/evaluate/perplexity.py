@@ -1,0 +1,72 @@
+"""Perplexity by a walk: a model larger than memory can be evaluated."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mkaq.model.walk import LayerWalk
+from mkaq.progress import Progress
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and what it was measured on.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per predicted token.
+        standard_error: Of the perplexity, from the spread over sequences (delta method).
+        tokens: Predicted tokens.
+        sequences: Sequences, each predicted from its own start.
+    """
+
+    perplexity: float
+    standard_error: float
+    tokens: int
+    sequences: int
+
+    def as_json(self) -> dict[str, Any]:
+        """As the manifest records it."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(
+    walk: LayerWalk, sequences: list[list[int]], progress: Progress, what: str = "perplexity"
+) -> Perplexity:
+    """Token-weighted perplexity of a model.
+
+    Args:
+        walk: The model.
+        sequences: Token ids; all of one length but for the last, which may be shorter.
+        progress: Told of every layer.
+        what: What the progress is called.
+    """
+    length = len(sequences[0])
+    groups = [[s for s in sequences if len(s) == length], [s for s in sequences if len(s) != length]]
+    states = [(torch.tensor(group), walk.embed(torch.tensor(group))) for group in groups if group]
+    for index in progress.track(range(walk.num_layers), what):
+        with walk.layer(index) as layer:
+            for _, hidden_states in states:
+                walk.run_all(layer, index, hidden_states)
+    losses, counts = [], []
+    with walk.head() as head:
+        for input_ids, hidden_states in states:
+            for row, state in zip(input_ids, hidden_states, strict=True):
+                logits = head(inputs_embeds=state[None], use_cache=False).logits[0, :-1].float()
+                targets = row[1:].to(logits.device)
+                losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item())
+                counts.append(len(targets))
+    return summarize(losses, counts)
+
+
+def summarize(losses: list[float], counts: list[int]) -> Perplexity:
+    """Perplexity of summed losses (nats) and token counts per sequence, weighted by tokens."""
+    tokens, total = sum(counts), math.fsum(losses)
+    mean = total / tokens
+    spread = math.fsum((loss - mean * count) ** 2 for loss, count in zip(losses, counts, strict=True))
+    count = len(losses)
+    error = math.sqrt(spread * count / max(count - 1, 1)) / tokens
+    value = math.exp(min(mean, 700.0))
+    return Perplexity(value, value * error, tokens, count)

@@ -1,0 +1,1 @@
+"""The artifact that the user ships, its manifest and its model card."""

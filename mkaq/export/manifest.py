@@ -1,0 +1,226 @@
+"""mkaq-manifest.json: what was done to every layer, in a form that can be checked.
+
+The file is written in one canonical form and carries a digest of itself, so that no byte of it
+can change unnoticed; `files` covers every other file of the artifact.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mkaq.errors import VerificationError
+from mkaq.handoff import digest_of
+
+MANIFEST = "mkaq-manifest.json"
+SCHEMA: Literal["mkaq-manifest/1"] = "mkaq-manifest/1"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True
+    )
+
+
+class FileEntry(_Part):
+    """A file and its digest."""
+
+    path: str
+    """Relative to the folder."""
+    bytes: int
+    """Its size."""
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """Its digest."""
+
+
+class Source(_Part):
+    """The model that was compressed."""
+
+    path: str
+    """As the recipe names it."""
+    revision: str | None
+    """The hub commit, where it came from the hub."""
+    model_type: str
+    """Family."""
+    parameters: int
+    """Number of weights."""
+    bytes: int
+    """Bytes of all tensors."""
+    layers: int
+    """Decoder layers."""
+    files: list[FileEntry]
+    """Every file that was read."""
+
+
+class Calibration(_Part):
+    """The calibration tokens."""
+
+    dataset: str
+    """Where the text came from."""
+    num_samples: int
+    """Sequences."""
+    max_seq_length: int
+    """Tokens of each."""
+    seed: int
+    """Of the choice."""
+    tokens_sha256: str
+    """Digest of the token ids as little-endian int32, sample after sample."""
+
+
+class MergeEntry(_Part):
+    """One merge of two neighbouring groups, named by their first layers."""
+
+    into: int
+    """The group that stays."""
+    from_: int = Field(alias="from")
+    """The group that goes."""
+    coefficient: float
+    """Weight of the group that stays."""
+    similarity: float
+    """NPIB of the two groups."""
+
+
+class NewLayer(_Part):
+    """A layer of the result as a weighted sum of layers of the source."""
+
+    new: int
+    """Its number."""
+    from_: dict[str, float] = Field(alias="from")
+    """Old layer and weight; summed in this order in float32, cast once."""
+    sha256: str
+    """Over the names and bytes of its merged tensors, in order of name."""
+
+
+class _Sized(_Part):
+    layers_before: int
+    """Decoder layers before."""
+    layers_after: int
+    """Decoder layers after."""
+    parameters_before: int
+    """Weights before."""
+    parameters_after: int
+    """Weights after."""
+    bytes_before: int
+    """Bytes of all tensors before."""
+    bytes_after: int
+    """Bytes of all tensors after."""
+
+
+class MergeStep(_Sized):
+    """Layer merging."""
+
+    step: Literal["merge"] = "merge"
+    """Kind."""
+    method: Literal["mka"] = "mka"
+    """Method."""
+    dtype: str
+    """Type of the merged tensors."""
+    settings: dict[str, Any]
+    """The recipe's section: order, coefficient, manifold, bins, bias correction."""
+    merges: list[MergeEntry]
+    """In the order in which they were chosen."""
+    layers: list[NewLayer]
+    """Every layer of the result."""
+
+
+class Module(_Part):
+    """A quantized linear layer."""
+
+    name: str
+    """In the model."""
+    weight_error: float
+    """||W - Q||^2 / ||W||^2."""
+    error: float | None = None
+    """||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens (gptq)."""
+    damp_percent: float | None = None
+    """The damping that was needed (gptq)."""
+    fallback: Literal[False] = False
+    """mkaq has no fallback: a layer is quantized as asked, or the run ends."""
+
+
+class QuantizeStep(_Sized):
+    """Quantization."""
+
+    step: Literal["quantize"] = "quantize"
+    """Kind."""
+    method: Literal["gptq", "bitsandbytes"]
+    """Method."""
+    bits: int
+    """Bits per weight."""
+    settings: dict[str, Any]
+    """The recipe's section."""
+    modules: list[Module]
+    """Every quantized layer."""
+
+
+class Manifest(_Part):
+    """The whole record of an artifact."""
+
+    schema_: Literal["mkaq-manifest/1"] = Field(default=SCHEMA, alias="schema")
+    """Version of this format."""
+    name: str
+    """Of the run."""
+    mkaq_version: str
+    """Of mkaq."""
+    libraries: dict[str, str]
+    """Versions of the libraries that change numbers."""
+    recipe: dict[str, Any]
+    """Resolved."""
+    source: Source
+    """What went in."""
+    calibration: Calibration | None
+    """What layers were compared and errors measured on."""
+    steps: list[Annotated[MergeStep | QuantizeStep, Field(discriminator="step")]]
+    """What was done, in order."""
+    evaluation: dict[str, dict[str, Any]]
+    """What was measured, by stage."""
+    files: list[FileEntry]
+    """Every file of the artifact but this one."""
+    digest: str = ""
+    """sha256 of all the above in canonical JSON."""
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes a manifest with its digest."""
+    data = _data(manifest)
+    data["digest"] = digest_of(data)
+    path.write_bytes(_canonical(data))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact, checked to be whole.
+
+    Raises:
+        VerificationError: If it is missing, altered or of another schema.
+    """
+    where = folder / MANIFEST
+    try:
+        raw = where.read_bytes()
+        data = json.loads(raw)
+        manifest = Manifest.model_validate(data)
+    except FileNotFoundError:
+        raise VerificationError("no manifest: this is no artifact of mkaq", where=where) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise VerificationError(f"is altered: {key}: {first['msg']}", where=where) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise VerificationError(f"is damaged: {error}", where=where) from None
+    claimed = data.pop("digest", None)
+    if claimed != digest_of(data) or _canonical({**data, "digest": claimed}) != raw:
+        raise VerificationError("is altered: its digest does not match its content", where=where)
+    return manifest
+
+
+def manifest_schema() -> dict[str, Any]:
+    """The JSON schema of a manifest."""
+    return Manifest.model_json_schema(by_alias=True)
+
+
+def _data(manifest: Manifest) -> dict[str, Any]:
+    return manifest.model_dump(mode="json", by_alias=True, exclude={"digest"}, exclude_none=False)
+
+
+def _canonical(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -1,0 +1,223 @@
+"""Between stages: a published folder and its handoff.json, and nothing else.
+
+A stage is built in a scratch folder beside its place, synced to disk and renamed, so a reader
+sees a whole stage or none. Its fingerprint says what it was made of; a stage whose fingerprint
+and files match is not made again.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mkaq import __version__
+from mkaq.errors import UsageError, VerificationError
+from mkaq.model.writer import write_json
+
+HANDOFF = "handoff.json"
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """A published stage.
+
+    Attributes:
+        path: Its folder.
+        fingerprint: Of everything that it was made of.
+        files: Path, bytes and sha256 of each file, in order of path.
+        reused: Whether it was there already.
+    """
+
+    path: Path
+    fingerprint: str
+    files: tuple[dict[str, Any], ...]
+    reused: bool
+
+    @property
+    def digest(self) -> str:
+        """One digest for all files."""
+        return digest_of(list(self.files))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that change numbers."""
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version(), **versions}
+
+
+def digest_of(data: Any) -> str:
+    """sha256 of plain data in canonical JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_files(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+    """Path, bytes and sha256 of files of a folder."""
+    return [
+        {"path": n, "bytes": (folder / n).stat().st_size, "sha256": sha256_file(folder / n)} for n in names
+    ]
+
+
+def fingerprint_of(stage: str, section: Any, inputs: Mapping[str, str]) -> str:
+    """The fingerprint of a stage: its part of the recipe, its inputs, mkaq and the libraries."""
+    return digest_of(
+        {
+            "stage": stage,
+            "section": section,
+            "inputs": inputs,
+            "mkaq": __version__,
+            "libraries": library_versions(),
+        }
+    )
+
+
+def publish(
+    folder: Path,
+    stage: str,
+    section: Any,
+    inputs: Mapping[str, str],
+    build: Callable[[Path], None],
+    *,
+    fresh: bool = False,
+    inside: bool = True,
+) -> Handoff:
+    """Makes a stage, or finds it made.
+
+    Args:
+        folder: Where it is published.
+        stage: Its name.
+        section: Its part of the recipe, as plain data.
+        inputs: Name and digest of what it reads.
+        build: Writes its files into the folder that it is given.
+        fresh: Make it again in any case.
+        inside: Put handoff.json into the folder; the artifact's lies beside it instead, hidden,
+            because the folder is for others.
+
+    Raises:
+        VerificationError: If a handoff.json is there that cannot be read.
+    """
+    fingerprint = fingerprint_of(stage, section, inputs)
+    place = folder / HANDOFF if inside else folder.parent / f".{folder.name}.{HANDOFF}"
+    if not fresh and (found := _find(folder, place, fingerprint)):
+        return found
+    scratch = folder.parent / f".{folder.name}.partial"
+    _remove(scratch)
+    scratch.mkdir(parents=True)
+    try:
+        build(scratch)
+        names = sorted(str(p.relative_to(scratch)) for p in scratch.rglob("*") if p.is_file())
+        files = describe_files(scratch, names)
+        handoff = {"stage": stage, "fingerprint": fingerprint, "inputs": dict(inputs), "files": files}
+        if inside:
+            write_json(scratch / HANDOFF, handoff)
+        _sync(scratch)
+        _replace(scratch, folder)
+        if not inside:
+            write_json(place, handoff)
+    except BaseException:
+        _remove(scratch)
+        raise
+    return Handoff(folder, fingerprint, tuple(files), reused=False)
+
+
+def read_handoff(where: Path) -> dict[str, Any]:
+    """A handoff.json.
+
+    Raises:
+        VerificationError: If it is damaged.
+    """
+    fix = "delete it, or use --fresh, to make the stage again"
+    try:
+        data = json.loads(where.read_text(encoding="utf-8"))
+        files = [(str(f["path"]), int(f["bytes"]), str(f["sha256"])) for f in data["files"]]
+        if not files or not isinstance(data["fingerprint"], str):
+            raise ValueError("no files")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VerificationError(f"the handoff is damaged ({error})", where=where, fix=fix) from None
+    return dict(data)
+
+
+def _find(folder: Path, place: Path, fingerprint: str) -> Handoff | None:
+    if not place.exists():
+        return None
+    data = read_handoff(place)
+    if data["fingerprint"] != fingerprint:
+        return None
+    for file in data["files"]:
+        path = folder / file["path"]
+        if not path.is_file() or path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
+            return None
+    return Handoff(folder, fingerprint, tuple(data["files"]), reused=True)
+
+
+def _replace(scratch: Path, folder: Path) -> None:
+    old = folder.parent / f".{folder.name}.old"
+    _remove(old)
+    if folder.exists():
+        folder.rename(old)
+    scratch.rename(folder)
+    _sync_folder(folder.parent)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a run folder for one process, and repairs what a killed one left half-renamed.
+
+    Raises:
+        UsageError: If another run holds it, or it cannot be written.
+    """
+    fix = "choose another folder with --output"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot be written ({error})", where=folder, fix=fix) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                "another mkaq run is working here", where=folder, fix=f"wait for it, or {fix}"
+            ) from None
+        for old in folder.rglob(".*.old"):
+            place = old.parent / old.name[1:-4]
+            _remove(old) if place.exists() else old.rename(place)
+        for scratch in folder.rglob(".*.partial"):
+            _remove(scratch)
+        yield

@@ -1,0 +1,1 @@
+"""MKA: diffusion maps, layer similarity, the merge plan and its application."""

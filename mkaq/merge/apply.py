@@ -1,0 +1,39 @@
+"""The merge itself: theta = c theta_l + (1 - c) theta_m over every tensor of a layer (MKA eq. 9)."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+
+def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """The weighted sum of tensors of one shape, in float32, cast back once at the end.
+
+    A lone tensor of weight 1 is returned as it is. Terms are added in the given order with one
+    rounding for each product and each sum, so that the same inputs give the same bits.
+
+    Args:
+        tensors: All of one shape and type.
+        weights: One for each.
+    """
+    if len(tensors) == 1 and weights[0] == 1.0:
+        return tensors[0]
+    total = tensors[0].float() * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total += tensor.float() * weight
+    return total.to(tensors[0].dtype)
+
+
+def merge_layers(
+    layers: Mapping[int, Mapping[str, torch.Tensor]], weights: Mapping[int, float]
+) -> dict[str, torch.Tensor]:
+    """Merges whole layers, norms and biases included.
+
+    Args:
+        layers: For each old layer its tensors by their names below the layer.
+        weights: For each old layer its weight.
+    """
+    order = list(weights)
+    return {
+        name: weighted_sum([layers[index][name] for index in order], [weights[index] for index in order])
+        for name in sorted(layers[order[0]])
+    }

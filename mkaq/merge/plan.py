@@ -1,0 +1,132 @@
+"""Which layers are merged, in which order and with which weights."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mkaq.errors import UsageError
+from mkaq.recipe import MergeSection
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merge of two neighbouring groups of layers.
+
+    Attributes:
+        into: First layer of the earlier group, which stays.
+        from_: First layer of the later group, which goes.
+        coefficient: Weight of the earlier group.
+        similarity: NPIB of the two groups, each standing for its last layer's output.
+    """
+
+    into: int
+    from_: int
+    coefficient: float
+    similarity: float
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """The outcome: the merges in their order, and every new layer as a sum of old ones.
+
+    Attributes:
+        merges: In the order in which they were chosen.
+        layers: For each new layer the old layers and their weights, which sum to 1.
+    """
+
+    merges: tuple[Merge, ...]
+    layers: tuple[dict[int, float], ...]
+
+    @property
+    def kept(self) -> list[int]:
+        """For each new layer the old layer whose place in the configuration it takes."""
+        return [min(weights) for weights in self.layers]
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as the manifest records it."""
+        return {
+            "merges": [
+                {"into": m.into, "from": m.from_, "coefficient": m.coefficient, "similarity": m.similarity}
+                for m in self.merges
+            ],
+            "layers": [
+                {"new": new, "from": {str(old): weight for old, weight in weights.items()}}
+                for new, weights in enumerate(self.layers)
+            ],
+        }
+
+
+@dataclass
+class _Group:
+    layers: list[int]
+    weights: dict[int, float] = field(default_factory=dict)
+
+
+def layers_to_remove(section: MergeSection, num_layers: int) -> int:
+    """How many layers a recipe's `ratio` or `layers` means for a model of `num_layers`.
+
+    Raises:
+        UsageError: If that leaves nothing to merge, or more than can be merged.
+    """
+    removed = (
+        section.layers if section.layers is not None else math.floor((section.ratio or 0) * num_layers + 0.5)
+    )
+    free = num_layers - section.protect.first - section.protect.last
+    if not 1 <= removed < free:
+        raise UsageError(
+            f"{removed} of {num_layers} layers cannot be merged away: {max(free, 0)} are not protected, "
+            f"so 1 to {max(free - 1, 0)} can",
+            where="merge",
+            fix="change merge.ratio, merge.layers or merge.protect",
+        )
+    return removed
+
+
+def coefficient_of(rule: str | float, similarity: float) -> float:
+    """The weight of the earlier layer: the similarity itself, its sigmoid, or a fixed number."""
+    if rule == "similarity":
+        return similarity
+    if rule == "sigmoid":
+        return 1 / (1 + math.exp(-similarity))
+    return float(rule)
+
+
+def plan_merge(section: MergeSection, similarity: npt.NDArray[np.float64]) -> MergePlan:
+    """Chooses the merges.
+
+    A group of merged layers stands for the hidden state that it hands on, so its similarity to a
+    neighbour is that of the two groups' last layers, looked up anew after each merge.
+
+    Args:
+        section: Order, coefficient, protection and how many.
+        similarity: NPIB of every pair of layers, shape (layers, layers).
+
+    Raises:
+        UsageError: If the number of layers does not allow it.
+    """
+    count = len(similarity)
+    removed = layers_to_remove(section, count)
+    groups = [_Group([index], {index: 1.0}) for index in range(count)]
+    first, last = section.protect.first, section.protect.last
+    merges = []
+    for _ in range(removed):
+        pairs = range(first, len(groups) - last - 1)
+        at = _choose(section.order, groups, pairs, similarity)
+        earlier, later = groups[at], groups[at + 1]
+        score = float(similarity[earlier.layers[-1], later.layers[-1]])
+        share = coefficient_of(section.coefficient, score)
+        merges.append(Merge(earlier.layers[0], later.layers[0], share, score))
+        weights = {index: weight * share for index, weight in earlier.weights.items()}
+        weights |= {index: weight * (1 - share) for index, weight in later.weights.items()}
+        groups[at : at + 2] = [_Group(earlier.layers + later.layers, weights)]
+    return MergePlan(tuple(merges), tuple(group.weights for group in groups))
+
+
+def _choose(order: str, groups: Sequence[_Group], pairs: range, similarity: npt.NDArray[np.float64]) -> int:
+    if order == "back_to_front":
+        return pairs[-1]
+    return max(pairs, key=lambda at: (similarity[groups[at].layers[-1], groups[at + 1].layers[-1]], -at))

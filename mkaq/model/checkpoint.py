@@ -1,0 +1,321 @@
+"""Reading a checkpoint in Hugging Face format: safetensors only, complete, and checked before use."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mkaq.errors import CheckpointError, UnsupportedError
+from mkaq.model.architecture import LAYER_PREFIX, Family, family_of, layer_count
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a file's header describes it."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        size = _ITEM_SIZE.get(self.dtype, 1)
+        for dimension in self.shape:
+            size *= dimension
+        return size
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers have been read and whose paths stay inside its folder.
+
+    Attributes:
+        path: Its folder.
+        config: config.json as it stands.
+        tensors: Every tensor by name.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def family(self) -> Family:
+        """What mkaq knows of its model family."""
+        return family_of(self.config, self.path / "config.json")
+
+    @property
+    def num_layers(self) -> int:
+        """The number of decoder layers."""
+        return layer_count(self.config, self.path / "config.json")
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """`quantization_config` of a quantized checkpoint."""
+        return self.config.get("quantization_config")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def weight_files(self) -> list[str]:
+        """The names of its safetensors files."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    @property
+    def files(self) -> list[str]:
+        """The names of all files that belong to the model, weights last."""
+        index = [INDEX] if (self.path / INDEX).is_file() else []
+        side = [name for name in SIDE_FILES if (self.path / name).is_file()]
+        return ["config.json", *side, *index, *self.weight_files]
+
+    @cached_property
+    def hf_config(self) -> Any:
+        """The configuration object of transformers, defaults filled in, quantization left out."""
+        from transformers import AutoConfig
+
+        plain = {k: v for k, v in self.config.items() if k != "quantization_config"}
+        try:
+            return AutoConfig.for_model(**plain)
+        except Exception as error:  # its validation raises many kinds
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"transformers refuses it: {reason}", where=self.path / "config.json"
+            ) from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the embedding, which stands for the weights that are not quantized."""
+        info = self.tensors["model.embed_tokens.weight"]
+        if info.dtype not in DTYPES:
+            raise UnsupportedError(f"weights of type {info.dtype}", where=self.path / info.file)
+        return DTYPES[info.dtype]
+
+    @cached_property
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of this model without quantization."""
+        from mkaq.model.expected import plain_tensors
+
+        return plain_tensors(self.hf_config)
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors by name, on the CPU, each checked to be finite.
+
+        Raises:
+            CheckpointError: If one cannot be read or holds NaN or infinity.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.tensors:
+                raise CheckpointError(f"tensor {name} is missing", where=self.path)
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        result: dict[str, torch.Tensor] = {}
+        for file, wanted in by_file.items():
+            try:
+                with safe_open(self.path / file, framework="pt") as handle:
+                    for name in wanted:
+                        result[name] = handle.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"cannot be read: {error}", where=self.path / file) from None
+        for name, tensor in result.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"tensor {name} holds NaN or infinity", where=self.path)
+        return result
+
+    def layer_tensor_names(self, layer: int) -> list[str]:
+        """The names of all tensors of one decoder layer."""
+        return self._names_by_layer.get(layer, [])
+
+    @cached_property
+    def _names_by_layer(self) -> dict[int, list[str]]:
+        result: dict[int, list[str]] = {}
+        for name in sorted(self.tensors):
+            if found := re.match(r"model\.layers\.(\d+)\.", name):
+                result.setdefault(int(found[1]), []).append(name)
+        return result
+
+    @property
+    def outer_tensor_names(self) -> list[str]:
+        """The names of all tensors outside of the decoder layers."""
+        return sorted(name for name in self.tensors if not name.startswith(LAYER_PREFIX))
+
+
+def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
+    """Opens a checkpoint: reads config.json, the index and every header, and checks completeness.
+
+    Args:
+        path: Its folder.
+        quantized: Whether a checkpoint that is quantized already is welcome.
+
+    Raises:
+        CheckpointError: If it is damaged, incomplete or unsafe (pickle, remote code).
+        UnsupportedError: If its family or its quantization is not supported.
+    """
+    config = _read_config(path, quantized)
+    files = _weight_files(path)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in _read_header(path, file).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} is also in {tensors[name].file}", where=path / file)
+            tensors[name] = info
+    _check_index(path, tensors)
+    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    if "model.embed_tokens.weight" in tensors and _is_tied(config):
+        ignored.add("lm_head.weight")
+    checkpoint = Checkpoint(path, config, {k: v for k, v in tensors.items() if k not in ignored})
+    _check_complete(checkpoint)
+    return checkpoint
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            "is missing", where=path, fix="a model folder holds config.json and .safetensors"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"is not readable JSON: {error}", where=path) from None
+    if not isinstance(data, dict):
+        raise CheckpointError("is not a JSON object", where=path)
+    return data
+
+
+def _read_config(path: Path, quantized: bool) -> dict[str, Any]:
+    where = path / "config.json"
+    config = read_json(where)
+    if config.get("auto_map"):
+        raise CheckpointError("auto_map asks for remote code, which mkaq never runs", where=where)
+    family_of(config, where)
+    layer_count(config, where)
+    method = config.get("quantization_config")
+    if method is not None and not isinstance(method, dict):
+        raise CheckpointError("quantization_config is not an object", where=where)
+    if method and not quantized:
+        raise UnsupportedError(
+            f"is quantized already ({method.get('quant_method')})",
+            where=path,
+            fix="start from the original weights",
+        )
+    if method and method.get("quant_method") not in ("gptq", "bitsandbytes"):
+        raise UnsupportedError(f"quantization {method.get('quant_method')!r} is not supported", where=where)
+    return config
+
+
+def _weight_files(path: Path) -> list[str]:
+    if (path / INDEX).is_file():
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError("has no weight_map", where=path / INDEX)
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
+                raise CheckpointError(
+                    f"{name} points to {file!r}, which is no file of this folder", where=path / INDEX
+                )
+        files = sorted(set(weight_map.values()))
+        if missing := [file for file in files if not (path / file).is_file()]:
+            raise CheckpointError(
+                f"{len(missing)} of {len(files)} weight files missing: {', '.join(missing[:5])}",
+                where=path,
+                fix="download the checkpoint again",
+            )
+        return files
+    if (path / SINGLE).is_file():
+        return [SINGLE]
+    if pickles := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)):
+        raise CheckpointError(
+            f"only pickle weights ({', '.join(pickles[:3])}); a pickle can run code, so mkaq never opens one",
+            where=path,
+            fix="get or convert the checkpoint as safetensors",
+        )
+    raise CheckpointError(f"no weights: neither {SINGLE} nor {INDEX}", where=path)
+
+
+def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(path / file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+            return {k: TensorInfo(file, str(s.get_dtype()), tuple(s.get_shape())) for k, s in slices.items()}
+    except (OSError, SafetensorError) as error:
+        reason = "the file is empty or cut short" if (path / file).stat().st_size < 8 else str(error)
+        raise CheckpointError(f"is not a whole safetensors file: {reason}", where=path / file) from None
+
+
+def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    if not (path / INDEX).is_file():
+        return
+    for name, file in read_json(path / INDEX)["weight_map"].items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"tensor {name} is not in {file}, where the index puts it", where=path / INDEX
+            )
+        if tensors[name].file != file:
+            raise CheckpointError(
+                f"tensor {name} is in {tensors[name].file}, not in {file}", where=path / INDEX
+            )
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    default = config["model_type"] == "gemma2"
+    return bool(config.get("tie_word_embeddings", default))
+
+
+def _check_complete(checkpoint: Checkpoint) -> None:
+    from mkaq.model.expected import expected_tensors
+
+    if checkpoint.layer_tensor_names(checkpoint.num_layers - 1) == []:
+        found = max(checkpoint._names_by_layer, default=-1) + 1
+        raise CheckpointError(
+            f"config.json says {checkpoint.num_layers} layers, the weights have {found}",
+            where=checkpoint.path,
+        )
+    expected = expected_tensors(checkpoint)
+    if missing := [name for name in expected if name not in checkpoint.tensors]:
+        raise CheckpointError(
+            f"{len(missing)} tensors missing that config.json implies, such as {missing[0]}",
+            where=checkpoint.path,
+            fix="download or export the checkpoint again",
+        )
+    for name, shape in expected.items():
+        actual = checkpoint.tensors[name].shape
+        if shape is not None and actual != shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(actual)}, config.json implies {list(shape)}",
+                where=checkpoint.path / checkpoint.tensors[name].file,
+            )
+    if extra := [name for name in checkpoint.tensors if name not in expected]:
+        raise CheckpointError(
+            f"{len(extra)} tensors that config.json does not imply, such as {extra[0]}", where=checkpoint.path
+        )

@@ -1,0 +1,242 @@
+"""The walk: a forward pass with one decoder layer in memory at a time.
+
+    embed -> [layer 0] -> h0 -> [layer 1] -> h1 -> ... -> [layer L-1] -> norm -> head
+
+The model's own code does everything that depends on the family. A recording pass in which
+every layer is a recorder gives the keyword arguments of each layer (position embeddings, the
+mask of its own type); they are kept per sequence length and used with any batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mkaq.model.checkpoint import Checkpoint
+from mkaq.model.expected import build_skeleton
+from mkaq.quantize.bnb import dequantize_linear, restore_linear
+from mkaq.quantize.packing import unpack_linear
+
+TOKENS_PER_BATCH = 4096
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer: keeps the keyword arguments that it is called with."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+class LayerWalk:
+    """A checkpoint ready to be walked.
+
+    Args:
+        checkpoint: Plain, GPTQ or bitsandbytes; quantized layers behave as in a runtime.
+        device: Where layers run and activations live.
+        dtype: The type that layers compute in.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.skeleton = build_skeleton(checkpoint.hf_config)
+        self._layers = list(self.skeleton.model.layers)
+        names = checkpoint.family.linear_names
+        self._linears: list[dict[str, Any]] = [
+            {n: layer.get_submodule(n) for n in names} for layer in self._layers
+        ]
+        self.skeleton.model.layers = nn.ModuleList()
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self.skeleton.model.rotary_emb.to(device)
+
+    @property
+    def num_layers(self) -> int:
+        """The number of decoder layers."""
+        return len(self._layers)
+
+    @torch.no_grad()
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeds tokens.
+
+        Args:
+            input_ids: Integers, shape (samples, length), on any device.
+
+        Returns:
+            hidden_states, shape (samples, length, hidden_size), on the walk's device.
+        """
+        used, position = torch.unique(input_ids.long().cpu(), return_inverse=True)
+        rows = self.checkpoint.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"][used]
+        embedding = self.skeleton.model.embed_tokens
+        embedding.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
+        if hasattr(embedding, "embed_scale"):
+            embedding.embed_scale = embedding.embed_scale.to(self.device)
+        embedding.padding_idx = None
+        hidden_states: torch.Tensor = embedding(position.to(self.device))
+        embedding.to("meta")
+        return hidden_states
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """One decoder layer with its weights, for the time of a `with` block."""
+        layer = self.place(index)
+        try:
+            yield layer
+        finally:
+            for name, linear in self._linears[index].items():
+                layer.set_submodule(name, linear)
+            layer.to("meta")
+
+    def place(self, index: int) -> nn.Module:
+        """Gives a decoder layer its weights, for good."""
+        layer: nn.Module = self._layers[index]
+        config = self.checkpoint.quantization or {}
+        tensors = self.layer_tensors(index)
+        if config.get("quant_method") == "bitsandbytes":
+            for name, linear in self._linears[index].items():
+                own = {
+                    k.removeprefix(f"{name}."): tensors.pop(k)
+                    for k in list(tensors)
+                    if k.startswith(f"{name}.")
+                }
+                if "bias" in own:
+                    own["bias"] = own["bias"].to(self.dtype)
+                layer.set_submodule(name, restore_linear(own, linear, config, self.device))
+        placed = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
+        layer.load_state_dict(placed, strict=False, assign=True)
+        layer.requires_grad_(False)
+        return layer
+
+    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of a layer by their names below it; GPTQ weights are unpacked."""
+        prefix = f"model.layers.{index}."
+        stored = self.checkpoint.read(self.checkpoint.layer_tensor_names(index))
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+        return unpack_layer(tensors, self.checkpoint.quantization)
+
+    @torch.no_grad()
+    def run(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """One layer on one batch, shape (batch, length, hidden_size), to the same shape."""
+        output: torch.Tensor = layer(hidden_states, **self._layer_arguments(hidden_states.shape[1])[index])
+        return output
+
+    def run_all(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> None:
+        """One layer on all samples, batch by batch, in place."""
+        for batch in batches(hidden_states):
+            batch.copy_(self.run(layer, index, batch))
+
+    def hidden_states(self, input_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Walks all layers; yields each one's index and output.
+
+        The output is one buffer, overwritten by the next step: copy what must stay.
+        """
+        hidden_states = self.embed(input_ids)
+        for index in range(self.num_layers):
+            with self.layer(index) as layer:
+                self.run_all(layer, index, hidden_states)
+            yield index, hidden_states
+
+    @contextmanager
+    def head(self) -> Iterator[nn.Module]:
+        """The final norm and the output layer: call it with `inputs_embeds`, read `.logits`."""
+        tied = "lm_head.weight" not in self.checkpoint.tensors
+        names = ["model.norm.weight", "model.embed_tokens.weight" if tied else "lm_head.weight"]
+        norm, output = (t.to(self.device, self.dtype) for t in self.checkpoint.read(names).values())
+        self.skeleton.model.norm.weight = nn.Parameter(norm, requires_grad=False)
+        self.skeleton.lm_head.weight = nn.Parameter(output, requires_grad=False)
+        try:
+            yield self.skeleton
+        finally:
+            self.skeleton.model.norm.to("meta")
+            self.skeleton.lm_head.to("meta")
+
+    @torch.no_grad()
+    def _layer_arguments(self, length: int) -> list[dict[str, Any]]:
+        if length not in self._arguments:
+            recorders = [_Recorder(layer) for layer in self._layers]
+            self.skeleton.model.layers = nn.ModuleList(recorders)
+            size = self.checkpoint.hf_config.hidden_size
+            norm, self.skeleton.model.norm = self.skeleton.model.norm, nn.Identity()
+            self.skeleton.model(
+                inputs_embeds=torch.zeros(1, length, size, device=self.device, dtype=self.dtype),
+                use_cache=False,
+            )
+            self.skeleton.model.norm = norm
+            self.skeleton.model.layers = nn.ModuleList()
+            self._arguments[length] = [recorder.arguments for recorder in recorders]
+        return self._arguments[length]
+
+
+def unpack_layer(tensors: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """Replaces `qweight`, `qzeros`, `scales`, `g_idx` of a GPTQ layer by the dense `weight` (float32)."""
+    if not config or config["quant_method"] != "gptq":
+        return tensors
+    result = {
+        k: v
+        for k, v in tensors.items()
+        if k.rpartition(".")[2] not in ("qweight", "qzeros", "scales", "g_idx")
+    }
+    for name in [k.removesuffix(".qweight") for k in tensors if k.endswith(".qweight")]:
+        parts = {part: tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
+        result[f"{name}.weight"] = unpack_linear(parts, config["bits"])
+    return result
+
+
+def dense_layer(tensors: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a layer with every quantized weight made dense, whatever the method."""
+    if not config or config["quant_method"] != "bitsandbytes":
+        return unpack_layer(tensors, config)
+    result: dict[str, torch.Tensor] = {}
+    modules = {
+        k.removesuffix(".weight")
+        for k, v in tensors.items()
+        if k.endswith(".weight") and not v.is_floating_point()
+    }
+    for name, tensor in tensors.items():
+        module = next((m for m in modules if name.startswith(f"{m}.")), None)
+        if module is None or name == f"{module}.bias":
+            result[name] = tensor
+    for module in sorted(modules):
+        own = {k.removeprefix(f"{module}."): v for k, v in tensors.items() if k.startswith(f"{module}.")}
+        result[f"{module}.weight"] = dequantize_linear(own, config)
+    return result
+
+
+def batches(hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of consecutive samples, about `TOKENS_PER_BATCH` tokens each."""
+    size = max(1, TOKENS_PER_BATCH // hidden_states.shape[1])
+    yield from torch.split(hidden_states, size)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that is there.
+
+    Raises:
+        UsageError: If it is not.
+    """
+    from mkaq.errors import UsageError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or (kind == "cpu" and number):
+        raise UsageError(f"{name!r} is not auto, cpu, cuda or cuda:N", where="--device")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"no such device: {torch.cuda.device_count()} CUDA devices here", where=f"--device {name}"
+        )
+    return torch.device(name)
+
+
+def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The type that a walk computes in: float32 on a CPU, the checkpoint's own on a GPU."""
+    return torch.float32 if device.type == "cpu" else checkpoint.dtype

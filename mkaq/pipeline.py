@@ -1,0 +1,70 @@
+"""A run, top to bottom: calibrate -> merge -> quantize -> export, the model measured on request.
+
+A stage reads a folder and publishes a folder; nothing else passes between stages.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mkaq.handoff import locked
+from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.source import resolve_model
+from mkaq.plan import check_resources, plan_run
+from mkaq.progress import Progress
+from mkaq.recipe import Recipe
+from mkaq.report import write_report
+from mkaq.stages import RunResult, Stages
+
+Until = Literal["calibrate", "merge", "quantize", "export"]
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+    *,
+    until: Until = "export",
+    fresh: bool = False,
+) -> RunResult:
+    """Runs a recipe, skipping the stages that are there already.
+
+    Args:
+        recipe: What to do.
+        folder: Of the run; holds a folder for each stage.
+        device: Where layers run.
+        progress: Told what happens.
+        until: The last stage to run.
+        fresh: Make every stage again.
+
+    Raises:
+        MkaqError: Of the kind that fits; earlier stages and artifacts stay as they were.
+    """
+    source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))
+    plan = plan_run(recipe, source, device)
+    check_resources(plan, folder, device)
+    with locked(folder):
+        stages = Stages(recipe, folder, device, progress, fresh, source, plan)
+        try:
+            return _run(stages, until)
+        finally:
+            stages.write_log()
+
+
+def _run(stages: Stages, until: Until) -> RunResult:
+    recipe, model = stages.recipe, stages.source
+    stages.evaluate("source", model)
+    if recipe.needs_calibration:
+        stages.calibrate()
+    if recipe.merge and until != "calibrate":
+        model = stages.merge()
+        stages.evaluate("merge", model)
+    if recipe.quantize and until in ("quantize", "export"):
+        model = stages.quantize(model)
+        stages.evaluate("quantize", model)
+    if until == "export":
+        stages.export(model)
+        write_report(stages.result, stages.log)
+    return stages.result

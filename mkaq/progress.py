@@ -1,0 +1,74 @@
+"""Progress on stderr: a live bar with ETA and memory on a terminal, plain lines in a log."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+import psutil
+
+T = TypeVar("T")
+
+
+class Progress:
+    """Tells the user what happens. stdout is left to results.
+
+    Args:
+        quiet: Say nothing.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stderr.isatty() and not quiet
+        self.peak_bytes = 0
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+        """Yields the items, showing how far it is."""
+        total = len(items) if total is None and isinstance(items, Sized) else total
+        yield from self._bar(items, what, total) if self.terminal else self._lines(items, what, total)
+
+    def _bar(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bars
+
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}"),
+        )
+        with Bars(*columns, console=Console(stderr=True)) as bars:
+            task = bars.add_task(what, total=total, memory="")
+            for item in items:
+                yield item
+                bars.update(task, advance=1, memory=f"{self._memory() / 1e9:.2f} GB")
+
+    def _lines(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+        began = last = time.monotonic()
+        for count, item in enumerate(items, 1):
+            yield item
+            memory, now = self._memory(), time.monotonic()
+            if now - last > 10 and count != total:
+                left = f", {(now - began) / count * (total - count):.0f} s left" if total else ""
+                self.say(f"  {what}: {count}/{total or '?'}{left}, {memory / 1e9:.2f} GB")
+                last = now
+
+    def _memory(self) -> int:
+        current = psutil.Process().memory_info().rss
+        self.peak_bytes = max(self.peak_bytes, current)
+        return current

@@ -1,0 +1,1 @@
+"""GPTQ (our solver) and bitsandbytes (the library), one layer at a time."""

@@ -1,0 +1,73 @@
+"""bitsandbytes over a whole checkpoint, one layer in memory at a time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mkaq.model.checkpoint import Checkpoint
+from mkaq.model.writer import ShardWriter, write_json, write_side_files
+from mkaq.progress import Progress
+from mkaq.quantize.bnb import dequantize_linear, quantization_config, quantize_linear
+from mkaq.quantize.gptq_stage import relative_error
+from mkaq.recipe import BitsandbytesSection
+
+
+@dataclass(frozen=True)
+class BnbModule:
+    """What is recorded of one quantized layer.
+
+    Attributes:
+        name: The module's name in the model.
+        weight_error: ||W - Q||^2 / ||W||^2.
+        fallback: Always false.
+    """
+
+    name: str
+    weight_error: float
+    fallback: bool = False
+
+
+def quantize_bitsandbytes(
+    source: Checkpoint,
+    section: BitsandbytesSection,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard_size: int,
+    progress: Progress,
+) -> list[BnbModule]:
+    """Writes the quantized checkpoint and returns the record of every module.
+
+    Args:
+        source: The checkpoint to quantize.
+        section: The recipe's quantize section.
+        folder: Where the checkpoint goes.
+        device: Where the library quantizes.
+        dtype: Of the tensors that stay dense.
+        shard_size: Bytes per file.
+        progress: Told of every layer.
+    """
+    modules: list[BnbModule] = []
+    config = quantization_config(section, dtype)
+    with ShardWriter(folder, shard_size) as writer:
+        for name, tensor in source.read(source.outer_tensor_names).items():
+            writer.add(name, tensor.to(dtype))
+        for index in progress.track(range(source.num_layers), "quantize (bitsandbytes)"):
+            prefix = f"model.layers.{index}."
+            linears = {f"{prefix}{name}.weight" for name in source.family.linear_names}
+            for name, tensor in source.read(source.layer_tensor_names(index)).items():
+                if name not in linears:
+                    writer.add(name, tensor.to(dtype))
+                    continue
+                module = name.removesuffix(".weight")
+                stored = quantize_linear(tensor, section, device)
+                modules.append(BnbModule(module, relative_error(tensor, dequantize_linear(stored, config))))
+                for part, value in stored.items():
+                    writer.add(f"{module}.{part}", value)
+    whole = {**source.config, "dtype": str(dtype).removeprefix("torch."), "quantization_config": config}
+    whole.pop("torch_dtype", None)
+    write_json(folder / "config.json", whole)
+    write_side_files(source, folder)
+    return modules

@@ -1,0 +1,225 @@
+"""GPTQ over a whole checkpoint: the solver inside the walk, layer by layer, true sequential."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mkaq import __version__
+from mkaq.errors import ResourceError, UnsupportedError
+from mkaq.model.checkpoint import Checkpoint
+from mkaq.model.walk import LayerWalk, batches
+from mkaq.model.writer import ShardWriter, write_json, write_side_files
+from mkaq.progress import Progress
+from mkaq.quantize.gptq import DampingError, gptq
+from mkaq.quantize.packing import pack_linear
+from mkaq.recipe import GptqSection
+
+
+@dataclass(frozen=True)
+class GptqModule:
+    """What is recorded of one quantized layer.
+
+    Attributes:
+        name: The module's name in the model.
+        error: ||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens.
+        weight_error: ||W - Q||^2 / ||W||^2.
+        damp_percent: The damping that was needed.
+        fallback: Always false: a failed factorization raises the damping or ends the run.
+    """
+
+    name: str
+    error: float
+    weight_error: float
+    damp_percent: float
+    fallback: bool = False
+
+
+class _Reached(Exception):
+    """Raised by a hook when the inputs that it waits for have been seen."""
+
+
+def check_gptq(source: Checkpoint, section: GptqSection) -> None:
+    """Checks, before any work, that every linear layer fits the format.
+
+    Raises:
+        UnsupportedError: If a size is not a multiple of 32, or `group_size` does not divide it.
+    """
+    for name in source.family.linear_names:
+        out_features, in_features = source.tensors[f"model.layers.0.{name}.weight"].shape
+        if in_features % 32 or out_features % 32:
+            raise UnsupportedError(
+                f"{name} is {out_features} x {in_features}; the GPTQ format needs multiples of 32",
+                where=source.path,
+            )
+        if section.group_size != -1 and in_features % section.group_size:
+            sizes = [size for size in (16, 32, 64, 128) if in_features % size == 0]
+            raise UnsupportedError(
+                f"group_size {section.group_size} does not divide the {in_features} inputs of {name}",
+                where="quantize.group_size",
+                fix=f"use {', '.join(map(str, sizes))} or -1",
+            )
+
+
+def quantize_gptq(
+    source: Checkpoint,
+    tokens: torch.Tensor,
+    section: GptqSection,
+    folder: Path,
+    *,
+    walk: LayerWalk,
+    dtype: torch.dtype,
+    shard_size: int,
+    progress: Progress,
+) -> list[GptqModule]:
+    """Writes the quantized checkpoint and returns the record of every module.
+
+    Args:
+        source: The checkpoint to quantize.
+        tokens: Calibration token ids, shape (samples, length).
+        section: The recipe's quantize section.
+        folder: Where the checkpoint goes.
+        walk: A walk over `source`.
+        dtype: Of the tensors that stay dense.
+        shard_size: Bytes per file.
+        progress: Told of every layer.
+
+    Raises:
+        ResourceError: If a Hessian cannot be factorized with any damping.
+    """
+    check_gptq(source, section)
+    modules: list[GptqModule] = []
+    hidden_states = walk.embed(tokens)
+    with ShardWriter(folder, shard_size) as writer:
+        for name, tensor in source.read(source.outer_tensor_names).items():
+            writer.add(name, tensor.to(dtype))
+        for index in progress.track(range(walk.num_layers), "quantize (gptq)"):
+            prefix = f"model.layers.{index}."
+            linears = {f"{name}.weight" for name in source.family.linear_names}
+            for name, tensor in walk.layer_tensors(index).items():
+                if name not in linears:
+                    writer.add(prefix + name, tensor.to(dtype))
+            with walk.layer(index) as layer:
+                for group in source.family.linears:
+                    solved = _solve_group(layer, group, index, hidden_states, section, walk, prefix)
+                    for name, packed, record in solved:
+                        modules.append(record)
+                        for part, tensor in packed.items():
+                            writer.add(f"{prefix}{name}.{part}", tensor)
+                walk.run_all(layer, index, hidden_states)
+    config = {
+        **source.config,
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": checkpoint_config(section),
+    }
+    config.pop("torch_dtype", None)
+    write_json(folder / "config.json", config)
+    write_json(folder / "quantize_config.json", config["quantization_config"])
+    write_side_files(source, folder)
+    return modules
+
+
+def checkpoint_config(section: GptqSection) -> dict[str, Any]:
+    """`quantization_config` of the checkpoint, as GPTQModel, transformers and vLLM read it.
+
+    `desc_act` there means that the groups are scattered over the columns; with static groups
+    they are not, whatever the order in which the columns were solved. GPTQModel opens asymmetric
+    version-1 files only with a marker that their zero points do not overflow (its own, from 0.9
+    on); ours never do (`packing.pack_linear`), so the marker is set.
+    """
+    marker = [] if section.sym else ["gptqmodel:0.9.0"]
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "format": "gptq",
+        "bits": section.bits,
+        "group_size": section.group_size,
+        "sym": section.sym,
+        "desc_act": section.desc_act and not section.static_groups and section.group_size != -1,
+        "static_groups": section.static_groups,
+        "true_sequential": True,
+        "damp_percent": section.damp_percent,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"mkaq:{__version__}", *marker]},
+    }
+
+
+def _solve_group(
+    layer: nn.Module,
+    group: tuple[str, ...],
+    index: int,
+    hidden_states: torch.Tensor,
+    section: GptqSection,
+    walk: LayerWalk,
+    prefix: str,
+) -> Iterator[tuple[str, dict[str, torch.Tensor], GptqModule]]:
+    """Solves the linear layers that share one input, and puts their quantized weights in place."""
+    linears = [cast(nn.Linear, layer.get_submodule(name)) for name in group]
+    hessian = _hessian(layer, linears[0], index, hidden_states, walk)
+    weight = torch.cat([linear.weight.float() for linear in linears])
+    options = section.model_dump(exclude={"method"})
+    try:
+        result = gptq(weight, hessian, **options)
+    except DampingError as error:
+        raise ResourceError(
+            f"the Hessian of {prefix}{group[0]} is {error}",
+            fix="more or more varied calibration text, or a larger quantize.damp_percent",
+        ) from None
+    delta = result.weight - weight
+    costs = ((delta @ hessian) * delta).sum(1).double(), ((weight @ hessian) * weight).sum(1).double()
+    start = 0
+    for name, linear in zip(group, linears, strict=True):
+        rows = slice(start, start := start + linear.weight.shape[0])
+        record = GptqModule(
+            name=prefix + name,
+            error=_ratio(costs[0][rows].sum().item(), costs[1][rows].sum().item()),
+            weight_error=relative_error(weight[rows], result.weight[rows]),
+            damp_percent=result.damp_percent,
+        )
+        packed = pack_linear(
+            result.codes[rows], result.scales[rows], result.zeros[rows], result.g_idx, section.bits
+        )
+        linear.weight = nn.Parameter(result.weight[rows].to(walk.dtype), requires_grad=False)
+        yield name, packed, record
+
+
+def relative_error(weight: torch.Tensor, quantized: torch.Tensor) -> float:
+    """||W - Q||^2 / ||W||^2, summed in float64."""
+    difference = (weight.double() - quantized.double()).square().sum().item()
+    return _ratio(difference, weight.double().square().sum().item())
+
+
+def _ratio(part: float, whole: float) -> float:
+    return max(part, 0.0) / whole if whole > 0 else 0.0
+
+
+@torch.no_grad()
+def _hessian(
+    layer: nn.Module, linear: nn.Linear, index: int, hidden_states: torch.Tensor, walk: LayerWalk
+) -> torch.Tensor:
+    """X^T X over all calibration tokens, X the inputs of `linear`; float32."""
+    hessian = torch.zeros(linear.in_features, linear.in_features, device=walk.device)
+    with _stop_at(linear, hessian):
+        for batch in batches(hidden_states):
+            with suppress(_Reached):
+                walk.run(layer, index, batch)
+    return hessian
+
+
+@contextmanager
+def _stop_at(linear: nn.Module, hessian: torch.Tensor) -> Iterator[None]:
+    def see(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        rows = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+        hessian.addmm_(rows.T, rows)
+        raise _Reached
+
+    handle = linear.register_forward_pre_hook(see)
+    try:
+        yield
+    finally:
+        handle.remove()

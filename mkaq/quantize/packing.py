@@ -1,0 +1,100 @@
+"""The GPTQ (v1) checkpoint format: integer codes as little-endian bit streams in int32 words.
+
+`qweight` holds the codes of 32 input features in `bits` words, for every output feature;
+`qzeros` holds zero points minus one, packed along the output features; `scales` is float16.
+This is the layout of auto-gptq, which GPTQModel, optimum, transformers and vLLM read.
+"""
+
+import torch
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packs codes along the first dimension, lowest bits first.
+
+    Args:
+        codes: Integers in [0, 2**bits), shape (n, m), n a multiple of 32.
+        bits: Bits per code, 1 to 31.
+
+    Returns:
+        int32, shape (n * bits / 32, m).
+
+    Raises:
+        ValueError: If n is not a multiple of 32.
+    """
+    count, width = codes.shape
+    if count % 32:
+        raise ValueError(f"{count} codes are not a multiple of 32")
+    lanes = codes.to(torch.int64).reshape(count // 32, 32, width)
+    words = torch.zeros(count // 32, bits, width, dtype=torch.int64, device=codes.device)
+    for lane in range(32):
+        word, shift = divmod(lane * bits, 32)
+        words[:, word] |= lanes[:, lane] << shift
+        if shift + bits > 32:
+            words[:, word + 1] |= lanes[:, lane] >> (32 - shift)
+    words &= 0xFFFFFFFF
+    words = torch.where(words >= 2**31, words - 2**32, words)
+    return words.to(torch.int32).reshape(count // 32 * bits, width)
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Undoes `pack`.
+
+    Args:
+        words: int32, shape (n * bits / 32, m).
+        bits: Bits per code.
+
+    Returns:
+        int32 codes, shape (n, m).
+    """
+    rows, width = words.shape
+    wide = words.to(torch.int64).reshape(rows // bits, bits, width) & 0xFFFFFFFF
+    lanes = torch.empty(rows // bits, 32, width, dtype=torch.int32, device=words.device)
+    for lane in range(32):
+        word, shift = divmod(lane * bits, 32)
+        value = wide[:, word] >> shift
+        if shift + bits > 32:
+            value |= wide[:, word + 1] << (32 - shift)
+        lanes[:, lane] = (value & (2**bits - 1)).to(torch.int32)
+    return lanes.reshape(rows // bits * 32, width)
+
+
+def pack_linear(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor, bits: int
+) -> dict[str, torch.Tensor]:
+    """The tensors of one quantized linear layer.
+
+    Args:
+        codes: Integers in [0, 2**bits), shape (out_features, in_features).
+        scales: float16, shape (out_features, groups).
+        zeros: Zero points in [1, 2**bits], shape (out_features, groups). The format stores them
+            minus one, and readers add the one back to whole words: a zero point of 0 would
+            carry into its neighbour, which is why `gptq.py` never makes one.
+        g_idx: The group of every input feature, shape (in_features,).
+        bits: Bits per code.
+
+    Returns:
+        qweight, qzeros, scales and g_idx, on the CPU.
+    """
+    return {
+        "qweight": pack(codes.T, bits).cpu(),
+        "qzeros": pack((zeros - 1).to(torch.int32), bits).T.contiguous().cpu(),
+        "scales": scales.T.to(torch.float16).contiguous().cpu(),
+        "g_idx": g_idx.to(torch.int32).cpu(),
+    }
+
+
+def unpack_linear(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+    """The weight that a quantized linear layer stands for: scale * (code - zero).
+
+    Args:
+        tensors: qweight, qzeros, scales and g_idx.
+        bits: Bits per code.
+
+    Returns:
+        float32, shape (out_features, in_features).
+    """
+    codes = unpack(tensors["qweight"], bits)
+    zeros = unpack(tensors["qzeros"].T.contiguous(), bits).T + 1
+    g_idx = tensors["g_idx"].long()
+    scales = tensors["scales"].float()
+    return ((codes - zeros[g_idx]).float() * scales[g_idx]).T.contiguous()

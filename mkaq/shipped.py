@@ -1,0 +1,29 @@
+"""The recipes that ship: inside an installed package, or beside it in a checkout."""
+
+from pathlib import Path
+
+from mkaq.errors import UsageError
+
+_PLACES = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+
+
+def shipped_recipes() -> list[tuple[Path, str]]:
+    """Every shipped recipe's file and the first line of its comment."""
+    folder = next(place for place in _PLACES if place.is_dir())
+    files = sorted(folder.glob("*.yaml"))
+    return [(file, file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in files]
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one (with or without `recipes/` and `.yaml`).
+
+    Raises:
+        UsageError: If there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    for file, _ in shipped_recipes():
+        if name in (file.stem, file.name, f"recipes/{file.name}"):
+            return file
+    raise UsageError("no such recipe", where=name, fix="`mkaq recipes` lists those that ship")

@@ -1,0 +1,234 @@
+"""The stages of a run, each one call of `publish`: what it reads, what it writes, what it depends on."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mkaq.calibrate.text import documents, text_digest
+from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer
+from mkaq.evaluate.perplexity import perplexity
+from mkaq.export.artifact import write_artifact
+from mkaq.export.record import Published, build_manifest
+from mkaq.handoff import Handoff, describe_files, digest_of, publish
+from mkaq.merge.stage import merge
+from mkaq.model.checkpoint import Checkpoint, open_checkpoint
+from mkaq.model.walk import LayerWalk, compute_dtype
+from mkaq.model.writer import write_json
+from mkaq.plan import RunPlan, StageSize, output_dtype
+from mkaq.progress import Progress
+from mkaq.quantize.bnb_stage import quantize_bitsandbytes
+from mkaq.quantize.gptq_stage import quantize_gptq
+from mkaq.recipe import BitsandbytesSection, Recipe
+from mkaq.units import parse_size
+
+
+@dataclass
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        folder: Of the run.
+        sizes: The model as it came and after each stage.
+        evaluation: What was measured, by stage.
+        artifact: What the user ships, once exported.
+    """
+
+    folder: Path
+    sizes: list[StageSize]
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    artifact: Path | None = None
+
+
+class Stages:
+    """One run under way.
+
+    Args:
+        recipe: What to do.
+        folder: Of the run.
+        device: Where layers run.
+        progress: Told what happens.
+        fresh: Make every stage again.
+        source: The model that goes in.
+        plan: Its sizes.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        device: torch.device,
+        progress: Progress,
+        fresh: bool,
+        source: Checkpoint,
+        plan: RunPlan,
+    ) -> None:
+        self.recipe, self.folder, self.device, self.progress, self.fresh = (
+            recipe,
+            folder,
+            device,
+            progress,
+            fresh,
+        )
+        self.source, self.plan = source, plan
+        self.result = RunResult(folder, [plan.sizes[0]])
+        self._dtype = output_dtype(recipe, source)
+        self.log: list[dict[str, Any]] = []
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        progress.say(f"reading {recipe.model.path}")
+        self._source_files = describe_files(source.path, source.files)
+        self._digests = {"source": digest_of(self._source_files)}
+
+    def calibrate(self) -> None:
+        """Chooses the calibration tokens."""
+        section = self.recipe.calibration
+
+        def build(folder: Path) -> None:
+            texts = documents(section, "calibrate")
+            count, length = section.num_samples, section.max_seq_length
+            tokens = calibration_tokens(texts, load_tokenizer(self.source.path), count, length, section.seed)
+            save_file({"input_ids": tokens}, folder / "calibration.safetensors")
+
+        self._publish(
+            "calibrate",
+            section.model_dump(mode="json"),
+            {**self._inputs("source"), "text": text_digest(section)},
+            build,
+        )
+
+    def merge(self) -> Checkpoint:
+        """Merges layers of the source."""
+        section, seed = self.recipe.merge, self.recipe.calibration.seed
+        assert section is not None
+
+        def build(folder: Path) -> None:
+            walk = self._walk(self.source)
+            merge(self.source, self._tokens(), section, seed, folder, walk=walk, **self._output())
+
+        settings = {**section.model_dump(mode="json"), "seed": seed, **self._numerics(), **self._files()}
+        return self._checkpoint(self._publish("merge", settings, self._inputs("source", "calibrate"), build))
+
+    def quantize(self, model: Checkpoint) -> Checkpoint:
+        """Quantizes the merged model, or the source."""
+        section = self.recipe.quantize
+        assert section is not None
+
+        def build(folder: Path) -> None:
+            modules: list[Any]
+            if isinstance(section, BitsandbytesSection):
+                modules = list(
+                    quantize_bitsandbytes(model, section, folder, device=self.device, **self._output())
+                )
+            else:
+                modules = list(
+                    quantize_gptq(
+                        model, self._tokens(), section, folder, walk=self._walk(model), **self._output()
+                    )
+                )
+            write_json(folder / "quantization.json", {"modules": [asdict(module) for module in modules]})
+
+        inputs = self._inputs("merge" if self.recipe.merge else "source")
+        if not isinstance(section, BitsandbytesSection):
+            inputs |= self._inputs("calibrate")
+        settings = {**section.model_dump(mode="json"), **self._numerics(), **self._files()}
+        return self._checkpoint(self._publish("quantize", settings, inputs, build))
+
+    def evaluate(self, stage: str, model: Checkpoint) -> None:
+        """Notes the size of a stage's model and, where the recipe asks for it, measures it."""
+        if stage != "source":
+            parameters = next(size.parameters for size in self.plan.sizes if size.stage == stage)
+            self.result.sizes.append(StageSize(stage, model.num_layers, parameters, model.nbytes))
+        section = self.recipe.evaluate.perplexity if self.recipe.evaluate else None
+        if section is None:
+            return
+        settings = section.model_dump(mode="json")
+
+        def build(folder: Path) -> None:
+            tokenizer = load_tokenizer(self.source.path)
+            texts = documents(section, "evaluate")
+            sequences = evaluation_sequences(texts, tokenizer, section.max_seq_length, section.num_samples)
+            measured = perplexity(self._walk(model), sequences, self.progress, f"perplexity of {stage}")
+            write_json(
+                folder / "evaluation.json", {"perplexity": {**measured.as_json(), "settings": settings}}
+            )
+
+        inputs = {**self._inputs(stage), "text": text_digest(section)}
+        done = self._publish(f"evaluate/{stage}", {**settings, **self._numerics()}, inputs, build)
+        self.result.evaluation[stage] = json.loads((done.path / "evaluation.json").read_text())
+
+    def export(self, model: Checkpoint) -> None:
+        """Writes the artifact."""
+        tokens = self._tokens() if self.recipe.needs_calibration else None
+        published = Published(
+            self.folder, self.result.sizes, self._source_files, tokens, self.result.evaluation
+        )
+        manifest = build_manifest(self.recipe, self.source, published, self._dtype)
+        inputs = self._inputs("quantize" if self.recipe.quantize else "merge")
+        settings = manifest.model_dump(mode="json", by_alias=True)
+        done = self._publish(
+            "artifact", settings, inputs, lambda folder: write_artifact(model, manifest, folder), inside=False
+        )
+        self.result.artifact = done.path
+
+    def write_log(self) -> None:
+        """run.json: clocks and memory, which no digest covers."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        log: dict[str, Any] = {
+            "stages": self.log,
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+        }
+        log |= {"peak_memory_bytes": peak, "expected_memory_bytes": self.plan.memory_bytes}
+        if self.device.type == "cuda":
+            log["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        write_json(self.folder / "run.json", log)
+
+    def _publish(
+        self,
+        stage: str,
+        section: Any,
+        inputs: dict[str, str],
+        build: Callable[[Path], None],
+        *,
+        inside: bool = True,
+    ) -> Handoff:
+        began = time.time()
+        done = publish(self.folder / stage, stage, section, inputs, build, fresh=self.fresh, inside=inside)
+        seconds = time.time() - began
+        self.progress.say(f"{stage}: " + ("unchanged, kept" if done.reused else f"done in {seconds:.1f} s"))
+        self.log.append({"stage": stage, "started": began, "seconds": seconds, "reused": done.reused})
+        self._digests[stage] = done.digest
+        return done
+
+    def _inputs(self, *names: str) -> dict[str, str]:
+        return {name: self._digests[name] for name in names}
+
+    def _tokens(self) -> torch.Tensor:
+        return load_file(self.folder / "calibrate" / "calibration.safetensors")["input_ids"]
+
+    def _walk(self, model: Checkpoint) -> LayerWalk:
+        return LayerWalk(model, self.device, compute_dtype(self.source, self.device))
+
+    def _checkpoint(self, done: Handoff) -> Checkpoint:
+        return open_checkpoint(done.path, quantized=True)
+
+    def _output(self) -> dict[str, Any]:
+        return {
+            "dtype": self._dtype,
+            "shard_size": parse_size(self.recipe.export.shard_size),
+            "progress": self.progress,
+        }
+
+    def _files(self) -> dict[str, Any]:
+        return {"dtype": str(self._dtype), "shard_size": self.recipe.export.shard_size}
+
+    def _numerics(self) -> dict[str, Any]:
+        """What changes the last bits of a computation."""
+        return {"device": self.device.type, "threads": torch.get_num_threads()}

@@ -1,0 +1,25 @@
+"""Sizes in bytes, as people write and read them."""
+
+import re
+
+
+def human(size: float) -> str:
+    """A size for a person, decimal units."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes meant by a size such as `4GB` (decimal) or `4GiB` (binary).
+
+    Raises:
+        ValueError: If `text` is no size.
+    """
+    units = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1024, "MI": 1024**2, "GI": 1024**3}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text.upper())
+    if not found or (size := int(float(found[1]) * units[found[2] or ""])) < 1:
+        raise ValueError(f"{text!r} is not a size such as 500MB or 4GB")
+    return size
