@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -52,7 +53,8 @@ def documents(section: TextSection, split: Split) -> list[str]:
     return found
 
 
-def builtin_documents() -> list[str]:
+@functools.cache
+def builtin_documents() -> tuple[str, ...]:
     """English that every Python carries: the language reference and the standard library's docstrings."""
     from pydoc_data import topics
 
@@ -69,7 +71,7 @@ def builtin_documents() -> list[str]:
         docs = [doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > 80]
         if docs:
             texts.append("\n\n".join(docs))
-    return texts
+    return tuple(texts)
 
 
 def read_text(path: Path) -> str:

@@ -134,7 +134,7 @@ def _check_against(
     else:
         plan = MergePlan((), tuple({index: 1.0} for index in range(source.num_layers)))
     faults: list[str] = []
-    for name, tensor in source.read(source.outer_tensor_names).items():
+    for name, tensor in source.each(source.outer_tensor_names):
         if not torch.equal(tensor.to(dtype), artifact.read([name])[name]):
             faults.append(f"{name} is not the source's")
     errors = {module.name: module.weight_error for module in quantize_step.modules} if quantize_step else {}

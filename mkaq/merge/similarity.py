@@ -22,7 +22,7 @@ def equal_frequency_cells(points: npt.NDArray[np.floating], bins: int) -> Labels
         Cell numbers in [0, bins**dimensions), shape (n,).
     """
     count, dimensions = points.shape
-    cells = np.zeros(count, dtype=np.int64)
+    cells: Labels = np.zeros(count, dtype=np.int64)
     for axis in range(dimensions):
         rank = np.empty(count, dtype=np.int64)
         rank[np.argsort(points[:, axis], kind="stable")] = np.arange(count)

@@ -98,7 +98,7 @@ def merge(
     config = merged_config(source, plan, dtype)
     digests = []
     with ShardWriter(folder, shard_size) as writer:
-        for name, tensor in source.read(source.outer_tensor_names).items():
+        for name, tensor in source.each(source.outer_tensor_names):
             writer.add(name, cast(tensor, dtype, name))
         layers = merged_layers(source, plan, dtype)
         for new, tensors in enumerate(progress.track(layers, "merge", len(plan.layers))):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -148,6 +148,11 @@ class Checkpoint:
                 raise CheckpointError(f"tensor {name} holds NaN or infinity", where=self.path)
         return result
 
+    def each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors, with one tensor in memory at a time."""
+        for name in names:
+            yield name, self.read([name])[name]
+
     def layer_tensor_names(self, layer: int) -> list[str]:
         """The names of all tensors of one decoder layer."""
         return self._names_by_layer.get(layer, [])
@@ -186,8 +191,10 @@ def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
                 raise CheckpointError(f"tensor {name} is also in {tensors[name].file}", where=path / file)
             tensors[name] = info
     _check_index(path, tensors)
+    checkpoint = Checkpoint(path, config, tensors)
+    _check_layers(checkpoint)
     ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
-    if "model.embed_tokens.weight" in tensors and _is_tied(config):
+    if checkpoint.hf_config.tie_word_embeddings:
         ignored.add("lm_head.weight")
     checkpoint = Checkpoint(path, config, {k: v for k, v in tensors.items() if k not in ignored})
     _check_complete(checkpoint)
@@ -287,20 +294,19 @@ def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    default = config["model_type"] == "gemma2"
-    return bool(config.get("tie_word_embeddings", default))
+def _check_layers(checkpoint: Checkpoint) -> None:
+    """Before anything is built from config.json, which may ask for any number of layers."""
+    found = max(checkpoint._names_by_layer, default=-1) + 1
+    if found != checkpoint.num_layers:
+        raise CheckpointError(
+            f"config.json says {checkpoint.num_layers} layers, the weights have {found}",
+            where=checkpoint.path,
+        )
 
 
 def _check_complete(checkpoint: Checkpoint) -> None:
     from mkaq.model.expected import expected_tensors
 
-    if checkpoint.layer_tensor_names(checkpoint.num_layers - 1) == []:
-        found = max(checkpoint._names_by_layer, default=-1) + 1
-        raise CheckpointError(
-            f"config.json says {checkpoint.num_layers} layers, the weights have {found}",
-            where=checkpoint.path,
-        )
     expected = expected_tensors(checkpoint)
     if missing := [name for name in expected if name not in checkpoint.tensors]:
         raise CheckpointError(

@@ -27,8 +27,7 @@ def whole_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     model = walk.skeleton
     model.model.layers = nn.ModuleList([walk.place(index) for index in range(walk.num_layers)])
     outer = {
-        name: tensor.to(device, dtype)
-        for name, tensor in checkpoint.read(checkpoint.outer_tensor_names).items()
+        name: tensor.to(device, dtype) for name, tensor in checkpoint.each(checkpoint.outer_tensor_names)
     }
     model.load_state_dict(outer, strict=False, assign=True)
     model.tie_weights()

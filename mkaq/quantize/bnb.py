@@ -81,12 +81,8 @@ def restore_linear(
         linear = bnb.nn.Linear8bitLt(
             **shape, has_fp16_weights=False, threshold=config.get("llm_int8_threshold", 6.0)
         )
-        linear.weight = bnb.nn.Int8Params(
-            tensors["weight"].to(device),
-            requires_grad=False,
-            has_fp16_weights=False,
-            SCB=tensors["SCB"].to(device),
-        )
+        codes = tensors["weight"].to(device)
+        linear.weight = bnb.nn.Int8Params(codes, False, False, CB=codes, SCB=tensors["SCB"].to(device))
     else:
         compute_dtype = getattr(torch, str(config.get("bnb_4bit_compute_dtype", "float32")))
         linear = bnb.nn.Linear4bit(
@@ -105,7 +101,7 @@ def restore_linear(
         )
     if "bias" in tensors:
         linear.bias = nn.Parameter(tensors["bias"].to(device), requires_grad=False)
-    return linear  # type: ignore[no-any-return]
+    return linear.eval()  # type: ignore[no-any-return]
 
 
 def dequantize_linear(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> torch.Tensor:

@@ -52,12 +52,12 @@ def quantize_bitsandbytes(
     modules: list[BnbModule] = []
     config = quantization_config(section, dtype)
     with ShardWriter(folder, shard_size) as writer:
-        for name, tensor in source.read(source.outer_tensor_names).items():
+        for name, tensor in source.each(source.outer_tensor_names):
             writer.add(name, tensor.to(dtype))
         for index in progress.track(range(source.num_layers), "quantize (bitsandbytes)"):
             prefix = f"model.layers.{index}."
             linears = {f"{prefix}{name}.weight" for name in source.family.linear_names}
-            for name, tensor in source.read(source.layer_tensor_names(index)).items():
+            for name, tensor in source.each(source.layer_tensor_names(index)):
                 if name not in linears:
                     writer.add(name, tensor.to(dtype))
                     continue

@@ -95,14 +95,13 @@ def quantize_gptq(
     modules: list[GptqModule] = []
     hidden_states = walk.embed(tokens)
     with ShardWriter(folder, shard_size) as writer:
-        for name, tensor in source.read(source.outer_tensor_names).items():
+        for name, tensor in source.each(source.outer_tensor_names):
             writer.add(name, tensor.to(dtype))
         for index in progress.track(range(walk.num_layers), "quantize (gptq)"):
             prefix = f"model.layers.{index}."
-            linears = {f"{name}.weight" for name in source.family.linear_names}
-            for name, tensor in walk.layer_tensors(index).items():
-                if name not in linears:
-                    writer.add(prefix + name, tensor.to(dtype))
+            linears = {f"{prefix}{name}.weight" for name in source.family.linear_names}
+            for name, tensor in source.each(n for n in source.layer_tensor_names(index) if n not in linears):
+                writer.add(name, tensor.to(dtype))
             with walk.layer(index) as layer:
                 for group in source.family.linears:
                     solved = _solve_group(layer, group, index, hidden_states, section, walk, prefix)

@@ -1,0 +1,132 @@
+"""mkaq's GPTQ against GPTQModel's: the same model, the same calibration tokens, one run.
+
+usage: python benchmarks/oracle_gptq.py --gptqmodel-python .venv-loader/bin/python [--text FILE]
+
+Both quantize the built-in model; the perplexity of both checkpoints is measured by mkaq's walk on
+the same text. GPTQModel runs in a process of its own, with its defaults. Results go to
+benchmarks/results/oracle_gptq.json and .md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mkaq.calibrate.text import documents
+from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer
+from mkaq.evaluate.perplexity import Perplexity, perplexity
+from mkaq.handoff import library_versions
+from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.source import resolve_model
+from mkaq.model.walk import LayerWalk
+from mkaq.progress import Progress
+from mkaq.quantize.gptq_stage import quantize_gptq
+from mkaq.recipe import GptqSection, TextSection
+
+CPU = torch.device("cpu")
+RESULTS = Path(__file__).parent / "results"
+LENGTH = 192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gptqmodel-python", required=True, help="a Python that has GPTQModel")
+    parser.add_argument("--model", default="builtin:tiny-llama")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--num-samples", type=int, default=128)
+    parser.add_argument("--calibration-text", help="a text file; English that Python carries if absent")
+    parser.add_argument("--text", help="a text file to evaluate on; other builtin documents if absent")
+    options = parser.parse_args()
+
+    source = open_checkpoint(resolve_model(options.model))
+    tokenizer, progress = load_tokenizer(source.path), Progress(quiet=True)
+    texts = documents(section_of(options.calibration_text), "calibrate")
+    tokens = calibration_tokens(texts, tokenizer, options.num_samples, LENGTH, 0)
+    sequences = evaluation_sequences(documents(section_of(options.text), "evaluate"), tokenizer, LENGTH)
+
+    def measure(path: Path) -> Perplexity:
+        return perplexity(LayerWalk(open_checkpoint(path, quantized=True), CPU), sequences, progress)
+
+    dense = measure(source.path)
+    print(
+        f"dense: {dense.perplexity:.4f} ± {dense.standard_error:.4f} over {dense.tokens:,} tokens", flush=True
+    )
+    rows: list[dict[str, Any]] = []
+    for bits in options.bits:
+        with tempfile.TemporaryDirectory() as scratch:
+            ours, theirs = Path(scratch, "ours"), Path(scratch, "theirs")
+            ours.mkdir()
+            save_file({"input_ids": tokens}, Path(scratch, "tokens.safetensors"))
+            began = time.perf_counter()
+            section = GptqSection(method="gptq", bits=bits, group_size=options.group_size)
+            walk = LayerWalk(source, CPU)
+            output = {"dtype": source.dtype, "shard_size": 10**10, "progress": progress}
+            quantize_gptq(source, tokens, section, ours, walk=walk, **output)
+            seconds = time.perf_counter() - began
+            worker = [options.gptqmodel_python, str(Path(__file__).with_name("gptqmodel_worker.py"))]
+            worker += [str(source.path), str(Path(scratch, "tokens.safetensors")), str(theirs)]
+            worker += ["--bits", str(bits), "--group-size", str(options.group_size)]
+            run = subprocess.run(worker, capture_output=True, text=True)
+            if run.returncode:
+                sys.exit(run.stderr[-2000:])
+            told = json.loads(run.stdout.strip().splitlines()[-1])
+            row = {"bits": bits, "ours": measure(ours).perplexity, "theirs": measure(theirs).perplexity}
+        row |= {
+            "ratio": row["ours"] / row["theirs"],
+            "seconds_ours": seconds,
+            "seconds_theirs": told["seconds"],
+            "oracle": told,
+        }
+        rows.append(row)
+        print(
+            f"{bits} bits: mkaq {row['ours']:.4f}, GPTQModel {row['theirs']:.4f}, ratio {row['ratio']:.4f}",
+            flush=True,
+        )
+
+    RESULTS.mkdir(exist_ok=True)
+    record = {
+        "dense": dense.as_json(),
+        "rows": rows,
+        "libraries": library_versions(),
+        "options": vars(options),
+    }
+    for key in ("gptqmodel_python", "text", "calibration_text"):
+        record["options"][key] = Path(value).name if (value := record["options"][key]) else None
+    (RESULTS / "oracle_gptq.json").write_text(json.dumps(record, indent=2) + "\n")
+    (RESULTS / "oracle_gptq.md").write_text(table(dense, rows, options))
+    print(table(dense, rows, options))
+
+
+def section_of(path: str | None) -> TextSection:
+    return TextSection(dataset="text", path=path) if path else TextSection()
+
+
+def table(dense: Perplexity, rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    lines = [
+        f"`benchmarks/oracle_gptq.py`: {options.model}, group size {options.group_size}, "
+        f"{options.num_samples} x {LENGTH} calibration tokens, perplexity over {dense.tokens:,} tokens "
+        f"(dense {dense.perplexity:.3f}).",
+        "",
+        "| bits | mkaq | GPTQModel | mkaq / GPTQModel | seconds mkaq | seconds GPTQModel |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['bits']} | {row['ours']:.3f} | {row['theirs']:.3f} | {row['ratio']:.4f} "
+            f"| {row['seconds_ours']:.0f} | {row['seconds_theirs']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

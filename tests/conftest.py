@@ -1,0 +1,67 @@
+"""Shared fixtures: the command line as a user types it, tiny models, recipes."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from mkaq.cli import main
+from tests.tiny import make_model
+
+
+@dataclass
+class Outcome:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def mkaq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Runs a command line in this process: mkaq("run", path, "--set", "merge.layers=1")."""
+
+    def invoke(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["mkaq", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return invoke
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 4-layer Llama. Not to be changed: copy it first."""
+    return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
+    """Writes a small recipe for the tiny model; keyword arguments replace whole sections."""
+
+    def write(**sections: Any) -> Path:
+        data: dict[str, Any] = {
+            "version": 1,
+            "name": "test",
+            "model": {"path": str(tiny)},
+            "calibration": {"dataset": "builtin", "num_samples": 8, "max_seq_length": 32},
+            "merge": {"layers": 1, "manifold": {"points": 128}},
+            "quantize": {"method": "gptq", "bits": 4, "group_size": 32},
+        }
+        data.update(sections)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(data, sort_keys=False))
+        return path
+
+    return write

@@ -1,0 +1,59 @@
+"""Tiny models made on the fly, one per family: two query heads per key head, grouped to fit 32."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mkaq.model.source import BUILTIN
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_EXTRA: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 24},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 3},
+    "qwen3": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32},
+    "phi3": {"original_max_position_embeddings": 256},
+}
+
+
+def make_model(folder: Path, family: str = "llama", layers: int = 4, **changes: Any) -> Path:
+    """Writes a random model of a family, with the built-in tokenizer, and returns its folder."""
+    torch.manual_seed(0)
+    save = {"max_shard_size": changes.pop("shard_size", "5GB")}
+    config = AutoConfig.for_model(
+        family, num_hidden_layers=layers, **_SHAPE | _EXTRA.get(family, {}) | changes
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():  # norms and biases that differ, so that merging shows
+            if tensor.dim() == 1:
+                tensor.add_(torch.randn_like(tensor) * 0.2)
+            elif "embed" not in name:
+                tensor.mul_(3)
+    model.save_pretrained(folder, **save)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(BUILTIN["builtin:tiny-llama"] / name, folder / name)
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Changes keys of config.json; None removes one."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.update(changes)
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
