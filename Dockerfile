@@ -7,10 +7,10 @@
 #
 #   docker run --rm mkaq recipes
 #   mkdir -p runs models ~/.cache/huggingface    # else docker makes them, as root
-#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD/runs:/runs" mkaq run tiny_llama_int4 --output /runs/tiny
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD/runs:/runs" mkaq run tiny_llama_int4
 #   docker run --rm --gpus all --user "$(id -u):$(id -g)" -e HF_TOKEN \
 #       -v "$PWD/models:/models:ro" -v "$HOME/.cache/huggingface:/cache/huggingface" -v "$PWD/runs:/runs" \
-#       mkaq run /runs/recipe.yaml --output /runs/out --device cuda
+#       mkaq run /runs/recipe.yaml
 #
 # `docker stop` interrupts as Ctrl-C does: the same `docker run` resumes.
 
@@ -63,7 +63,8 @@ ENV PATH=/opt/mkaq/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 USER mkaq
-WORKDIR /runs
+# Results go to runs/NAME below the working directory: /runs/NAME.
+WORKDIR /
 VOLUME ["/models", "/cache", "/runs"]
 STOPSIGNAL SIGINT
 ENTRYPOINT ["mkaq"]

@@ -9,7 +9,7 @@ from mkaq.merge.manifold import diffusion_map
 Array = npt.NDArray[np.float64]
 
 
-def circle(count: int = 500, crowding: float = 0.8, features: int = 40) -> tuple[Array, Array]:
+def circle(count: int = 300, crowding: float = 0.8, features: int = 40) -> tuple[Array, Array]:
     """Angles, denser on one side, and their points, turned at random in many dimensions."""
     rng = np.random.default_rng(3)
     even = rng.uniform(0, 2 * np.pi, count)
