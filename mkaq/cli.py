@@ -259,27 +259,45 @@ def evaluate(
     path: Annotated[str | None, typer.Option(help="File or folder of the dataset.")] = None,
     num_samples: Annotated[int | None, typer.Option(help="At most this many sequences.")] = None,
     max_seq_length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness instead, comma-separated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many examples of each task.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="Folder with task files of your own.")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure the perplexity of a model, layer by layer: it may be larger than memory."""
+    """Measure perplexity, layer by layer (the model may be larger than memory), or the scores of tasks."""
     _quiet_libraries()
     from mkaq.calibrate.text import documents
     from mkaq.calibrate.tokens import evaluation_sequences, load_tokenizer
     from mkaq.evaluate.perplexity import perplexity
+    from mkaq.evaluate.tasks import run_tasks
     from mkaq.model.checkpoint import open_checkpoint
     from mkaq.model.source import resolve_model
     from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
     from mkaq.progress import Progress
     from mkaq.recipe import PerplexitySection
 
+    checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
+    tokenizer, dtype = load_tokenizer(checkpoint.path), compute_dtype(checkpoint, place)
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        scores = run_tasks(checkpoint, tokenizer, names, place, dtype, limit=limit, include_path=include_path)
+        if as_json:
+            _print_json({"model": model, "tasks": scores})
+            return
+        rows = [
+            (task, name, f"{value:.4f}")
+            for task, metrics in scores.items()
+            for name, value in metrics.items()
+        ]
+        _print_table(("task", "metric", "value"), rows)
+        return
     values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
     section: PerplexitySection = _section(PerplexitySection, values)
-    checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
-    tokenizer = load_tokenizer(checkpoint.path)
     sequences = evaluation_sequences(documents(section, "evaluate"), tokenizer, max_seq_length, num_samples)
-    walk = LayerWalk(checkpoint, place, compute_dtype(checkpoint, place))
-    measured = perplexity(walk, sequences, Progress())
+    measured = perplexity(LayerWalk(checkpoint, place, dtype), sequences, Progress())
     if as_json:
         _print_json(
             {"model": model, "perplexity": measured.as_json(), "settings": section.model_dump(mode="json")}

@@ -38,8 +38,8 @@ def markov(points: Array, width: float, alpha: float) -> tuple[Array, Array]:
 
 def test_circle_gives_back_the_angle() -> None:
     angles, points = circle(crowding=0.5)
-    coordinates = diffusion_map(points, bandwidth=0.3, alpha=1)
-    assert agreement(angles, coordinates) > 0.999
+    coordinates = diffusion_map(points, bandwidth=0.2, alpha=1)
+    assert agreement(angles, coordinates) > 0.998
     around = np.unwrap(np.arctan2(*coordinates[np.argsort(angles)].T))
     steps = np.diff(around)
     assert (steps > -1e-9).all() or (steps < 1e-9).all()
@@ -50,7 +50,7 @@ def test_only_alpha_one_is_insensitive_to_density() -> None:
     plain, half, full = (
         agreement(angles, diffusion_map(points, bandwidth=0.3, alpha=a)) for a in (0, 0.5, 1)
     )
-    assert plain < 0.96 < half < 0.985 and full > 0.99
+    assert plain < 0.94 < half < 0.98 and full > 0.99
 
 
 @pytest.mark.parametrize("alpha", [0, 0.5, 1])
