@@ -2,9 +2,9 @@
 
 usage: python benchmarks/memory.py [--layers 8 16 32] [--hidden 1024]
 
-For each depth a random Llama is written layer by layer, then three processes are measured side by side:
-`mkaq run` (merge and 4-bit GPTQ), the same model merely loaded by transformers in float32, and an
-interpreter that imports both libraries and does nothing. Results go to benchmarks/results/memory.json and .md.
+For each depth a random Llama is written layer by layer, then three processes are measured side by
+side: `mkaq run` (merge and 4-bit GPTQ), the same model merely loaded by transformers in float32, and
+an interpreter that imports both libraries and does nothing. Results go to benchmarks/results/memory.json and .md.
 """
 
 import argparse
@@ -27,7 +27,10 @@ from mkaq.model.writer import ShardWriter, write_json
 
 RESULTS = Path(__file__).parent / "results"
 PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-LOAD = "import sys, torch; from transformers import AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1], dtype=torch.float32); "
+LOAD = (
+    "import sys, torch; from transformers import AutoModelForCausalLM;"
+    "AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32);"
+)
 NOTHING = "import torch, transformers, mkaq.stages; from transformers import AutoModelForCausalLM; "
 
 

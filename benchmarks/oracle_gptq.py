@@ -120,11 +120,11 @@ def table(dense: Perplexity, rows: list[dict[str, Any]], options: argparse.Names
         "| bits | mkaq | GPTQModel | mkaq / GPTQModel | seconds mkaq | seconds GPTQModel |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['bits']} | {row['ours']:.3f} | {row['theirs']:.3f} | {row['ratio']:.4f} "
-            f"| {row['seconds_ours']:.0f} | {row['seconds_theirs']:.0f} |"
-        )
+    lines += [
+        f"| {row['bits']} | {row['ours']:.3f} | {row['theirs']:.3f} | {row['ratio']:.4f} "
+        f"| {row['seconds_ours']:.0f} | {row['seconds_theirs']:.0f} |"
+        for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
 """Trains tiny-llama: 16 layers x 256, grouped-query attention, 4,096-token byte-level BPE.
 
-usage: train.py TEXT HELDOUT OUT SECONDS
+usage: train_tiny_llama.py TEXT HELDOUT OUT SECONDS
 
 CPU: bfloat16 autocast, eager attention (the backward pass of sdpa is slow there).
 Muon for the hidden matrices, AdamW for embeddings and norms: about half the
@@ -8,9 +8,9 @@ tokens that AdamW alone needed for the same loss.
 """
 
 import math
-import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 TEXT, HELDOUT, OUT, SECONDS = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
 LENGTH, BATCH, PEAK = 192, 24, 3e-3
 torch.manual_seed(0)
-os.makedirs(OUT, exist_ok=True)
+Path(OUT).mkdir(parents=True, exist_ok=True)
 
-text, held = open(TEXT).read(), open(HELDOUT).read()
+text, held = Path(TEXT).read_text(encoding="utf-8"), Path(HELDOUT).read_text(encoding="utf-8")
 bpe = Tokenizer(models.BPE())
 bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 bpe.decoder = decoders.ByteLevel()
