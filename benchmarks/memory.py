@@ -4,7 +4,8 @@ usage: python benchmarks/memory.py [--layers 8 16 32] [--hidden 1024]
 
 For each depth a random Llama is written layer by layer, then three processes are measured side by
 side: `mkaq run` (merge and 4-bit GPTQ), the same model merely loaded by transformers in float32, and
-an interpreter that imports both libraries and does nothing. Results go to benchmarks/results/memory.json and .md.
+an interpreter that imports both libraries and does nothing. Results go to
+benchmarks/results/memory.json and .md.
 """
 
 import argparse
@@ -83,7 +84,8 @@ def write_model(folder: Path, layers: int, hidden: int) -> int:
     config = LlamaConfig(
         vocab_size=4096, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, max_position_embeddings=2048,
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+        tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     with ShardWriter(folder, 10**9) as writer:
@@ -109,8 +111,8 @@ def measure(code: str, *arguments: str) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "`benchmarks/memory.py`: peak resident memory in GB of a whole `mkaq run` (merge 25 %, GPTQ 4 bits), of merely",
-        "loading the same model in transformers (float32), and of importing the libraries.",
+        "`benchmarks/memory.py`: peak resident memory in GB of a whole `mkaq run` (merge 25 %, GPTQ 4 bits),",
+        "of merely loading the same model in transformers (float32), and of importing the libraries.",
         "",
         "| layers | checkpoint | mkaq run | as planned | transformers load | imports |",
         "|---|---|---|---|---|---|",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from mkaq.calibrate.text import Split, builtin_documents, documents, text_digest
 from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer
@@ -19,9 +20,19 @@ from mkaq.recipe import Dataset, TextSection
 PROSE = "\n".join(f"Line {i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs." for i in range(400))
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(BUILTIN["builtin:tiny-llama"])
+@pytest.fixture(scope="module", params=["plain", "bos"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    """The built-in tokenizer, and one that puts BOS before every text."""
+    loaded = load_tokenizer(BUILTIN["builtin:tiny-llama"])
+    if request.param == "bos":
+        start = TemplateProcessing(single=f"{loaded.bos_token} $A", special_tokens=[(loaded.bos_token, 0)])
+        loaded.backend_tokenizer.post_processor = start
+    assert tokenizer_start(loaded) == ([0] if request.param == "bos" else [])
+    return loaded
+
+
+def tokenizer_start(tokenizer: Any) -> list[int]:
+    return list(tokenizer("a")["input_ids"][:-1])
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +209,7 @@ def test_samples_are_chosen_by_the_seed(tokenizer: Any) -> None:
 
 
 def test_sequences_are_whole_text_after_what_the_tokenizer_puts_first(tokenizer: Any) -> None:
-    start = tokenizer("a")["input_ids"][:-1]
+    start = tokenizer_start(tokenizer)
     rows = evaluation_sequences([PROSE], tokenizer, 50)
     assert {len(row) for row in rows[:-1]} == {50} and 1 < len(rows[-1]) <= 50
     assert all(row[: len(start)] == start for row in rows)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from mkaq.errors import CheckpointError, UnsupportedError
 from mkaq.model.architecture import LAYER_PREFIX, Family, family_of, layer_count
+from mkaq.model.expected import expected_tensors, plain_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -120,8 +121,6 @@ class Checkpoint:
     @cached_property
     def dense_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of this model without quantization."""
-        from mkaq.model.expected import plain_tensors
-
         return plain_tensors(self.hf_config)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -305,9 +304,8 @@ def _check_layers(checkpoint: Checkpoint) -> None:
 
 
 def _check_complete(checkpoint: Checkpoint) -> None:
-    from mkaq.model.expected import expected_tensors
-
-    expected = expected_tensors(checkpoint)
+    family, where = checkpoint.family, checkpoint.path / "config.json"
+    expected = expected_tensors(checkpoint.dense_shapes, family.linear_names, checkpoint.quantization, where)
     if missing := [name for name in expected if name not in checkpoint.tensors]:
         raise CheckpointError(
             f"{len(missing)} tensors missing that config.json implies, such as {missing[0]}",

@@ -1,12 +1,10 @@
 """The tensors that a configuration implies, for plain and for quantized checkpoints."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from mkaq.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from mkaq.model.checkpoint import Checkpoint
 
 Shape = tuple[int, ...]
 
@@ -35,35 +33,41 @@ def plain_tensors(hf_config: Any) -> dict[str, Shape]:
     return shapes
 
 
-def expected_tensors(checkpoint: "Checkpoint") -> dict[str, Shape | None]:
-    """Name and shape (None: any) of every tensor that the checkpoint must hold.
+def expected_tensors(
+    plain: Mapping[str, Shape], linear_names: Iterable[str], config: Mapping[str, Any] | None, where: object
+) -> dict[str, Shape | None]:
+    """Name and shape (None: any) of every tensor that a checkpoint must hold.
+
+    Args:
+        plain: The same without quantization, from `plain_tensors`.
+        linear_names: The linear layers of a decoder layer.
+        config: The checkpoint's quantization_config.
+        where: Named in errors.
 
     Raises:
-        CheckpointError: If its quantization_config is not one that can be read.
+        CheckpointError: If the quantization_config is not one that can be read.
     """
-    plain = checkpoint.dense_shapes
-    config = checkpoint.quantization
     if config is None:
         return dict(plain)
-    linears = set(checkpoint.family.linear_names)
+    linears = set(linear_names)
     result: dict[str, Shape | None] = {}
     for name, shape in plain.items():
         found = re.fullmatch(r"model\.layers\.\d+\.(.+)\.weight", name)
         if not found or found[1] not in linears:
             result[name] = shape
         elif config["quant_method"] == "gptq":
-            result.update(_gptq_tensors(name.removesuffix(".weight"), shape, config, checkpoint))
+            result.update(_gptq_tensors(name.removesuffix(".weight"), shape, config, where))
         else:
             result.update(_bitsandbytes_tensors(name, shape, config))
     return result
 
 
-def _gptq_tensors(module: str, shape: Shape, config: Any, checkpoint: "Checkpoint") -> dict[str, Shape]:
+def _gptq_tensors(module: str, shape: Shape, config: Any, where: object) -> dict[str, Shape]:
     bits, group_size = config.get("bits"), config.get("group_size")
     if bits not in (2, 3, 4, 8) or not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
         raise CheckpointError(
             f"quantization_config has bits {bits!r} and group_size {group_size!r}",
-            where=checkpoint.path / "config.json",
+            where=where,
         )
     out_features, in_features = shape
     groups = 1 if group_size == -1 else -(-in_features // group_size)
