@@ -1,19 +1,17 @@
 """The command line. torch and transformers are imported inside commands, so that --help is instant."""
 
-import errno
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mkaq import __version__
-from mkaq.errors import Interrupted, MkaqError, ResourceError, UsageError
+from mkaq.errors import UsageError, as_mkaq_error
 
 if TYPE_CHECKING:
     from mkaq.recipe import Recipe
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="mkaq",
     help="Merge the similar layers of a language model, quantize the rest, ship one verified artifact.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -363,7 +360,7 @@ def schema() -> None:
 
 
 def _load(recipe: str, settings: list[str], output: Path | None) -> "tuple[Recipe, Path]":
-    from mkaq.recipe import load_recipe
+    from mkaq.recipe_file import load_recipe
     from mkaq.shipped import find_recipe
 
     loaded = load_recipe(find_recipe(recipe), settings)
@@ -410,57 +407,14 @@ def _quiet_libraries() -> None:
 def main() -> None:
     """The entry point: runs a command and turns every error into one message and an exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(_exit_code(lambda: app(standalone_mode=False), "--debug" in sys.argv))
-
-
-def _exit_code(command: Callable[[], Any], debug: bool) -> int:
-    from click.exceptions import Abort, ClickException
-
     try:
-        command()
-    except MkaqError as error:
-        return _say(error, debug)
-    except ClickException as error:
-        return _say(UsageError(error.format_message(), fix="see --help"), debug)
-    except (KeyboardInterrupt, Abort):
-        return _say(
-            Interrupted("interrupted; finished stages are kept", fix="the same command resumes"), debug
-        )
+        app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except BrokenPipeError:
-        return 0
-    except OSError as error:
-        return _say(_os_error(error), debug)
-    except MemoryError:
-        return _say(ResourceError("out of memory"), debug)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            return _say(
-                ResourceError(f"out of memory on the device: {error}", fix="fewer or shorter samples"), debug
-            )
-        message = f"{type(error).__name__}: {error}"
-        return _say(
-            MkaqError(f"a fault of mkaq itself: {message}", fix="please report it, with what --debug shows"),
-            debug,
-        )
-    return 0
-
-
-def _os_error(error: OSError) -> MkaqError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ResourceError(
-            "the disk is full",
-            where=error.filename,
-            fix="free some, or use --output; the same command resumes",
-        )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return UsageError(
-            "may not be written or read", where=error.filename, fix="check its permissions, or use --output"
-        )
-    return UsageError(str(error.strerror or error), where=error.filename)
-
-
-def _say(error: MkaqError, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"mkaq: {error}", file=sys.stderr)
-    return error.exit_code
+        sys.exit(0)
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        told = as_mkaq_error(error)
+        print(f"mkaq: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
+    sys.exit(0)

@@ -1,5 +1,7 @@
 """The errors that a user can meet: one clear message each, and the exit code that goes with it."""
 
+import errno
+
 
 class MkaqError(Exception):
     """An error with a place and a remedy.
@@ -55,3 +57,32 @@ class Interrupted(MkaqError):
     """The user stopped the run; the same command resumes it."""
 
     exit_code = 75
+
+
+def as_mkaq_error(error: BaseException) -> MkaqError:
+    """Any error as the one message that the user is shown."""
+    match error:
+        case MkaqError():
+            return error
+        case KeyboardInterrupt():
+            return Interrupted("interrupted; finished stages are kept", fix="the same command resumes")
+        case OSError():
+            return _os_error(error)
+        case MemoryError():
+            return ResourceError("out of memory", fix="fewer or shorter samples, or a larger machine")
+    if hasattr(error, "format_message"):  # what typer raises for a wrong command line
+        return UsageError(error.format_message(), fix="see --help")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return ResourceError(f"out of memory on the device: {error}", fix="fewer or shorter samples")
+    message = f"a fault of mkaq itself: {type(error).__name__}: {error}"
+    return MkaqError(message, fix="please report it, with what --debug shows")
+
+
+def _os_error(error: OSError) -> MkaqError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        fix = "free some, or use --output; the same command resumes"
+        return ResourceError("the disk is full", where=error.filename, fix=fix)
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        fix = "check its permissions, or use --output"
+        return UsageError("may not be written or read", where=error.filename, fix=fix)
+    return UsageError(str(error.strerror or error), where=error.filename)

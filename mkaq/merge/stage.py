@@ -17,7 +17,7 @@ from mkaq.merge.plan import MergePlan, plan_merge
 from mkaq.merge.similarity import equal_frequency_cells, similarity_matrix
 from mkaq.model.architecture import keep_layers
 from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.walk import LayerWalk
+from mkaq.model.walk import LayerWalk, return_freed_memory
 from mkaq.model.writer import ShardWriter, tensor_bytes, write_json, write_side_files
 from mkaq.progress import Progress
 from mkaq.recipe import ManifoldSection, MergeSection
@@ -105,6 +105,7 @@ def merge(
             digests.append(digest_layer(tensors))
             for name, tensor in tensors.items():
                 writer.add(f"model.layers.{new}.{name}", tensor)
+            return_freed_memory()
     write_json(folder / "config.json", config)
     write_side_files(source, folder)
     write_json(folder / "merge_plan.json", {**plan.as_json(), "layer_sha256": digests})

@@ -7,6 +7,7 @@ every layer is a recorder gives the keyword arguments of each layer (position em
 mask of its own type); they are kept per sequence length and used with any batch.
 """
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -95,6 +96,7 @@ class LayerWalk:
             for name, linear in self._linears[index].items():
                 layer.set_submodule(name, linear)
             layer.to("meta")
+            return_freed_memory()
 
     def place(self, index: int) -> nn.Module:
         """Gives a decoder layer its weights, for good."""
@@ -215,6 +217,17 @@ def batches(hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
     """Views of consecutive samples, about `TOKENS_PER_BATCH` tokens each."""
     size = max(1, TOKENS_PER_BATCH // hidden_states.shape[1])
     yield from torch.split(hidden_states, size)
+
+
+def return_freed_memory() -> None:
+    """Gives freed heap back to the system.
+
+    The allocator of glibc keeps it otherwise, in holes between the small tensors of one layer and
+    the large ones of the next, and a walk's memory grows by about a layer a layer.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def pick_device(name: str) -> torch.device:

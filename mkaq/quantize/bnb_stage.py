@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from mkaq.model.checkpoint import Checkpoint
+from mkaq.model.walk import return_freed_memory
 from mkaq.model.writer import ShardWriter, write_json, write_side_files
 from mkaq.progress import Progress
 from mkaq.quantize.bnb import dequantize_linear, quantization_config, quantize_linear
@@ -66,6 +67,7 @@ def quantize_bitsandbytes(
                 modules.append(BnbModule(module, relative_error(tensor, dequantize_linear(stored, config))))
                 for part, value in stored.items():
                     writer.add(f"{module}.{part}", value)
+            return_freed_memory()
     whole = {**source.config, "dtype": str(dtype).removeprefix("torch."), "quantization_config": config}
     whole.pop("torch_dtype", None)
     write_json(folder / "config.json", whole)

@@ -1,0 +1,214 @@
+"""Reading a recipe: YAML, overrides, and every fault at once with its line, key and a suggestion."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mkaq.errors import MkaqError, UnsupportedError, UsageError
+from mkaq.recipe import Recipe
+
+_LATER = {  # options that DESIGN names and this version does not have
+    ("merge", "order"): ("measured",),
+    ("merge", "fuse"): ("channels",),
+    ("merge", "coefficient"): ("measured",),
+}
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file, applies `KEY=VALUE` overrides, and checks the whole.
+
+    Args:
+        path: The YAML file.
+        overrides: Dotted keys with YAML values, such as `merge.ratio=0.25`.
+
+    Raises:
+        UsageError: With every fault of the file, each with its line and key.
+        UnsupportedError: If the only faults are options that this version does not have.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError("no such recipe", where=path, fix="`mkaq recipes` lists those that ship") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot be read: {error}", where=path) from None
+    data, lines = _parse_yaml(text, path)
+    for override in overrides:
+        _apply(data, lines, override)
+    faults, later = _faults(data)
+    if not faults and not later:
+        return Recipe.model_validate(data)
+    raise _report(path, lines, faults, later)
+
+
+def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """The file's data, and for each key path the place (`line N`) that sets it."""
+    lines: dict[tuple[str, ...], str] = {}
+    repeated: list[str] = []
+
+    def visit(node: yaml.Node, at: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, value in node.value:
+                here = (*at, str(key.value))
+                place = f"line {key.start_mark.line + 1}"
+                if key.value in seen:
+                    repeated.append(f"  {place}, {'.'.join(here)}: given twice")
+                seen.add(key.value)
+                lines[here] = place
+                visit(value, here)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                lines[(*at, str(index))] = f"line {value.start_mark.line + 1}"
+                visit(value, (*at, str(index)))
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            visit(root, ())
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UsageError(f"is not YAML: {' '.join(str(error).split())[:300]}", where=path) from None
+    if repeated:
+        raise UsageError("faults in the recipe:\n" + "\n".join(repeated), where=path)
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise UsageError("is not a mapping of recipe keys", where=path, fix="`mkaq schema` describes them")
+    return data, lines
+
+
+def _apply(data: dict[str, Any], lines: dict[tuple[str, ...], str], override: str) -> None:
+    key, sign, value = override.partition("=")
+    keys = tuple(key.strip().split("."))
+    if not sign or not all(keys):
+        raise UsageError(
+            f"{override!r} is not KEY=VALUE", where="--set", fix="for example --set merge.ratio=0.25"
+        )
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
+    section = data
+    for part in keys[:-1]:
+        inner = section.get(part)
+        if inner is None:
+            inner = section[part] = {}
+        if not isinstance(inner, dict):
+            raise UsageError(f"{part} holds a value, not a section", where=f"--set {key}")
+        section = inner
+    section[keys[-1]] = parsed
+    lines[keys] = f"--set {key}"
+
+
+def _faults(data: dict[str, Any]) -> tuple[dict[tuple[str, ...], str], dict[tuple[str, ...], str]]:
+    """Faults by key path, and apart from them options that only a later version has."""
+    later: dict[tuple[str, ...], str] = {}
+    for (section, key), values in _LATER.items():
+        inner = data.get(section)
+        if isinstance(inner, dict) and inner.get(key) in values:
+            later[section, key] = f"{inner[key]!r} is not in this version"
+    if data.get("recover") is not None:
+        later[("recover",)] = "the recover stage is not in this version; set it to null"
+    formats = data["export"].get("formats") if isinstance(data.get("export"), dict) else None
+    if isinstance(formats, list) and (others := [f for f in formats if f in ("gguf", "mlx", "onnx")]):
+        later["export", "formats"] = f"{', '.join(others)} not in this version; only safetensors"
+    faults: dict[tuple[str, ...], str] = {}
+    try:
+        Recipe.model_validate(data)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            keys = _key_path(item["loc"], data, item["type"] in ("missing", "extra_forbidden"))
+            if any(keys[: len(known)] == known for known in later):
+                continue
+            message = _message(item, keys)
+            known_message = faults.get(keys)
+            if known_message is None:
+                faults[keys] = message
+            elif message not in known_message:
+                faults[keys] = f"{known_message}, or {message.partition(' (')[0]}"
+    return faults, later
+
+
+def _key_path(loc: tuple[int | str, ...], data: Any, last_is_key: bool) -> tuple[str, ...]:
+    """pydantic's location without the union tags that it adds: the keys that the user wrote."""
+    keys: list[str] = []
+    for index, part in enumerate(loc):
+        inside = dict(enumerate(data)) if isinstance(data, list) else data
+        if isinstance(inside, dict) and part in inside:
+            data = inside[part]
+        elif not (last_is_key and index == len(loc) - 1):
+            continue
+        keys.append(str(part))
+    return tuple(keys)
+
+
+def _message(item: Any, keys: tuple[str, ...]) -> str:
+    kind, given = item["type"], item.get("input")
+    if kind == "extra_forbidden":
+        known = sorted(_known_keys(keys[:-1]))
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key ({hint})"
+    if kind == "missing":
+        return "is required"
+    if kind == "literal_error":
+        expected = item["ctx"]["expected"]
+        options = re.findall(r"'([^']*)'", expected)
+        near = difflib.get_close_matches(str(given), options, n=1)
+        return f"must be {expected}, not {given!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    if kind == "value_error":
+        return str(item["ctx"]["error"])
+    if kind == "union_tag_invalid":
+        return f"method must be one of {item['ctx']['expected_tags']}, not {item['ctx']['tag']!r}"
+    if kind == "union_tag_not_found":
+        return "method is required: gptq or bitsandbytes"
+    if kind == "string_pattern_mismatch":
+        return f"{given!r} may hold letters, digits, dots, dashes and underscores only"
+    message = str(item["msg"])
+    return f"{message[0].lower()}{message[1:]}" + (
+        "" if isinstance(given, dict | list) else f", not {given!r}"
+    )
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType, Annotated):
+        for inner in get_args(annotation):
+            yield from _sections(inner)
+
+
+def _known_keys(path: tuple[str, ...]) -> set[str]:
+    models: list[type[BaseModel]] = [Recipe]
+    for part in path:
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        models = [section for field in fields for section in _sections(field.annotation)]
+    return {name for model in models for name in model.model_fields}
+
+
+def _report(
+    path: Path,
+    lines: dict[tuple[str, ...], str],
+    faults: dict[tuple[str, ...], str],
+    later: dict[tuple[str, ...], str],
+) -> MkaqError:
+    def place(keys: tuple[str, ...]) -> str:
+        for end in range(len(keys), 0, -1):
+            if keys[:end] in lines:
+                return lines[keys[:end]]
+        return next((at for inner, at in lines.items() if inner[: len(keys)] == keys), "line 1")
+
+    everything = {**faults, **later}
+    listed = sorted((place(keys), keys, text) for keys, text in everything.items())
+    listed.sort(key=lambda row: int(row[0].split()[1]) if row[0].startswith("line") else 10**9)
+    rows = [f"  {where}, {'.'.join(keys) or 'recipe'}: {text}" for where, keys, text in listed]
+    count = f"{len(rows)} fault{'s' if len(rows) > 1 else ''}"
+    kind = UsageError if faults else UnsupportedError
+    return kind(
+        f"{count} in the recipe:\n" + "\n".join(rows), where=path, fix="`mkaq schema` describes every key"
+    )
