@@ -23,6 +23,15 @@ from mkaq.errors import UsageError, VerificationError
 from mkaq.model.writer import write_json
 
 HANDOFF = "handoff.json"
+PLACES = (
+    "calibrate",
+    "merge",
+    "quantize",
+    "artifact",
+    "evaluate/source",
+    "evaluate/merge",
+    "evaluate/quantize",
+)
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "bitsandbytes")
 
 
@@ -114,7 +123,7 @@ def publish(
     place = folder / HANDOFF if inside else folder.parent / f".{folder.name}.{HANDOFF}"
     if not fresh and (found := _find(folder, place, fingerprint)):
         return found
-    scratch = folder.parent / f".{folder.name}.partial"
+    scratch = _scratch(folder)
     _remove(scratch)
     scratch.mkdir(parents=True)
     try:
@@ -165,13 +174,21 @@ def _find(folder: Path, place: Path, fingerprint: str) -> Handoff | None:
 
 
 def _replace(scratch: Path, folder: Path) -> None:
-    old = folder.parent / f".{folder.name}.old"
+    old = _old(folder)
     _remove(old)
     if folder.exists():
         folder.rename(old)
     scratch.rename(folder)
     _sync_folder(folder.parent)
     _remove(old)
+
+
+def _scratch(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.partial"
+
+
+def _old(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.old"
 
 
 def _remove(folder: Path) -> None:
@@ -215,9 +232,10 @@ def locked(folder: Path) -> Iterator[None]:
             raise UsageError(
                 "another mkaq run is working here", where=folder, fix=f"wait for it, or {fix}"
             ) from None
-        for old in folder.rglob(".*.old"):
-            place = old.parent / old.name[1:-4]
-            _remove(old) if place.exists() else old.rename(place)
-        for scratch in folder.rglob(".*.partial"):
+        for place in (folder / name for name in PLACES):
+            scratch, old = _scratch(place), _old(place)
+            if old.exists() and not place.exists():
+                old.rename(place)
+            _remove(old)
             _remove(scratch)
         yield

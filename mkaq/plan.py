@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from mkaq.errors import ResourceError, UsageError
+from mkaq.handoff import PLACES
 from mkaq.merge.plan import layers_to_remove
 from mkaq.model.architecture import keep_layers
 from mkaq.model.checkpoint import Checkpoint
@@ -101,7 +102,7 @@ def check_resources(plan: RunPlan, folder: Path, device: torch.device) -> None:
         ResourceError: If the disk or the memory is too small.
     """
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    there = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
+    there = sum(p.stat().st_size for name in PLACES for p in (folder / name).glob("*") if p.is_file())
     free = shutil.disk_usage(place).free
     if plan.disk_bytes - there > free:
         raise ResourceError(

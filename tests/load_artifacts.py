@@ -1,6 +1,7 @@
 """Loads checkpoints in plain transformers, in an environment without mkaq: a script of test_loader.py.
 
-usage: load_artifacts.py FOLDER...   writes FOLDER/.logits.safetensors for token ids in FOLDER/.ids.safetensors
+usage: load_artifacts.py FOLDER...
+Writes FOLDER/.logits.safetensors for the token ids in FOLDER/.ids.safetensors.
 """
 
 import importlib.util

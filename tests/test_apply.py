@@ -82,14 +82,15 @@ def test_layers_are_added_in_the_order_of_the_weights() -> None:
     assert not torch.equal(forward, backward)
 
 
-def test_checkpoint_merges_norms_and_biases_and_keeps_lone_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_checkpoint_merges_norms_and_biases_and_keeps_lone_layers(tmp_path: Path, dtype: torch.dtype) -> None:
     source = open_checkpoint(make_model(tmp_path / "model", "qwen2", layers=3))
     plan = MergePlan((), ({0: 1.0}, {1: 0.3, 2: 0.7}))
-    lone, merged = merged_layers(source, plan, torch.bfloat16)
+    lone, merged = merged_layers(source, plan, dtype)
     old = [source.read(source.layer_tensor_names(index)) for index in range(3)]
     assert {"input_layernorm.weight", "self_attn.k_proj.bias"} < merged.keys()
     for name in merged:
         first, second = (old[index][f"model.layers.{index}.{name}"] for index in (1, 2))
-        expected = (first.float() * 0.3 + second.float() * 0.7).bfloat16()
-        assert torch.equal(merged[name], expected) and not torch.equal(expected, first)
-        assert torch.equal(lone[name], old[0][f"model.layers.0.{name}"])
+        expected = (first.float() * 0.3 + second.float() * 0.7).to(dtype)
+        assert torch.equal(merged[name], expected) and not torch.equal(expected, first.to(dtype))
+        assert lone[name].dtype == dtype and torch.equal(lone[name], old[0][f"model.layers.0.{name}"])

@@ -212,9 +212,6 @@ def test_old_stage_beside_a_new_one_is_removed(tmp_path: Path) -> None:
         assert (tmp_path / "merge" / "a.txt").read_text() == "one"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="whatever below the folder is named like a leftover is renamed or deleted"
-)
 def test_files_of_others_in_the_run_folder_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes" / ".draft.partial").mkdir(parents=True)
     (tmp_path / "notes" / ".draft.partial" / "chapter.txt").write_text("mine")

@@ -45,6 +45,9 @@ def test_known_value() -> None:
 def test_independent_is_about_zero() -> None:
     first, second = np.random.default_rng(0).normal(size=(2, 50_000, 2))
     assert npib(equal_frequency_cells(first, 4), equal_frequency_cells(second, 4)) < 0.001
+    assert (
+        npib(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])) == 0
+    )  # the correction alone would make it negative
 
 
 def test_constant_labels_share_nothing_but_are_alike() -> None:

@@ -10,6 +10,7 @@ import json
 import lzma
 import sys
 import sysconfig
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -87,7 +88,7 @@ def read_text(path: Path) -> str:
         elif path.suffix == ".gz":
             data = gzip.decompress(data)
         return data.decode("utf-8")
-    except (OSError, lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, lzma.LZMAError, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read as UTF-8 text: {error}", where=path) from None
 
 
@@ -108,7 +109,7 @@ def _text(path: Path, split: Split) -> list[str]:
 def _jsonl(path: Path, split: Split) -> list[str]:
     result = []
     for file in _files(path, (".jsonl", ".ndjson")):
-        for number, line in enumerate(read_text(file).splitlines(), 1):
+        for number, line in enumerate(read_text(file).split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -143,7 +144,11 @@ def _mmlu(path: Path, split: Split) -> list[str]:
     for file in sorted(folder.glob(f"*_{kind}.csv")):
         subject = file.name.removesuffix(f"_{kind}.csv").replace("_", " ")
         questions = [f"The following are multiple choice questions (with answers) about {subject}.\n"]
-        for number, row in enumerate(csv.reader(io.StringIO(read_text(file), newline="")), 1):
+        try:
+            rows = list(csv.reader(io.StringIO(read_text(file), newline="")))
+        except csv.Error as error:
+            raise UsageError(f"is not CSV: {error}", where=file) from None
+        for number, row in enumerate(rows, 1):
             if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
                 raise UsageError(f"row {number} is not question, A, B, C, D, answer", where=file)
             choices = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row[1:5], strict=True))

@@ -47,7 +47,8 @@ def diffusion_map(
     root = np.sqrt(kernel.sum(axis=1))
     kernel /= np.outer(root, root)
     values, vectors = eigh(kernel, subset_by_index=[count - 1 - dimensions, count - 1], overwrite_a=True)
-    coordinates = (vectors / vectors[:, -1:])[:, -2::-1] * np.maximum(values[-2::-1], 0) ** time
+    trivial = root / np.linalg.norm(root)  # the leading eigenvector, known in closed form
+    coordinates = vectors[:, -2::-1] / trivial[:, None] * np.maximum(values[-2::-1], 0) ** time
     largest = np.abs(coordinates).argmax(axis=0)
     result: Array = coordinates * np.where(coordinates[largest, np.arange(dimensions)] < 0, -1.0, 1.0)
     return result

@@ -13,24 +13,25 @@ from safetensors import safe_open
 from mkaq.errors import VerificationError
 from mkaq.model.checkpoint import INDEX, SINGLE, Checkpoint
 
-_NAMES = {
+_NAMES = {  # in the order in which the safetensors library lays types: aligned, the largest first
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
     torch.int8: "I8",
     torch.uint8: "U8",
 }
+_RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 
 
 class ShardWriter:
     """Writes tensors to safetensors files as they come, with one tensor in memory at a time.
 
     Data is spooled to a scratch file beside the shard and given its header when the shard is
-    full. Within a shard tensors lie as the safetensors library lays them (by falling item size,
-    then by name), so that each is aligned. On leaving the `with` block every tensor is read
+    full. Within a shard tensors lie as the safetensors library lays them (by type, the
+    largest first, then by name), so that each is aligned. On leaving the `with` block every tensor is read
     back and compared.
 
     Args:
@@ -76,7 +77,7 @@ class ShardWriter:
             self._compare()
 
     def _close_shard(self) -> None:
-        order = sorted(self._pending, key=lambda name: (-self._pending[name][0].itemsize, name))
+        order = sorted(self._pending, key=lambda name: (_RANK[self._pending[name][0]], name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in order:

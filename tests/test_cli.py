@@ -1,0 +1,551 @@
+"""The commands, as a user types them: what they print, what they change, what `verify` finds."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from mkaq import __version__, pipeline
+from mkaq.export.manifest import MANIFEST, manifest_schema, read_manifest
+from mkaq.handoff import digest_of
+from mkaq.progress import Progress
+from mkaq.recipe import Recipe
+from mkaq.recipe_file import load_recipe
+from tests.conftest import Outcome
+from tests.tiny import edit_config, make_model
+
+Mkaq = Callable[..., Outcome]
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+STAGES = ["evaluate/source", "calibrate", "merge", "evaluate/merge"]
+STAGES += ["quantize", "evaluate/quantize", "artifact"]
+MAIN = "from mkaq.cli import main; main()"
+ONE_THREAD = "import torch; torch.set_num_threads(1)"
+PROTECT = {"protect": {"first": 1, "last": 0}, "manifold": {"points": 128}}
+
+
+def write_text(path: Path) -> Path:
+    """Some English: 70 of Python's help topics."""
+    path.write_text("\n\n".join(topics.topics[name] for name in sorted(topics.topics)[:70]), encoding="utf-8")
+    return path
+
+
+def write_recipe(path: Path, model: Path, text: Path, /, **sections: Any) -> Path:
+    """A small recipe on a text file; keyword arguments replace whole sections."""
+    plain = {"dataset": "text", "path": str(text), "max_seq_length": 32}
+    data: dict[str, Any] = {
+        "version": 1,
+        "name": "test",
+        "model": {"path": str(model)},
+        "calibration": {**plain, "num_samples": 8},
+        "merge": {"layers": 1, **PROTECT},
+        "quantize": {"method": "gptq", "bits": 4, "group_size": 32},
+        "evaluate": {"perplexity": {**plain, "num_samples": 2}},
+    }
+    path.write_text(yaml.safe_dump(data | sections, sort_keys=False))
+    return path
+
+
+def run_quietly(recipe: Path, folder: Path) -> Path:
+    """A run without the command line, for fixtures; returns its folder."""
+    pipeline.run(load_recipe(recipe), folder, torch.device("cpu"), Progress(quiet=True))
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def told(outcome: Outcome) -> dict[str, bool]:
+    """From the lines of a run: each stage, and whether it was kept."""
+    lines = [line.partition(": ") for line in outcome.err.splitlines()]
+    return {stage: text == "unchanged, kept" for stage, _, text in lines if stage in STAGES}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "topics.txt")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("small") / "model", layers=3)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) -> Path:
+    """The recipe of `done`."""
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "recipe.yaml", model, text)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Path:
+    """A finished run. Not to be changed: copy it first."""
+    return run_quietly(plain, tmp_path_factory.mktemp("done") / "run")
+
+
+@pytest.fixture
+def copy(done: Path, tmp_path: Path) -> Path:
+    """A finished run to change; the artifact below it."""
+    return shutil.copytree(done, tmp_path / "run")
+
+
+def command(*arguments: object) -> list[str]:
+    """A command line for another process, which computes as this one does."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {ONE_THREAD}; {MAIN}"
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def test_help_and_version_are_instant() -> None:
+    check = "assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\ntry:\n {MAIN}\nfinally:\n {check}"
+    for arguments, expected in {
+        ("--help",): "Commands",
+        ("run", "--help"): "--until",
+        ("--version",): __version__,
+    }.items():
+        times = []
+        for _ in range(3):  # the machine may be busy: the best of three counts
+            began = time.perf_counter()
+            told = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+            times.append(time.perf_counter() - began)
+            assert (told.returncode, told.stderr) == (0, "")
+            assert expected in told.stdout
+            if times[-1] < 0.5:
+                break
+        assert min(times) < 0.5
+
+
+def test_help_names_every_command(mkaq: Mkaq) -> None:
+    text = mkaq("--help").out
+    for name in ("run", "plan", "analyze", "inspect", "verify", "eval", "generate", "recipes", "schema"):
+        assert f"\n  {name} " in text
+        assert "Usage" in mkaq(name, "--help").out
+
+
+def test_two_runs_from_scratch_are_byte_identical(done: Path, plain: Path, tmp_path: Path) -> None:
+    """In another process and folder; and `--json` leaves nothing but JSON on stdout."""
+    (tmp_path / "elsewhere").mkdir()
+    line = command("run", plain, "--output", "here", "--json")
+    outcome = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path / "elsewhere")
+    assert outcome.returncode == 0, outcome.stderr
+    result = json.loads(outcome.stdout)
+    folder = tmp_path / "elsewhere" / "here"
+    assert (result["run"], result["artifact"]) == ("here", "here/artifact")
+    assert tree(folder / "artifact") == tree(done / "artifact")
+    for stage in STAGES:
+        assert tree(folder / stage) == tree(done / stage), stage
+    assert [stage["stage"] for stage in result["stages"]] == ["source", "merge", "quantize"]
+    assert [stage["layers"] for stage in result["stages"]] == [3, 2, 2]
+    manifest = read_manifest(done / "artifact")
+    for stage in result["stages"]:
+        assert stage["perplexity"] == manifest.evaluation[stage["stage"]]["perplexity"]
+
+
+def test_run_prints_a_table_and_where_the_artifact_is(
+    plain: Path, copy: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    outcome = mkaq("run", plain, "--output", copy)
+    header, *rows, last = outcome.out.splitlines()
+    assert header.split()[:3] == ["stage", "layers", "parameters"]
+    assert [row.split()[0] for row in rows] == ["source", "merge", "quantize"]
+    assert all("±" in row for row in rows)
+    assert last == f"artifact: {copy / 'artifact'}"
+    assert (copy / "report.html").stat().st_size > 5000
+    log = json.loads((copy / "run.json").read_text())
+    assert [row["stage"] for row in log["stages"]] == STAGES and log["peak_memory_bytes"] > 10**8
+
+
+def test_second_run_reuses_everything(plain: Path, copy: Path, mkaq: Mkaq) -> None:
+    before = {stage: tree(copy / stage) for stage in STAGES}
+    times = {p: p.stat().st_mtime_ns for stage in STAGES for p in (copy / stage).rglob("*") if p.is_file()}
+    outcome = mkaq("run", plain, "--output", copy)
+    assert told(outcome) == dict.fromkeys(STAGES, True)
+    assert {stage: tree(copy / stage) for stage in STAGES} == before
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_fresh_run_makes_every_stage_again(plain: Path, done: Path, copy: Path, mkaq: Mkaq) -> None:
+    outcome = mkaq("run", plain, "--output", copy, "--fresh")
+    assert told(outcome) == dict.fromkeys(STAGES, False)
+    assert tree(copy / "artifact") == tree(done / "artifact")
+
+
+def test_run_until_a_stage_stops_there_and_goes_on(
+    plain: Path, done: Path, tmp_path: Path, mkaq: Mkaq
+) -> None:
+    folder, until = tmp_path / "run", {"calibrate": 2, "merge": 4, "quantize": 6}
+    kept = 0
+    for stage, count in until.items():
+        outcome = mkaq("run", plain, "--output", folder, "--until", stage)
+        assert outcome.code == 0 and outcome.out.splitlines()[-1] == f"stopped after {stage}: {folder}"
+        assert told(outcome) == {name: n < kept for n, name in enumerate(STAGES[:count])}
+        assert [name for name in STAGES if (folder / name).exists()] == STAGES[:count]
+        kept = count
+    outcome = mkaq("run", plain, "--output", folder)
+    assert told(outcome) == {name: name != "artifact" for name in STAGES}
+    assert tree(folder / "artifact") == tree(done / "artifact")
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        ("name=other", "artifact"),
+        ("quantize.bits=8", "quantize"),
+        ("merge.coefficient=0.25", "merge"),
+        ("calibration.seed=1", "calibrate"),
+    ],
+)
+def test_changed_recipe_redoes_only_what_it_must(
+    plain: Path, copy: Path, mkaq: Mkaq, change: str, first: str
+) -> None:
+    before = {stage: tree(copy / stage) for stage in STAGES}
+    outcome = mkaq("run", plain, "--output", copy, "--set", change)
+    redone = STAGES[STAGES.index(first) :]
+    assert told(outcome) == {stage: stage not in redone for stage in STAGES}, outcome.err
+    changed = [stage for stage in STAGES if tree(copy / stage) != before[stage]]
+    assert changed == redone
+    assert mkaq("verify", copy / "artifact").code == 0
+
+
+def test_changed_measurement_redoes_measurements_only(plain: Path, copy: Path, mkaq: Mkaq) -> None:
+    outcome = mkaq("run", plain, "--output", copy, "--set", "evaluate.perplexity.num_samples=3")
+    assert [stage for stage, kept in told(outcome).items() if kept] == ["calibrate", "merge", "quantize"]
+
+
+def test_changed_source_redoes_everything(
+    copy: Path, model: Path, text: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    source = shutil.copytree(model, tmp_path / "model")
+    recipe = write_recipe(tmp_path / "recipe.yaml", source, text)
+    assert told(mkaq("run", recipe, "--output", copy)) == {stage: stage != "artifact" for stage in STAGES}
+    edit_config(source, rms_norm_eps=1e-5)
+    assert told(mkaq("run", recipe, "--output", copy)) == dict.fromkeys(STAGES, False)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"family": "llama", "vocab_size": 256},  # so that the quantized layers weigh most
+    "qwen2": {"family": "qwen2"},  # biases
+    "gemma2": {"family": "gemma2"},  # a tied head
+}
+BNB = {"merge": None, "evaluate": None}
+PLANS: dict[str, tuple[str, dict[str, Any]]] = {
+    "merge to float32": ("gemma2", {"quantize": None, "model": {"dtype": "float32"}}),
+    "gptq 3": ("gemma2", {"quantize": {"method": "gptq", "bits": 3, "group_size": -1}}),
+    "gptq 8": ("qwen2", {"merge": None, "quantize": {"method": "gptq", "bits": 8, "group_size": 64}}),
+    "int8": ("llama", {**BNB, "quantize": {"method": "bitsandbytes", "bits": 8}}),
+    "nf4": ("llama", {**BNB, "quantize": {"method": "bitsandbytes"}}),
+    "fp4": (
+        "llama",
+        {**BNB, "quantize": {"method": "bitsandbytes", "quant_type": "fp4", "double_quant": False}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_model(folder / name, layers=3, **options) for name, options in MODELS.items()}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plan_tells_the_sizes_that_the_run_then_has(
+    case: str,
+    models: dict[str, Path],
+    text: Path,
+    mkaq: Mkaq,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, sections = PLANS[case]
+    sections = {**sections, "model": {"path": str(models[name]), **sections.get("model", {})}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", models[name], text, **sections)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    planned = json.loads(mkaq("plan", recipe, "--json").out)
+    table = mkaq("plan", recipe).out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert planned["run"] == "runs/test"
+    for stage in planned["stages"]:
+        assert f"{stage['parameters']:,}" in table
+
+    outcome = mkaq("run", recipe, "--json")
+    assert outcome.code == 0, outcome.err
+    found = [{k: v for k, v in s.items() if k != "perplexity"} for s in json.loads(outcome.out)["stages"]]
+    exact = "bitsandbytes" not in recipe.read_text()
+    if exact:
+        assert found == planned["stages"]
+    else:
+        assert [s | {"bytes": 0} for s in found] == [s | {"bytes": 0} for s in planned["stages"]]
+        assert found[-1]["bytes"] == pytest.approx(planned["stages"][-1]["bytes"], rel=0.02)
+    artifact = tmp_path / "runs" / "test" / "artifact"
+    assert sum(t.nbytes for t in load_file(artifact / "model.safetensors").values()) == found[-1]["bytes"]
+    assert sum(len(data) for data in tree(tmp_path / "runs").values()) < planned["disk_bytes"]
+    jsonschema.validate(json.loads((artifact / MANIFEST).read_text()), manifest_schema())
+    assert mkaq("verify", artifact, "--source", models[name]).code == 0
+
+
+def test_plan_leaves_a_finished_run_alone(plain: Path, copy: Path, mkaq: Mkaq) -> None:
+    before = tree(copy)
+    planned = json.loads(mkaq("plan", plain, "--output", copy, "--set", "quantize.bits=8", "--json").out)
+    assert planned["run"] == str(copy) and planned["memory_bytes"] > 0
+    assert tree(copy) == before
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_recipes(path: Path) -> None:
+    """Every recipe that ships loads, and its resolved form is the same recipe."""
+    recipe = load_recipe(path)
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert recipe.merge or recipe.quantize
+
+
+def test_recipes_are_listed_with_what_they_are_for(mkaq: Mkaq) -> None:
+    listed = json.loads(mkaq("recipes", "--json").out)
+    assert [row["path"] for row in listed] == [str(path) for path in SHIPPED]
+    text = mkaq("recipes").out
+    for row in listed:
+        assert row["name"] in text and row["about"] in text and row["path"] in text
+        assert len(row["about"]) > 20
+
+
+def test_shipped_recipe_is_found_by_its_name(
+    mkaq: Mkaq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny_llama_int4", "tiny_llama_int4.yaml", "recipes/tiny_llama_int4.yaml"):
+        planned = json.loads(mkaq("plan", name, "--json").out)
+        assert [stage["layers"] for stage in planned["stages"]] == [16, 9, 9]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_schema_accepts_the_shipped_recipes_and_refuses_faults(mkaq: Mkaq) -> None:
+    schema = json.loads(mkaq("schema").out)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for path in SHIPPED:
+        validator.validate(yaml.safe_load(path.read_text()))
+    good = yaml.safe_load(SHIPPED[0].read_text())
+    for fault in ({"merge": {"ration": 0.2}}, {"quantize": {"method": "gptq", "bits": 5}}, {"nam": "x"}):
+        assert not validator.is_valid(good | fault)
+    for part in [schema, *schema["$defs"].values()]:
+        for key, value in part.get("properties", {}).items():
+            assert value.get("description") or "$ref" in value, key
+
+
+def test_inspect_shows_what_was_done(done: Path, mkaq: Mkaq) -> None:
+    raw = json.loads((done / "artifact" / MANIFEST).read_text())
+    assert json.loads(mkaq("inspect", done / "artifact", "--json").out) == raw
+    jsonschema.Draft202012Validator.check_schema(manifest_schema())
+    jsonschema.validate(raw, manifest_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(raw | {"more": 1}, manifest_schema())
+    text = mkaq("inspect", done / "artifact").out
+    assert text.startswith(f"test: made by mkaq {__version__} from ")
+    merge, quantize = raw["steps"]
+    for step in raw["steps"]:
+        row = next(line for line in text.splitlines() if line.startswith(step["step"])).split()
+        assert row[1:3] == [str(step["layers_after"]), f"{step['parameters_after']:,}"]
+        perplexity = raw["evaluation"][step["step"]]["perplexity"]["perplexity"]
+        assert row[-1] == f"{perplexity:.2f}"
+    mixed = next(layer for layer in merge["layers"] if len(layer["from"]) == 2)
+    (a, x), (b, y) = mixed["from"].items()
+    assert f"layer {mixed['new']} = {x:.3f} x {a} + {y:.3f} x {b}" in text
+    worst = max(quantize["modules"], key=lambda module: module["error"])
+    assert f"gptq, 4 bits, 14 modules; largest output error {worst['error']:.2e} ({worst['name']})" in text
+
+
+def test_model_card_is_one_that_hubs_read(done: Path, model: Path) -> None:
+    empty, front, body = (done / "artifact" / "README.md").read_text().split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert (empty, card["base_model"], card["base_model_relation"]) == ("", str(model), "quantized")
+    assert card["library_name"] == "transformers" and {"mkaq", "gptq"} <= set(card["tags"])
+    assert "# test\n" in body and "| quantize | 2 | " in body
+
+
+def test_analyze_writes_a_heatmap(model: Path, text: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    png = tmp_path / "heat.png"
+    options = ("--dataset", "text", "--path", text, "--num-samples", 8, "--max-seq-length", 32)
+    outcome = mkaq("analyze", model, "--heatmap", png, *options)
+    assert outcome.code == 0, outcome.err
+    assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and png.stat().st_size > 5000
+    matrix = json.loads(mkaq("analyze", model, "--heatmap", png, *options, "--json").out)["npib"]
+    assert [len(row) for row in matrix] == [3, 3, 3]
+    for first in range(2):
+        assert matrix[first][first] == pytest.approx(1) and 0 <= matrix[first][first + 1] <= 1
+        row = next(line for line in outcome.out.splitlines() if line.startswith(f"{first} - {first + 1} "))
+        assert f"{matrix[first][first + 1]:.3f}" in row
+    assert outcome.out.splitlines()[-1] == f"heatmap: {png}"
+
+
+def test_eval_measures_what_the_run_measured(done: Path, model: Path, text: Path, mkaq: Mkaq) -> None:
+    options = ("--dataset", "text", "--path", text, "--num-samples", 2, "--max-seq-length", 32)
+    recorded = read_manifest(done / "artifact").evaluation
+    for path, stage in ((model, "source"), (done / "artifact", "quantize")):
+        measured = json.loads(mkaq("eval", path, *options, "--json").out)["perplexity"]
+        expected = {k: v for k, v in recorded[stage]["perplexity"].items() if k != "settings"}
+        assert measured == expected
+        assert mkaq("eval", path, *options).out.startswith(f"perplexity: {measured['perplexity']:.4f} ±")
+
+
+def test_generate_continues_the_prompt(done: Path, mkaq: Mkaq) -> None:
+    artifact = done / "artifact"
+    new = json.loads(mkaq("generate", artifact, "To be or", "--max-new-tokens", 5, "--json").out)
+    assert new["prompt"] == "To be or" and 1 <= new["tokens"] <= 5 and new["text"]
+    assert mkaq("generate", artifact, "To be or", "--max-new-tokens", 5).out == f"To be or{new['text']}\n"
+
+
+def test_verify_tells_what_it_checked(done: Path, model: Path, mkaq: Mkaq) -> None:
+    outcome = mkaq("verify", done / "artifact", "--source", model)
+    *lines, last = outcome.out.splitlines()
+    assert outcome.code == 0 and last == f"verified: {done / 'artifact'}"
+    assert len(lines) == 8 and all(line.startswith("ok: ") for line in lines)
+    checks = json.loads(mkaq("verify", done / "artifact", "--source", model, "--json").out)
+    assert checks == {"verified": True, "checks": [line.removeprefix("ok: ") for line in lines]}
+
+
+def test_verify_finds_a_flipped_byte_in_every_file(copy: Path, mkaq: Mkaq) -> None:
+    artifact = copy / "artifact"
+    files = sorted(artifact.iterdir())
+    assert len(files) == 8
+    for path in files:
+        data = path.read_bytes()
+        for place in (0, len(data) // 2, len(data) - 1):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            outcome = mkaq("verify", artifact)
+            assert outcome.code == 5 and path.name in outcome.err, (path, place, outcome.err)
+            assert outcome.out == "" and "Traceback" not in outcome.err
+        for damaged in (data + b"\n", data[:-1], b""):
+            path.write_bytes(damaged)
+            outcome = mkaq("verify", artifact)
+            assert outcome.code == 5 and path.name in outcome.err, (path, len(damaged), outcome.err)
+        path.unlink()
+        outcome = mkaq("verify", artifact)
+        assert outcome.code == 5 and path.name in outcome.err, outcome.err
+        path.write_bytes(data)
+    assert mkaq("verify", artifact).code == 0
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "sub/modeling.py"])
+def test_verify_finds_an_added_file(copy: Path, mkaq: Mkaq, name: str) -> None:
+    (copy / "artifact" / name).parent.mkdir(exist_ok=True)
+    (copy / "artifact" / name).write_text("x")
+    outcome = mkaq("verify", copy / "artifact")
+    assert outcome.code == 5 and f"{name.partition('/')[0]} is not in the manifest" in outcome.err
+
+
+def test_verify_finds_another_source(
+    done: Path, model: Path, models: dict[str, Path], mkaq: Mkaq, tmp_path: Path
+) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    outcome = mkaq("verify", done / "artifact", "--source", other)
+    assert outcome.code == 5 and "model.safetensors has changed" in outcome.err
+    outcome = mkaq("verify", done / "artifact", "--source", models["qwen2"])
+    assert outcome.code == 5 and "config.json" in outcome.err
+
+
+def forge(artifact: Path, edit: Callable[[Any], Any]) -> None:
+    """Changes a manifest and gives it a digest that fits."""
+    data = json.loads((artifact / MANIFEST).read_text())
+    edit(data)
+    del data["digest"]
+    data["digest"] = digest_of(data)
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    (artifact / MANIFEST).write_bytes(text.encode(errors="surrogatepass"))
+
+
+FORGERIES: dict[str, Callable[[Any], Any]] = {
+    "layers after": lambda m: m["steps"][1].update(layers_after=3),
+    "layers between": lambda m: m["steps"][0].update(layers_after=3),
+    "bytes after": lambda m: m["steps"][1].update(bytes_after=m["steps"][1]["bytes_after"] - 1),
+    "source parameters": lambda m: m["source"].update(parameters=m["source"]["parameters"] + 1),
+    "source layers": lambda m: (m["source"].update(layers=4), m["steps"][0].update(layers_before=4)),
+    "source file": lambda m: m["source"]["files"][0].update(sha256="0" * 64),
+    "no steps": lambda m: m.update(steps=[]),
+    "no merge": lambda m: m["steps"].pop(0),
+    "no quantization": lambda m: m["steps"].pop(1),
+    "coefficient": lambda m: m["steps"][0]["merges"][0].update(coefficient=0.123),
+    "weights": lambda m: m["steps"][0]["layers"][1].update({"from": {"1": 0.5, "2": 0.5}}),
+    "weights and coefficient": lambda m: (
+        m["steps"][0]["layers"][1].update({"from": {"1": 0.5, "2": 0.5}}),
+        m["steps"][0]["merges"][0].update(coefficient=0.5),
+    ),
+    "digest of a layer": lambda m: m["steps"][0]["layers"][0].update(sha256="0" * 64),
+    "one layer less": lambda m: m["steps"][0]["layers"].pop(),
+    "number of a layer": lambda m: m["steps"][0]["layers"][0].update(new=5),
+    "type of the merge": lambda m: m["steps"][0].update(dtype="float32"),
+    "weight error": lambda m: m["steps"][1]["modules"][3].update(weight_error=0.001),
+    "a module less": lambda m: m["steps"][1]["modules"].pop(),
+    "bits": lambda m: m["steps"][1].update(bits=8),
+    "method": lambda m: m["steps"][1].update(method="bitsandbytes"),
+    "file outside": lambda m: m["files"][0].update(path="../recipe.yaml"),
+    # a hostile manifest is not trusted with names or numbers
+    "no type": lambda m: m["steps"][0].update(dtype="load"),
+    "layer x": lambda m: m["steps"][0]["layers"][0].update({"from": {"x": 1.0}}),
+    "layer 99": lambda m: m["steps"][0]["layers"][0].update({"from": {"99": 1.0}}),
+    "no layer": lambda m: m["steps"][0]["layers"][0].update({"from": {}}),
+    "merge of 99": lambda m: m["steps"][0]["merges"][0].update(into=99),
+    "not a number": lambda m: m["evaluation"].update(source={"perplexity": float("nan")}),
+    "half a character": lambda m: m.update(name="\ud800"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_verify_against_the_source_finds_a_forged_claim(
+    forgery: str, copy: Path, model: Path, mkaq: Mkaq
+) -> None:
+    forge(copy / "artifact", FORGERIES[forgery])
+    outcome = mkaq("verify", copy / "artifact", "--source", model)
+    assert outcome.code == 5 and outcome.out == "", outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_forging_nothing_is_no_forgery(copy: Path, model: Path, mkaq: Mkaq) -> None:
+    before = tree(copy / "artifact")
+    forge(copy / "artifact", lambda manifest: None)
+    assert tree(copy / "artifact") == before
+    assert mkaq("verify", copy / "artifact", "--source", model).code == 0
+
+
+def test_verify_finds_weights_swapped_under_a_fitting_manifest(copy: Path, model: Path, mkaq: Mkaq) -> None:
+    """Someone who changes weights and signs anew: the files agree, the source does not."""
+    artifact = copy / "artifact"
+    tensors = load_file(artifact / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.qweight"][0, 0] += 1
+    save_file(tensors, artifact / "model.safetensors", metadata={"format": "pt"})
+
+    def sign(manifest: Any) -> None:
+        data = (artifact / "model.safetensors").read_bytes()
+        for entry in manifest["files"]:
+            if entry["path"] == "model.safetensors":
+                entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    forge(artifact, sign)
+    assert mkaq("verify", artifact).code == 0
+    outcome = mkaq("verify", artifact, "--source", model)
+    assert outcome.code == 5 and "model.layers.0.mlp.up_proj" in outcome.err
