@@ -58,9 +58,7 @@ def main() -> None:
         return perplexity(LayerWalk(open_checkpoint(path, quantized=True), CPU), sequences, progress)
 
     dense = measure(source.path)
-    print(
-        f"dense: {dense.perplexity:.4f} ± {dense.standard_error:.4f} over {dense.tokens:,} tokens", flush=True
-    )
+    print(f"dense: {dense.perplexity:.4f} over {dense.tokens:,} tokens", flush=True)
     rows: list[dict[str, Any]] = []
     for bits in options.bits:
         with tempfile.TemporaryDirectory() as scratch:

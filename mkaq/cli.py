@@ -275,6 +275,7 @@ def evaluate(
     from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
     from mkaq.progress import Progress
     from mkaq.recipe import PerplexitySection
+    from mkaq.report import with_error
 
     checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
     tokenizer, dtype = load_tokenizer(checkpoint.path), compute_dtype(checkpoint, place)
@@ -300,9 +301,8 @@ def evaluate(
             {"model": model, "perplexity": measured.as_json(), "settings": section.model_dump(mode="json")}
         )
         return
-    print(
-        f"perplexity: {measured.perplexity:.4f} ± {measured.standard_error:.4f} ({measured.tokens:,} tokens)"
-    )
+    told = with_error(measured.perplexity, measured.standard_error, 4)
+    print(f"perplexity: {told} ({measured.tokens:,} tokens)")
 
 
 @app.command(name="generate")

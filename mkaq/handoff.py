@@ -136,7 +136,9 @@ def publish(
         _sync(scratch)
         _replace(scratch, folder)
         if not inside:
-            write_json(place, handoff)
+            fresh_handoff = place.with_name(f"{place.name}.new")
+            write_json(fresh_handoff, handoff)
+            fresh_handoff.rename(place)
     except BaseException:
         _remove(scratch)
         raise

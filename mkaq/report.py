@@ -55,9 +55,14 @@ def table_rows(sizes: list[StageSize], evaluation: dict[str, Any]) -> list[tuple
     rows = []
     for size in sizes:
         measured = evaluation.get(size.stage, {}).get("perplexity")
-        told = f"{measured['perplexity']:.2f} ± {measured['standard_error']:.2f}" if measured else "-"
+        told = with_error(measured["perplexity"], measured["standard_error"], 2) if measured else "-"
         rows.append((size.stage, str(size.layers), f"{size.parameters:,}", human(size.bytes), told))
     return rows
+
+
+def with_error(value: float, error: float | None, digits: int) -> str:
+    """A measured value and its standard error, where there is one."""
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
 def write_report(result: RunResult, log: list[dict[str, Any]]) -> None:

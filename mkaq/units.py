@@ -5,11 +5,13 @@ import re
 
 def human(size: float) -> str:
     """A size for a person, decimal units."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+    if size < 999.5:
+        return f"{size:.0f} B"
+    for unit in ("KB", "MB", "GB"):
         size /= 1000
-    return f"{size:.2f} TB"
+        if size < 999.995:
+            return f"{size:.2f} {unit}"
+    return f"{size / 1000:.2f} TB"
 
 
 def parse_size(text: str) -> int:

@@ -5,6 +5,7 @@ import numpy.typing as npt
 import pytest
 
 from mkaq.merge.manifold import diffusion_map
+from mkaq.merge.similarity import equal_frequency_cells, npib
 
 Array = npt.NDArray[np.float64]
 
@@ -111,3 +112,13 @@ def test_points_cut_off_from_the_others_leave_it_finite(case: str) -> None:
         points[:2] *= 1000
     coordinates = diffusion_map(points, bandwidth=1e-3 if case == "narrow" else None)
     assert np.isfinite(coordinates).all()
+
+
+def test_points_far_from_the_rest_do_not_hide_how_alike_two_layers_are() -> None:
+    """Two states a thousand times as large as the others would take both coordinates for themselves."""
+    rng = np.random.default_rng(0)
+    first = rng.uniform(size=(1000, 3)) @ rng.normal(size=(3, 64)) * 3 + rng.normal(size=(1000, 64)) * 0.1
+    second = first + rng.normal(size=first.shape) * 0.1
+    first[:2] = second[:2] = rng.normal(size=(2, 64)) * 1000
+    cells = [equal_frequency_cells(diffusion_map(states), 4) for states in (first, second)]
+    assert npib(*cells) > 0.9

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import sys
 import sysconfig
 import zlib
@@ -127,7 +128,7 @@ def _wikitext2(path: Path, split: Split) -> list[str]:
         return [read_text(path)]
     files = _files(path, _TEXT_SUFFIXES)
     for word in ("train",) if split == "calibrate" else ("test", "valid"):
-        if chosen := [file for file in files if word in file.name]:
+        if chosen := [file for file in files if word in re.split(r"[._-]", file.name)]:
             return [read_text(file) for file in chosen]
     name = "wiki.train.raw" if split == "calibrate" else "wiki.test.raw"
     raise UsageError(f"holds no {name} (nor a .txt or .tokens of that split)", where=path)

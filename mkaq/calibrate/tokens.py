@@ -63,11 +63,13 @@ def calibration_tokens(
         if len(stream) >= num_samples * body:
             break
     else:
+        enough = len(stream) // body
         raise UsageError(
             f"too little text: {len(stream):,} tokens found, {num_samples} samples of {max_seq_length} need "
             f"{num_samples * body:,}",
             where="calibration",
-            fix=f"give more text, or set calibration.num_samples to {len(stream) // body} or less",
+            fix="give more text"
+            + (f", or set calibration.num_samples to {enough} or less" if enough else ""),
         )
     rows = [prefix + stream[i * body : (i + 1) * body] for i in range(num_samples)]
     return torch.tensor(rows, dtype=torch.int32)

@@ -16,13 +16,13 @@ class Perplexity:
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood per predicted token.
-        standard_error: Of the perplexity, from the spread over sequences (delta method).
+        standard_error: Of the perplexity, from the spread over sequences (delta method); None of one.
         tokens: Predicted tokens.
         sequences: Sequences, each predicted from its own start.
     """
 
     perplexity: float
-    standard_error: float
+    standard_error: float | None
     tokens: int
     sequences: int
 
@@ -67,6 +67,6 @@ def summarize(losses: list[float], counts: list[int]) -> Perplexity:
     mean = total / tokens
     spread = math.fsum((loss - mean * count) ** 2 for loss, count in zip(losses, counts, strict=True))
     count = len(losses)
-    error = math.sqrt(spread * count / max(count - 1, 1)) / tokens
     value = math.exp(min(mean, 700.0))
-    return Perplexity(value, value * error, tokens, count)
+    error = value * math.sqrt(spread * count / (count - 1)) / tokens if count > 1 else None
+    return Perplexity(value, error, tokens, count)

@@ -4,8 +4,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import eigh
 from scipy.spatial.distance import pdist, squareform
+from threadpoolctl import threadpool_limits
 
 Array = npt.NDArray[np.float64]
+_SPARE = 16
 
 
 def diffusion_map(
@@ -20,6 +22,8 @@ def diffusion_map(
     The Gaussian kernel exp(-d^2 / (2 s^2)) is normalized by its density to the power alpha, made
     a Markov matrix, and its leading non-trivial right eigenvectors are scaled by their
     eigenvalues to the power `time`. The sign of a coordinate is fixed by its largest entry.
+    Eigenvectors of eigenvalue 1 are trivial too: they only say which points are cut off from the
+    rest, as the states of a first token often are.
 
     Args:
         states: Points, shape (n, features).
@@ -46,9 +50,15 @@ def diffusion_map(
     kernel /= np.outer(density, density) ** alpha
     root = np.sqrt(kernel.sum(axis=1))
     kernel /= np.outer(root, root)
-    values, vectors = eigh(kernel, subset_by_index=[count - 1 - dimensions, count - 1], overwrite_a=True)
+    wanted = min(dimensions + _SPARE, count - 1)
+    with threadpool_limits(1):  # small: threads only get in each other's way on a busy machine
+        values, vectors = eigh(kernel, subset_by_index=[count - 1 - wanted, count - 1], overwrite_a=True)
+    values, vectors = values[-2::-1], vectors[:, -2::-1]
+    telling = np.flatnonzero(values < 1 - 1e-9)[:dimensions]
+    if len(telling) < dimensions:
+        raise ValueError("most points are cut off from one another: the bandwidth is too small")
     trivial = root / np.linalg.norm(root)  # the leading eigenvector, known in closed form
-    coordinates = vectors[:, -2::-1] / trivial[:, None] * np.maximum(values[-2::-1], 0) ** time
+    coordinates = vectors[:, telling] / trivial[:, None] * np.maximum(values[telling], 0) ** time
     largest = np.abs(coordinates).argmax(axis=0)
     result: Array = coordinates * np.where(coordinates[largest, np.arange(dimensions)] < 0, -1.0, 1.0)
     return result

@@ -48,12 +48,12 @@ def compare_layers(
         seed: Chooses the token positions.
         progress: Told of every layer.
     """
-    count = min(section.points, tokens.numel())
-    chosen = np.sort(np.random.default_rng(seed).choice(tokens.numel(), count, replace=False))
-    samples = np.unique(chosen // tokens.shape[1])
-    rows = torch.from_numpy(
-        np.searchsorted(samples, chosen // tokens.shape[1]) * tokens.shape[1] + chosen % tokens.shape[1]
-    )
+    length = tokens.shape[1]
+    inner = np.flatnonzero(np.arange(tokens.numel()) % length)  # first tokens are unlike all others
+    count = min(section.points, len(inner))
+    chosen = np.sort(np.random.default_rng(seed).choice(inner, count, replace=False))
+    samples = np.unique(chosen // length)
+    rows = torch.from_numpy(np.searchsorted(samples, chosen // length) * length + chosen % length)
     bandwidth = None if section.bandwidth == "median" else float(section.bandwidth)
     maps = []
     walked = walk.hidden_states(tokens[torch.from_numpy(samples)])

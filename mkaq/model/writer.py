@@ -49,7 +49,13 @@ class ShardWriter:
         self._spool = self._spool_path.open("w+b")
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Adds one tensor (any device; its own type)."""
+        """Adds one tensor (any device; its own type).
+
+        Raises:
+            ValueError: If there is one of that name already.
+        """
+        if name in self._checksums:
+            raise ValueError(f"tensor {name} is written twice")
         data = tensor_bytes(tensor)
         start = self._spool.tell()
         if self._pending and start + data.nbytes > self.shard_size:

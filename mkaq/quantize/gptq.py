@@ -27,7 +27,7 @@ class GptqResult:
         zeros: Zero points in [1, 2**bits - 1], shape (out_features, groups), int32.
         g_idx: The group of every input feature, shape (in_features,).
         weight: scale * (code - zero), shape (out_features, in_features), float32.
-        errors: tr((W - Q) H (W - Q)^T) for every row, shape (out_features,).
+        errors: (w - q) H (w - q)^T of every row, H damped, shape (out_features,).
         damp_percent: The damping that made the factorization succeed.
     """
 
@@ -69,7 +69,7 @@ def upper_factor(hessian: torch.Tensor, damp_percent: float) -> tuple[torch.Tens
             raise DampingError(
                 f"not positive definite with a damping of {damp_percent:.0%} of its mean diagonal"
             )
-        damp_percent = min(damp_percent * 10, _MAX_DAMP)
+        damp_percent = min(max(damp_percent * 10, 1e-4), _MAX_DAMP)
 
 
 def find_scales(
@@ -143,7 +143,7 @@ def gptq(
     """
     rows, columns = weight.shape
     size = columns if group_size == -1 else group_size
-    if columns % size:
+    if size < 1 or columns % size:
         raise ValueError(f"group_size {group_size} does not divide {columns} input features")
     top = 2**bits - 1
     hessian = hessian.to(torch.float32).clone()
