@@ -7,7 +7,6 @@ from scipy.spatial.distance import pdist, squareform
 from threadpoolctl import threadpool_limits
 
 Array = npt.NDArray[np.float64]
-_SPARE = 16
 
 
 def diffusion_map(
@@ -36,7 +35,7 @@ def diffusion_map(
         Shape (n, dimensions).
 
     Raises:
-        ValueError: If there are too few points, or all are the same.
+        ValueError: If there are too few points, all are the same, or all are cut off from one another.
     """
     count = len(states)
     if count < dimensions + 2:
@@ -50,15 +49,24 @@ def diffusion_map(
     kernel /= np.outer(density, density) ** alpha
     root = np.sqrt(kernel.sum(axis=1))
     kernel /= np.outer(root, root)
-    wanted = min(dimensions + _SPARE, count - 1)
-    with threadpool_limits(1):  # small: threads only get in each other's way on a busy machine
-        values, vectors = eigh(kernel, subset_by_index=[count - 1 - wanted, count - 1], overwrite_a=True)
-    values, vectors = values[-2::-1], vectors[:, -2::-1]
-    telling = np.flatnonzero(values < 1 - 1e-9)[:dimensions]
-    if len(telling) < dimensions:
-        raise ValueError("most points are cut off from one another: the bandwidth is too small")
+    values, vectors = _leading(kernel, dimensions)
     trivial = root / np.linalg.norm(root)  # the leading eigenvector, known in closed form
-    coordinates = vectors[:, telling] / trivial[:, None] * np.maximum(values[telling], 0) ** time
+    coordinates = vectors / trivial[:, None] * np.maximum(values, 0) ** time
     largest = np.abs(coordinates).argmax(axis=0)
     result: Array = coordinates * np.where(coordinates[largest, np.arange(dimensions)] < 0, -1.0, 1.0)
     return result
+
+
+def _leading(kernel: Array, dimensions: int) -> tuple[Array, Array]:
+    """The largest eigenvalues below 1, falling, and their eigenvectors as columns."""
+    count = len(kernel)
+    wanted = dimensions + 1
+    while wanted < count:
+        wanted = min(wanted + 8, count)
+        with threadpool_limits(1):  # small: threads only get in each other's way on a busy machine
+            values, vectors = eigh(kernel, subset_by_index=[count - wanted, count - 1])
+        telling = np.flatnonzero(values < 1 - 1e-9)[::-1][:dimensions]
+        if len(telling) == dimensions:
+            return values[telling], vectors[:, telling]
+        wanted *= 4
+    raise ValueError("the points are cut off from one another: the bandwidth is too small")

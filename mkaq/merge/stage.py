@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import save_file
 
-from mkaq.errors import UnsupportedError
+from mkaq.errors import UnsupportedError, UsageError
 from mkaq.merge.apply import merge_layers
 from mkaq.merge.manifold import diffusion_map
 from mkaq.merge.plan import MergePlan, plan_merge
@@ -57,13 +57,16 @@ def compare_layers(
     bandwidth = None if section.bandwidth == "median" else float(section.bandwidth)
     maps = []
     walked = walk.hidden_states(tokens[torch.from_numpy(samples)])
-    for _, hidden_states in progress.track(walked, "compare layers", walk.num_layers):
+    for index, hidden_states in progress.track(walked, "compare layers", walk.num_layers):
         states = hidden_states.reshape(-1, hidden_states.shape[-1])[rows.to(hidden_states.device)]
-        maps.append(
-            diffusion_map(
-                states.float().cpu().numpy(), section.dimensions, bandwidth, section.alpha, section.time
-            )
-        )
+        points = states.float().cpu().numpy()
+        try:
+            maps.append(diffusion_map(points, section.dimensions, bandwidth, section.alpha, section.time))
+        except ValueError as error:
+            fix = "more calibration text, or another bandwidth"
+            raise UsageError(
+                f"layer {index} has no diffusion map: {error}", where="merge.manifold", fix=fix
+            ) from None
     cells = [equal_frequency_cells(coordinates, section.bins) for coordinates in maps]
     return LayerSimilarity(similarity_matrix(cells, section.bias_correction), np.stack(maps))
 
