@@ -325,6 +325,8 @@ def generate_text(
 
     checkpoint, place = open_checkpoint(resolve_model(artifact), quantized=True), pick_device(device)
     tokenizer = load_tokenizer(checkpoint.path)
+    if prompt.encode(errors="ignore").decode() != prompt:
+        raise UsageError("the prompt is not UTF-8", where="PROMPT")
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise UsageError("the prompt has no tokens", where="PROMPT")
@@ -408,7 +410,8 @@ def main() -> None:
     """The entry point: runs a command and turns every error into one message and an exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if app(sys.argv[1:] or ["--help"], standalone_mode=False) == 130:
+            raise KeyboardInterrupt  # 130 is what typer makes of it
     except BrokenPipeError:
         sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:

@@ -180,7 +180,12 @@ def _replace(scratch: Path, folder: Path) -> None:
     _remove(old)
     if folder.exists():
         folder.rename(old)
-    scratch.rename(folder)
+    try:
+        scratch.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     _sync_folder(folder.parent)
     _remove(old)
 

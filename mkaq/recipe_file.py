@@ -56,6 +56,8 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, 
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.YAMLError(f"a key that is no text in line {key.start_mark.line + 1}")
                 here = (*at, str(key.value))
                 place = f"line {key.start_mark.line + 1}"
                 if key.value in seen:
@@ -69,6 +71,8 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, 
                 visit(value, (*at, str(index)))
 
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise yaml.YAMLError("aliases (*name) have no place in a recipe")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None:
             visit(root, ())
@@ -93,6 +97,8 @@ def _apply(data: dict[str, Any], lines: dict[tuple[str, ...], str], override: st
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         parsed = value
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"not a value: {str(error)[:200]}", where=f"--set {key}") from None
     section = data
     for part in keys[:-1]:
         inner = section.get(part)

@@ -20,7 +20,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         UsageError: If there is neither.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.exists():
         return path
     for file, _ in shipped_recipes():

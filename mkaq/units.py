@@ -21,7 +21,7 @@ def parse_size(text: str) -> int:
         ValueError: If `text` is no size.
     """
     units = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1024, "MI": 1024**2, "GI": 1024**3}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text.upper())
+    found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([KMG]I?)?B?\s*", text.upper())
     if not found or (size := int(float(found[1]) * units[found[2] or ""])) < 1:
         raise ValueError(f"{text!r} is not a size such as 500MB or 4GB")
     return size

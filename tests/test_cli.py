@@ -112,9 +112,9 @@ def copy(done: Path, tmp_path: Path) -> Path:
     return shutil.copytree(done, tmp_path / "run")
 
 
-def command(*arguments: object) -> list[str]:
-    """A command line for another process, which computes as this one does."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {ONE_THREAD}; {MAIN}"
+def command(*arguments: object, first: str = "pass") -> list[str]:
+    """A command line for another process, which computes as this one does and runs `first` first."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {ONE_THREAD}; {first}; {MAIN}"
     return [sys.executable, "-c", code, *map(str, arguments)]
 
 

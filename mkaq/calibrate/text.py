@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from mkaq.errors import UsageError
+from mkaq.paths import user_path
 from mkaq.recipe import TextSection
 
 Split = Literal["calibrate", "evaluate"]
@@ -38,7 +39,7 @@ def documents(section: TextSection, split: Split) -> list[str]:
             for number, text in enumerate(builtin_documents())
             if (number % 5 == 4) == (split == "evaluate")
         ]
-    path = Path(section.path or "").expanduser()
+    path = user_path(section.path or "")
     if not path.exists():
         raise UsageError(
             "no such file or folder", where=path, fix=f"give dataset {section.dataset} an existing path"
@@ -166,7 +167,7 @@ def text_digest(section: TextSection) -> str:
     """
     if section.dataset == "builtin":
         return f"python {'.'.join(map(str, sys.version_info[:3]))}"
-    path = Path(section.path or "").expanduser()
+    path = user_path(section.path or "")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     if not files:
         raise UsageError(

@@ -50,6 +50,7 @@ def verify(artifact: Path, source: Path | None, device: torch.device, progress: 
     if source is not None:
         original = open_checkpoint(source)
         _raise(source, check_files(source, manifest.source.files, strict=False))
+        _raise(artifact, list(_source_claims(manifest, original)))
         done.append(f"{len(manifest.source.files)} files of the source have their digests")
         done += _check_against(manifest, checkpoint, original, progress)
     return done
@@ -91,8 +92,11 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     if before != found:
         yield f"layers, parameters, bytes: the manifest ends with {before}, the model has {found}"
     quantized = next((step for step in manifest.steps if isinstance(step, QuantizeStep)), None)
-    if (quantized is None) != (checkpoint.quantization is None):
-        yield "config.json and the manifest disagree on whether the model is quantized"
+    config = checkpoint.quantization or {}
+    bits = config.get("bits") or {True: 8, None: None, False: 4}[config.get("load_in_8bit")]
+    claimed = (quantized.method, quantized.bits) if quantized else (None, None)
+    if claimed != (config.get("quant_method"), bits):
+        yield f"the manifest says quantization {claimed}, config.json {(config.get('quant_method'), bits)}"
     if quantized:
         expected = {
             f"model.layers.{i}.{n}"
@@ -101,6 +105,15 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         }
         if {module.name for module in quantized.modules} != expected:
             yield "the quantized modules are not those of the model"
+
+
+def _source_claims(manifest: Manifest, source: Checkpoint) -> Iterator[str]:
+    parameters = sum(torch.Size(shape).numel() for shape in source.dense_shapes.values())
+    told = manifest.source
+    claims = (told.model_type, told.layers, told.parameters, told.bytes)
+    found = (source.config["model_type"], source.num_layers, parameters, source.nbytes)
+    if claims != found:
+        yield f"family, layers, parameters, bytes of the source: the manifest says {claims}, it has {found}"
 
 
 def _check_runs(checkpoint: Checkpoint, device: torch.device) -> str:
@@ -175,5 +188,7 @@ def _plan_faults(step: MergeStep, num_layers: int) -> Iterator[str]:
             index: weight * (1 - merge.coefficient) for index, weight in later.items()
         }
     recorded = [{int(old): weight for old, weight in layer.from_.items()} for layer in step.layers]
+    if [layer.new for layer in step.layers] != list(range(len(step.layers))):
+        yield "the new layers are not numbered from 0"
     if recorded != [groups[index] for index in sorted(groups)]:
         yield "the weights of the new layers do not follow from the recorded merges"

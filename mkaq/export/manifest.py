@@ -86,7 +86,7 @@ class NewLayer(_Part):
 
     new: int
     """Its number."""
-    from_: dict[str, float] = Field(alias="from")
+    from_: dict[Annotated[str, Field(pattern=r"^\d{1,4}$")], float] = Field(alias="from", min_length=1)
     """Old layer and weight; summed in this order in float32, cast once."""
     sha256: str
     """Over the names and bytes of its merged tensors, in order of name."""
@@ -114,7 +114,7 @@ class MergeStep(_Sized):
     """Kind."""
     method: Literal["mka"] = "mka"
     """Method."""
-    dtype: str
+    dtype: Literal["float64", "float32", "bfloat16", "float16"]
     """Type of the merged tensors."""
     settings: dict[str, Any]
     """The recipe's section: order, coefficient, manifold, bins, bias correction."""
@@ -199,6 +199,8 @@ def read_manifest(folder: Path) -> Manifest:
         raw = where.read_bytes()
         data = json.loads(raw)
         manifest = Manifest.model_validate(data)
+        claimed = data.pop("digest", None)
+        whole = claimed == digest_of(data) and _canonical({**data, "digest": claimed}) == raw
     except FileNotFoundError:
         raise VerificationError("no manifest: this is no artifact of mkaq", where=where) from None
     except ValidationError as error:
@@ -207,8 +209,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise VerificationError(f"is altered: {key}: {first['msg']}", where=where) from None
     except (OSError, ValueError, RecursionError) as error:
         raise VerificationError(f"is damaged: {error}", where=where) from None
-    claimed = data.pop("digest", None)
-    if claimed != digest_of(data) or _canonical({**data, "digest": claimed}) != raw:
+    if not whole:
         raise VerificationError("is altered: its digest does not match its content", where=where)
     return manifest
 

@@ -29,6 +29,21 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_CHOOSES_CODE = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
+_NOT_ARCHITECTURE = ("quantization_config", "num_labels", "id2label", "label2id")
+_SIZES = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "vocab_size": 2**24,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**13,
+}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
@@ -101,7 +116,7 @@ class Checkpoint:
         """The configuration object of transformers, defaults filled in, quantization left out."""
         from transformers import AutoConfig
 
-        plain = {k: v for k, v in self.config.items() if k != "quantization_config"}
+        plain = {k: v for k, v in self.config.items() if k not in _NOT_ARCHITECTURE}
         try:
             return AutoConfig.for_model(**plain)
         except Exception as error:  # its validation raises many kinds
@@ -121,7 +136,14 @@ class Checkpoint:
     @cached_property
     def dense_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of this model without quantization."""
-        return plain_tensors(self.hf_config)
+        try:
+            return plain_tensors(self.hf_config)
+        except Exception as error:  # a configuration that lies fails anywhere in the model's code
+            raise CheckpointError(
+                f"transformers cannot build the model that it describes: {type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0][:200]}",
+                where=self.path / "config.json",
+            ) from None
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by name, on the CPU, each checked to be finite.
@@ -226,16 +248,21 @@ def _read_config(path: Path, quantized: bool) -> dict[str, Any]:
         raise CheckpointError("auto_map asks for remote code, which mkaq never runs", where=where)
     family_of(config, where)
     layer_count(config, where)
+    for key, most in _SIZES.items():
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int) or not 1 <= value <= most):
+            raise CheckpointError(f"{key} is {str(value)[:40]}, not a number from 1 to {most}", where=where)
+    config = {key: value for key, value in config.items() if key not in _CHOOSES_CODE}
     method = config.get("quantization_config")
     if method is not None and not isinstance(method, dict):
         raise CheckpointError("quantization_config is not an object", where=where)
-    if method and not quantized:
+    if method is not None and not quantized:
         raise UnsupportedError(
             f"is quantized already ({method.get('quant_method')})",
             where=path,
             fix="start from the original weights",
         )
-    if method and method.get("quant_method") not in ("gptq", "bitsandbytes"):
+    if method is not None and method.get("quant_method") not in ("gptq", "bitsandbytes"):
         raise UnsupportedError(f"quantization {method.get('quant_method')!r} is not supported", where=where)
     return config
 
@@ -246,7 +273,7 @@ def _weight_files(path: Path) -> list[str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError("has no weight_map", where=path / INDEX)
         for name, file in weight_map.items():
-            if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
+            if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", file):
                 raise CheckpointError(
                     f"{name} points to {file!r}, which is no file of this folder", where=path / INDEX
                 )
@@ -319,7 +346,26 @@ def _check_complete(checkpoint: Checkpoint) -> None:
                 f"tensor {name} has shape {list(actual)}, config.json implies {list(shape)}",
                 where=checkpoint.path / checkpoint.tensors[name].file,
             )
+    for name, info in checkpoint.tensors.items():
+        if name in expected and info.dtype not in _types_of(name, checkpoint):
+            where = checkpoint.path / info.file
+            raise UnsupportedError(f"tensor {name} is of type {info.dtype}", where=where)
     if extra := [name for name in checkpoint.tensors if name not in expected]:
         raise CheckpointError(
             f"{len(extra)} tensors that config.json does not imply, such as {extra[0]}", where=checkpoint.path
         )
+
+
+def _types_of(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The types that a tensor may have: whole numbers are codes of a quantization, and nothing else."""
+    below_layer, part = name.split(".", 3)[-1], name.rpartition(".")[2]
+    config = checkpoint.quantization
+    if config is None or not below_layer.startswith(tuple(f"{n}." for n in checkpoint.family.linear_names)):
+        return tuple(DTYPES)
+    codes = {"qweight": "I32", "qzeros": "I32", "g_idx": "I32", "weight_format": "U8"}
+    codes["weight"] = "I8" if config.get("load_in_8bit") else "U8"
+    if part.startswith("bitsandbytes__"):
+        return ("U8",)
+    if part == "absmax":  # codes themselves where the scales are quantized too
+        return (*DTYPES, "U8")
+    return (codes[part],) if part in codes else tuple(DTYPES)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from mkaq.errors import UsageError
+from mkaq.paths import user_path
 
 BUILTIN = {"builtin:tiny-llama": Path(__file__).parent.parent / "builtin" / "tiny-llama"}
 _WANTED = ["*.json", "*.safetensors", "*.model", "merges.txt", "vocab.txt", "*.jinja", "LICENSE*"]
@@ -19,7 +20,7 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
         if path not in BUILTIN:
             raise UsageError("no such built-in model", where=path, fix=f"there is {', '.join(BUILTIN)}")
         return BUILTIN[path]
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mkaq.errors import CheckpointError, UsageError
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.expected import build_skeleton
 from mkaq.quantize.bnb import dequantize_linear, restore_linear
@@ -74,7 +75,14 @@ class LayerWalk:
 
         Returns:
             hidden_states, shape (samples, length, hidden_size), on the walk's device.
+
+        Raises:
+            CheckpointError: If the model does not know a token.
         """
+        known = self.checkpoint.tensors["model.embed_tokens.weight"].shape[0]
+        if int(input_ids.max()) >= known:
+            what = f"the tokenizer gives token {int(input_ids.max())}, the model knows {known} tokens"
+            raise CheckpointError(what, where=self.checkpoint.path)
         used, position = torch.unique(input_ids.long().cpu(), return_inverse=True)
         rows = self.checkpoint.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"][used]
         embedding = self.skeleton.model.embed_tokens
@@ -112,7 +120,8 @@ class LayerWalk:
                 }
                 if "bias" in own:
                     own["bias"] = own["bias"].to(self.dtype)
-                layer.set_submodule(name, restore_linear(own, linear, config, self.device))
+                with self._unpacking(f"model.layers.{index}.{name}"):
+                    layer.set_submodule(name, restore_linear(own, linear, config, self.device))
         placed = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
         layer.load_state_dict(placed, strict=False, assign=True)
         layer.requires_grad_(False)
@@ -123,7 +132,21 @@ class LayerWalk:
         prefix = f"model.layers.{index}."
         stored = self.checkpoint.read(self.checkpoint.layer_tensor_names(index))
         tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-        return unpack_layer(tensors, self.checkpoint.quantization)
+        with self._unpacking(prefix.rstrip(".")):
+            return unpack_layer(tensors, self.checkpoint.quantization)
+
+    @contextmanager
+    def _unpacking(self, what: str) -> Iterator[None]:
+        """Quantized tensors can lie in more ways than their shapes tell."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            raise CheckpointError(
+                f"{what} cannot be unpacked ({reason})", where=self.checkpoint.path
+            ) from None
 
     @torch.no_grad()
     def run(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -132,9 +155,15 @@ class LayerWalk:
         return output
 
     def run_all(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> None:
-        """One layer on all samples, batch by batch, in place."""
+        """One layer on all samples, batch by batch, in place.
+
+        Raises:
+            CheckpointError: If it gives NaN or infinity.
+        """
         for batch in batches(hidden_states):
             batch.copy_(self.run(layer, index, batch))
+            if not bool(torch.isfinite(batch).all()):
+                raise CheckpointError(f"layer {index} gives NaN or infinity", where=self.checkpoint.path)
 
     def hidden_states(self, input_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Walks all layers; yields each one's index and output.
@@ -236,8 +265,6 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UsageError: If it is not.
     """
-    from mkaq.errors import UsageError
-
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mkaq.errors import UnsupportedError
 from mkaq.recipe import BitsandbytesSection
 
 
@@ -28,7 +29,10 @@ def quantize_linear(
     linear: nn.Module
     if section.bits == 8:
         linear = bnb.nn.Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False)
-        linear.load_state_dict({"weight": weight.to(torch.float16)})
+        half = weight.to(torch.float16)
+        if not bool(torch.isfinite(half).all()):
+            raise UnsupportedError("weights beyond float16, in which bitsandbytes reads them for int8")
+        linear.load_state_dict({"weight": half})
     else:
         linear = bnb.nn.Linear4bit(
             in_features,
@@ -72,6 +76,10 @@ def restore_linear(
         like: The layer that it replaces, for its shape.
         config: The checkpoint's quantization_config.
         device: Where it will run.
+
+    Raises:
+        ValueError: If the tensors or the configuration do not fit together (other errors of the
+            library are possible too).
     """
     import bitsandbytes as bnb
 
@@ -84,7 +92,9 @@ def restore_linear(
         codes = tensors["weight"].to(device)
         linear.weight = bnb.nn.Int8Params(codes, False, False, CB=codes, SCB=tensors["SCB"].to(device))
     else:
-        compute_dtype = getattr(torch, str(config.get("bnb_4bit_compute_dtype", "float32")))
+        compute_dtype = getattr(torch, str(config.get("bnb_4bit_compute_dtype", "float32")), None)
+        if not isinstance(compute_dtype, torch.dtype):
+            raise ValueError("bnb_4bit_compute_dtype is no type")
         linear = bnb.nn.Linear4bit(
             **shape, compute_dtype=compute_dtype, quant_type=config["bnb_4bit_quant_type"]
         )
@@ -99,9 +109,18 @@ def restore_linear(
             device=device,
             module=linear,
         )
+        _check_state(linear.weight.quant_state, like.weight.numel())
     if "bias" in tensors:
         linear.bias = nn.Parameter(tensors["bias"].to(device), requires_grad=False)
     return linear.eval()  # type: ignore[no-any-return]
+
+
+def _check_state(state: Any, weights: int) -> None:
+    """The library reads past the end of scales that are too few."""
+    if state.absmax.numel() != -(-weights // state.blocksize):
+        raise ValueError(f"{state.absmax.numel()} scales for {weights} weights")
+    if state.nested and state.state2.absmax.numel() != -(-state.absmax.numel() // state.state2.blocksize):
+        raise ValueError(f"{state.state2.absmax.numel()} scales for {state.absmax.numel()} scales")
 
 
 def dequantize_linear(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mkaq import __version__
-from mkaq.errors import ResourceError, UnsupportedError
+from mkaq.errors import CheckpointError, ResourceError, UnsupportedError
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk, batches
 from mkaq.model.writer import ShardWriter, write_json, write_side_files
@@ -160,6 +160,8 @@ def _solve_group(
     """Solves the linear layers that share one input, and puts their quantized weights in place."""
     linears = [cast(nn.Linear, layer.get_submodule(name)) for name in group]
     hessian = _hessian(layer, linears[0], index, hidden_states, walk)
+    if not bool(torch.isfinite(hessian).all()):
+        raise CheckpointError(f"the inputs of {prefix}{group[0]} are not finite", where=walk.checkpoint.path)
     weight = torch.cat([linear.weight.float() for linear in linears])
     options = section.model_dump(exclude={"method"})
     try:

@@ -92,9 +92,14 @@ def unpack_linear(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
 
     Returns:
         float32, shape (out_features, in_features).
+
+    Raises:
+        ValueError: If `g_idx` names a group that is not there.
     """
     codes = unpack(tensors["qweight"], bits)
     zeros = unpack(tensors["qzeros"].T.contiguous(), bits).T + 1
     g_idx = tensors["g_idx"].long()
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= len(tensors["scales"]):
+        raise ValueError(f"g_idx names groups beyond the {len(tensors['scales'])} that there are")
     scales = tensors["scales"].float()
     return ((codes - zeros[g_idx]).float() * scales[g_idx]).T.contiguous()
