@@ -71,10 +71,13 @@ def main() -> None:
             output = {"dtype": source.dtype, "shard_size": 10**10, "progress": progress}
             quantize_gptq(source, tokens, section, ours, walk=walk, **output)
             seconds = time.perf_counter() - began
-            worker = [options.gptqmodel_python, str(Path(__file__).with_name("gptqmodel_worker.py"))]
-            worker += [str(source.path), str(Path(scratch, "tokens.safetensors")), str(theirs)]
+            worker = [
+                str(Path(options.gptqmodel_python).absolute()),
+                str(Path(__file__).resolve().with_name("gptqmodel_worker.py")),
+            ]
+            worker += [str(source.path.resolve()), str(Path(scratch, "tokens.safetensors")), str(theirs)]
             worker += ["--bits", str(bits), "--group-size", str(options.group_size)]
-            run = subprocess.run(worker, capture_output=True, text=True)
+            run = subprocess.run(worker, capture_output=True, text=True, cwd=scratch)  # it leaves logs
             if run.returncode:
                 sys.exit(run.stderr[-2000:])
             told = json.loads(run.stdout.strip().splitlines()[-1])
