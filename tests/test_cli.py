@@ -215,7 +215,7 @@ def test_run_until_a_stage_stops_there_and_goes_on(
         ("name=other", "artifact"),
         ("quantize.bits=8", "quantize"),
         ("merge.coefficient=0.25", "merge"),
-        ("calibration.seed=1", "calibrate"),
+        ("calibration.num_samples=9", "calibrate"),
     ],
 )
 def test_changed_recipe_redoes_only_what_it_must(
