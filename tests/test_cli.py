@@ -193,6 +193,15 @@ def test_fresh_run_makes_every_stage_again(plain: Path, done: Path, copy: Path, 
     assert tree(copy / "artifact") == tree(done / "artifact")
 
 
+def test_damaged_stage_is_made_again(plain: Path, done: Path, copy: Path, mkaq: Mkaq) -> None:
+    weights = copy / "merge" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    outcome = mkaq("run", plain, "--output", copy)
+    assert told(outcome) == {stage: stage != "merge" for stage in STAGES}
+    assert tree(copy / "merge") == tree(done / "merge")
+
+
 def test_run_until_a_stage_stops_there_and_goes_on(
     plain: Path, done: Path, tmp_path: Path, mkaq: Mkaq
 ) -> None:
