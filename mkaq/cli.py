@@ -410,7 +410,8 @@ def main() -> None:
     """The entry point: runs a command and turns every error into one message and an exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if app(sys.argv[1:] or ["--help"], standalone_mode=False) == 130:
+        arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+        if app(arguments or ["--help"], standalone_mode=False) == 130:
             raise KeyboardInterrupt  # 130 is what typer makes of it
     except BrokenPipeError:
         sys.exit(0)

@@ -120,7 +120,7 @@ def publish(
         VerificationError: If a handoff.json is there that cannot be read.
     """
     fingerprint = fingerprint_of(stage, section, inputs)
-    place = folder / HANDOFF if inside else folder.parent / f".{folder.name}.{HANDOFF}"
+    place = _handoff_place(folder, inside)
     if not fresh and (found := _find(folder, place, fingerprint)):
         return found
     scratch = _scratch(folder)
@@ -190,6 +190,15 @@ def _replace(scratch: Path, folder: Path) -> None:
     _remove(old)
 
 
+def _handoff_place(folder: Path, inside: bool) -> Path:
+    return folder / HANDOFF if inside else folder.parent / f".{folder.name}.{HANDOFF}"
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether something lies where a stage would be published that no run has put there."""
+    return folder.exists() and not any(_handoff_place(folder, inside).exists() for inside in (True, False))
+
+
 def _scratch(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.partial"
 
@@ -229,9 +238,13 @@ def locked(folder: Path) -> Iterator[None]:
     fix = "choose another folder with --output"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        foreign = [] if (folder / ".lock").exists() else [n for n in PLACES if _is_foreign(folder / n)]
         file = (folder / ".lock").open("w")
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot be written ({error})", where=folder, fix=fix) from None
+    if foreign:
+        (folder / ".lock").unlink()
+        raise UsageError(f"holds {', '.join(foreign)}, which mkaq did not make", where=folder, fix=fix)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

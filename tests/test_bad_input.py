@@ -1135,3 +1135,41 @@ def test_recipes_of_the_tests_differ(earlier: Path, whole: Path) -> None:
         same = tree(earlier / stage) == tree(whole / stage)
         assert same == (stage == "evaluate/source")
     assert yaml.safe_load((earlier / "recipe.yaml").read_text())["name"] == "earlier"
+
+
+def test_folders_that_mkaq_did_not_make_are_left_alone(
+    mkaq: Mkaq, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine" / "merge").mkdir(parents=True)
+    (tmp_path / "mine" / "merge" / "thesis.txt").write_text("mine")
+    one_message(mkaq("run", recipe(), "--output", tmp_path / "mine"), 2, "mine", "merge", "did not make")
+    assert (tmp_path / "mine" / "merge" / "thesis.txt").read_text() == "mine"
+
+
+def test_link_that_leaves_the_model_folder(
+    broken: Callable[[Damage], Path], recipe: Callable[..., Path], mkaq: Mkaq, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    path = broken(lambda folder: (folder / "chat_template.jinja").symlink_to(tmp_path / "secret"))
+    outcome = mkaq("run", recipe(model={"path": str(path)}), "--output", tmp_path / "run")
+    one_message(outcome, 4, "chat_template.jinja", "leaves the folder")
+
+
+def test_model_of_the_hub_cache_is_read_through_its_links(tiny: Path, tmp_path: Path, mkaq: Mkaq) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(tiny.iterdir())):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    done = mkaq("eval", snapshot, "--num-samples", 2, "--max-seq-length", 32)
+    assert done.code == 0, done.err
+
+
+def test_sequences_longer_than_the_model_knows(mkaq: Mkaq, tiny: Path) -> None:
+    one_message(mkaq("eval", tiny, "--max-seq-length", 512), 2, "512 tokens", "256 positions")
+
+
+def test_debug_may_stand_behind_the_command(mkaq: Mkaq) -> None:
+    outcome = mkaq("run", "nonesuch.yaml", "--debug")
+    assert outcome.code == 2 and "Traceback" in outcome.err and "no such recipe" in outcome.err

@@ -205,6 +205,7 @@ def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
     """
     config = _read_config(path, quantized)
     files = _weight_files(path)
+    _check_links(path, files)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in _read_header(path, file).items():
@@ -294,6 +295,16 @@ def _weight_files(path: Path) -> list[str]:
             fix="get or convert the checkpoint as safetensors",
         )
     raise CheckpointError(f"no weights: neither {SINGLE} nor {INDEX}", where=path)
+
+
+def _check_links(path: Path, weight_files: list[str]) -> None:
+    """A link must not bring in a file from elsewhere; the hub's cache links into its own folder."""
+    home = path.resolve()
+    home = home.parent.parent if home.parent.name == "snapshots" else home
+    for name in ("config.json", INDEX, *SIDE_FILES, *weight_files):
+        if (path / name).is_symlink() and not (path / name).resolve().is_relative_to(home):
+            fix = "copy the file itself into the folder"
+            raise CheckpointError("is a link that leaves the folder", where=path / name, fix=fix)
 
 
 def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:

@@ -192,6 +192,9 @@ class LayerWalk:
 
     @torch.no_grad()
     def _layer_arguments(self, length: int) -> list[dict[str, Any]]:
+        longest = self.checkpoint.hf_config.max_position_embeddings
+        if length > longest:
+            raise UsageError(f"sequences of {length} tokens are longer than the model's {longest} positions")
         if length not in self._arguments:
             recorders = [_Recorder(layer) for layer in self._layers]
             self.skeleton.model.layers = nn.ModuleList(recorders)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mkaq import __version__
-from mkaq.errors import CheckpointError, ResourceError, UnsupportedError
+from mkaq.errors import CheckpointError, UnsupportedError, UsageError
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk, batches
 from mkaq.model.writer import ShardWriter, write_json, write_side_files
@@ -89,7 +89,7 @@ def quantize_gptq(
         progress: Told of every layer.
 
     Raises:
-        ResourceError: If a Hessian cannot be factorized with any damping.
+        UsageError: If a Hessian cannot be factorized with any damping.
     """
     check_gptq(source, section)
     modules: list[GptqModule] = []
@@ -167,7 +167,7 @@ def _solve_group(
     try:
         result = gptq(weight, hessian, **options)
     except DampingError as error:
-        raise ResourceError(
+        raise UsageError(
             f"the Hessian of {prefix}{group[0]} is {error}",
             fix="more or more varied calibration text, or a larger quantize.damp_percent",
         ) from None
