@@ -652,16 +652,16 @@ def text_fails(
     assert mkaq("verify", folder / "artifact").code == 0
 
 
+def short_text(path: Path) -> dict[str, Any]:
+    """A calibration section that reads a little of a text file."""
+    return {"dataset": "text", "path": str(path), "num_samples": 8, "max_seq_length": 32}
+
+
 def test_calibration_text_that_is_too_short(
     mkaq: Mkaq, recipe: Callable[..., Path], folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "short.txt").write_text("Too short. " * 20)
-    calibration = {
-        "dataset": "text",
-        "path": str(tmp_path / "short.txt"),
-        "num_samples": 8,
-        "max_seq_length": 32,
-    }
+    calibration = short_text(tmp_path / "short.txt")
     words = ("calibration", "too little text", "8 samples of 32 need", "fix: give more text")
     text_fails(mkaq, recipe, folder, words, calibration=calibration)
 
@@ -703,12 +703,7 @@ def test_calibration_text_that_is_all_the_same(
 ) -> None:
     """Hardly anything to compare layers by: it is said, or computed without NaN."""
     (tmp_path / "same.txt").write_text("the " * 5000)
-    calibration = {
-        "dataset": "text",
-        "path": str(tmp_path / "same.txt"),
-        "num_samples": 8,
-        "max_seq_length": 32,
-    }
+    calibration = short_text(tmp_path / "same.txt")
     outcome = mkaq("run", recipe(evaluate=None, calibration=calibration), "--output", folder)
     assert outcome.code in (0, 2), outcome.err
     for tensor in load_file(folder / "merge" / "similarity.safetensors").values():

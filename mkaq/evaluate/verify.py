@@ -87,8 +87,7 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         if (step.layers_before, step.parameters_before, step.bytes_before) != before:
             yield f"step {step.step} does not begin where the one before it ended"
         before = (step.layers_after, step.parameters_after, step.bytes_after)
-    actual = sum(torch.Size(shape).numel() for shape in checkpoint.dense_shapes.values())
-    found = (checkpoint.num_layers, actual, checkpoint.nbytes)
+    found = (checkpoint.num_layers, checkpoint.parameters, checkpoint.nbytes)
     if before != found:
         yield f"layers, parameters, bytes: the manifest ends with {before}, the model has {found}"
     quantized = next((step for step in manifest.steps if isinstance(step, QuantizeStep)), None)
@@ -108,10 +107,9 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _source_claims(manifest: Manifest, source: Checkpoint) -> Iterator[str]:
-    parameters = sum(torch.Size(shape).numel() for shape in source.dense_shapes.values())
     told = manifest.source
     claims = (told.model_type, told.layers, told.parameters, told.bytes)
-    found = (source.config["model_type"], source.num_layers, parameters, source.nbytes)
+    found = (source.config["model_type"], source.num_layers, source.parameters, source.nbytes)
     if claims != found:
         yield f"family, layers, parameters, bytes of the source: the manifest says {claims}, it has {found}"
 

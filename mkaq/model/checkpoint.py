@@ -128,10 +128,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the embedding, which stands for the weights that are not quantized."""
-        info = self.tensors["model.embed_tokens.weight"]
-        if info.dtype not in DTYPES:
-            raise UnsupportedError(f"weights of type {info.dtype}", where=self.path / info.file)
-        return DTYPES[info.dtype]
+        return DTYPES[self.tensors["model.embed_tokens.weight"].dtype]
 
     @cached_property
     def dense_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -144,6 +141,11 @@ class Checkpoint:
                 f"{str(error).partition(chr(10))[0][:200]}",
                 where=self.path / "config.json",
             ) from None
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights of this model without quantization."""
+        return sum(torch.Size(shape).numel() for shape in self.dense_shapes.values())
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by name, on the CPU, each checked to be finite.

@@ -40,7 +40,7 @@ def check_fits(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     Raises:
         ResourceError: If the dense model is larger than what is free.
     """
-    needed = sum(torch.Size(shape).numel() for shape in checkpoint.dense_shapes.values()) * dtype.itemsize
+    needed = checkpoint.parameters * dtype.itemsize
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if needed > free:
         raise ResourceError(
