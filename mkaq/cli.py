@@ -61,13 +61,14 @@ def run(
     settings: Setting = [],  # noqa: B006 (typer copies it)
     output: Output = None,
     until: Annotated[
-        Literal["calibrate", "merge", "quantize", "export"], typer.Option(help="The last stage to run.")
+        Literal["calibrate", "merge", "recover", "quantize", "export"],
+        typer.Option(help="The last stage to run."),
     ] = "export",
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage again.")] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe: calibrate, merge, quantize, export. Finished stages are kept."""
+    """Run a recipe: calibrate, merge, recover, quantize, export. Finished stages are kept."""
     loaded, folder = _load(recipe, settings, output)
     _quiet_libraries()
     from mkaq import pipeline
@@ -148,7 +149,7 @@ def analyze(
     _quiet_libraries()
     from mkaq.calibrate.text import documents
     from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
-    from mkaq.merge.stage import compare_layers
+    from mkaq.merge.compare import compare_layers
     from mkaq.model.checkpoint import open_checkpoint
     from mkaq.model.source import resolve_model
     from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
@@ -180,7 +181,8 @@ def analyze(
 @app.command()
 def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
     """Show the manifest of an artifact."""
-    from mkaq.export.manifest import MergeStep, read_manifest
+    from mkaq.export.manifest import read_manifest
+    from mkaq.export.summary import describe_step
     from mkaq.units import human
 
     manifest = read_manifest(artifact)
@@ -207,20 +209,8 @@ def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
         )
     _print_table(("stage", "layers", "parameters", "bytes", "perplexity"), rows)
     for step in manifest.steps:
-        if isinstance(step, MergeStep):
-            for layer in step.layers:
-                if len(layer.from_) > 1:
-                    mix = " + ".join(f"{weight:.3f} x {old}" for old, weight in layer.from_.items())
-                    print(f"layer {layer.new} = {mix}")
-        else:
-            worst = max(step.modules, key=lambda module: module.error or module.weight_error)
-            kind, error = (
-                ("output", worst.error) if worst.error is not None else ("weight", worst.weight_error)
-            )
-            print(
-                f"{step.method}, {step.bits} bits, {len(step.modules)} modules; "
-                f"largest {kind} error {error:.2e} ({worst.name})"
-            )
+        for line in describe_step(step):
+            print(line)
     print(f"{len(manifest.files)} files, {human(sum(file.bytes for file in manifest.files))}")
 
 

@@ -26,10 +26,12 @@ HANDOFF = "handoff.json"
 PLACES = (
     "calibrate",
     "merge",
+    "recover",
     "quantize",
     "artifact",
     "evaluate/source",
     "evaluate/merge",
+    "evaluate/recover",
     "evaluate/quantize",
 )
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "bitsandbytes")

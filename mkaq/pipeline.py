@@ -1,4 +1,4 @@
-"""A run, top to bottom: calibrate -> merge -> quantize -> export, the model measured on request.
+"""A run, top to bottom: calibrate -> merge -> recover -> quantize -> export, the model measured on request.
 
 A stage reads a folder and publishes a folder; nothing else passes between stages.
 """
@@ -17,7 +17,7 @@ from mkaq.recipe import Recipe
 from mkaq.report import write_report
 from mkaq.stages import RunResult, Stages
 
-Until = Literal["calibrate", "merge", "quantize", "export"]
+Until = Literal["calibrate", "merge", "recover", "quantize", "export"]
 
 
 def run(
@@ -61,6 +61,9 @@ def _run(stages: Stages, until: Until) -> RunResult:
     if recipe.merge and until != "calibrate":
         model = stages.merge()
         stages.evaluate("merge", model)
+    if recipe.recover and until not in ("calibrate", "merge"):
+        model = stages.recover(model)
+        stages.evaluate("recover", model)
     if recipe.quantize and until in ("quantize", "export"):
         model = stages.quantize(model)
         stages.evaluate("quantize", model)

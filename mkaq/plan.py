@@ -9,6 +9,7 @@ import torch
 
 from mkaq.errors import ResourceError, UsageError
 from mkaq.handoff import PLACES
+from mkaq.merge.fuse import check_fusable
 from mkaq.merge.plan import layers_to_remove
 from mkaq.model.architecture import keep_layers
 from mkaq.model.checkpoint import Checkpoint
@@ -81,6 +82,11 @@ def plan_run(recipe: Recipe, source: Checkpoint, device: torch.device) -> RunPla
         parameters = outer + layers * layer
         sizes.append(StageSize("merge", layers, parameters, parameters * itemsize))
         disk += parameters * itemsize
+        if recipe.merge.fuse == "channels":
+            check_fusable(source, recipe.calibration.num_samples)
+        if recipe.recover is not None:
+            sizes.append(StageSize("recover", layers, parameters, parameters * itemsize))
+            disk += parameters * itemsize
     if recipe.quantize is not None:
         if isinstance(recipe.quantize, GptqSection):
             check_gptq(source, recipe.quantize)

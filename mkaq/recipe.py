@@ -97,12 +97,17 @@ class MergeSection(_Model):
     """The share of the layers to remove (rounded to whole layers); or give `layers`."""
     layers: Annotated[int, Field(ge=1)] | None = None
     """How many layers to remove; or give `ratio`."""
-    order: Literal["similarity", "back_to_front"] = "similarity"
-    """`similarity` merges the most similar neighbours first; `back_to_front` is the paper's order."""
-    fuse: Literal["average"] = "average"
-    """`average` is the paper's weighted mean of every tensor."""
-    coefficient: Literal["similarity", "sigmoid"] | Annotated[float, Field(ge=0, le=1)] = "similarity"
-    """Weight of the earlier layer: its similarity, the sigmoid of it (the published script), or a number."""
+    order: Literal["similarity", "back_to_front", "measured"] = "similarity"
+    """`similarity` merges the most similar neighbours first; `back_to_front` is the paper's order;
+    `measured` tries every group of neighbours and takes the cheapest cut of the whole model."""
+    fuse: Literal["average", "channels"] = "average"
+    """`average` is the paper's weighted mean of every tensor; `channels` keeps the attention heads and
+    MLP channels that matter and solves what they write, so that the original hidden states come back."""
+    coefficient: Literal["similarity", "sigmoid", "measured"] | Annotated[float, Field(ge=0, le=1)] = (
+        "similarity"
+    )
+    """Weight of the earlier layer in an average: its similarity, the sigmoid of it (the published
+    script), the best of 0.5 to 1 by what it does to the hidden states, or a number."""
     manifold: ManifoldSection = ManifoldSection()
     """How layers are compared."""
     protect: ProtectSection = ProtectSection()
@@ -113,6 +118,19 @@ class MergeSection(_Model):
         if (self.ratio is None) == (self.layers is None):
             raise ValueError("give either ratio or layers")
         return self
+
+
+class LayerwiseSection(_Model):
+    """Recovery without the whole model: every layer is tuned alone toward the original hidden states."""
+
+    method: Literal["layerwise"]
+    """Knowledge distillation, layer by layer."""
+    steps: int = Field(default=300, ge=1, le=100_000)
+    """Optimizer steps for each layer."""
+    learning_rate: float = Field(default=1e-3, gt=0, lt=1)
+    """Of AdamW, for weights whose entries are of size 1/sqrt(hidden_size); falls to 0 along a cosine."""
+    batch_size: int = Field(default=32, ge=1, le=4096)
+    """Sequences per step."""
 
 
 class GptqSection(_Model):
@@ -206,8 +224,8 @@ class Recipe(_Model):
     """The calibration tokens."""
     merge: MergeSection | None = None
     """Layer merging, or null."""
-    recover: None = None
-    """Reserved."""
+    recover: LayerwiseSection | None = None
+    """Tuning of the merged model, layer by layer, or null."""
     quantize: Annotated[GptqSection | BitsandbytesSection, Field(discriminator="method")] | None = None
     """Quantization, or null."""
     export: ExportSection = ExportSection()
@@ -219,6 +237,12 @@ class Recipe(_Model):
     def needs_calibration(self) -> bool:
         """Whether any stage of this recipe looks at calibration tokens."""
         return self.merge is not None or isinstance(self.quantize, GptqSection)
+
+    @model_validator(mode="after")
+    def _recovers_a_merge(self) -> "Recipe":
+        if self.recover is not None and self.merge is None:
+            raise ValueError("recover mends what merge did; with merge: null there is nothing to recover")
+        return self
 
     def dump(self) -> dict[str, Any]:
         """The resolved recipe as plain data, defaults filled in."""

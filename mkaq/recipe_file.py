@@ -13,12 +13,6 @@ from pydantic import BaseModel, ValidationError
 from mkaq.errors import MkaqError, UnsupportedError, UsageError
 from mkaq.recipe import Recipe
 
-_LATER = {  # options that DESIGN names and this version does not have
-    ("merge", "order"): ("measured",),
-    ("merge", "fuse"): ("channels",),
-    ("merge", "coefficient"): ("measured",),
-}
-
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file, applies `KEY=VALUE` overrides, and checks the whole.
@@ -114,12 +108,6 @@ def _apply(data: dict[str, Any], lines: dict[tuple[str, ...], str], override: st
 def _faults(data: dict[str, Any]) -> tuple[dict[tuple[str, ...], str], dict[tuple[str, ...], str]]:
     """Faults by key path, and apart from them options that only a later version has."""
     later: dict[tuple[str, ...], str] = {}
-    for (section, key), values in _LATER.items():
-        inner = data.get(section)
-        if isinstance(inner, dict) and inner.get(key) in values:
-            later[section, key] = f"{inner[key]!r} is not in this version"
-    if data.get("recover") is not None:
-        later[("recover",)] = "the recover stage is not in this version; set it to null"
     formats = data["export"].get("formats") if isinstance(data.get("export"), dict) else None
     if isinstance(formats, list) and (others := [f for f in formats if f in ("gguf", "mlx", "onnx")]):
         later["export", "formats"] = f"{', '.join(others)} not in this version; only safetensors"

@@ -30,9 +30,22 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 {% endfor %}</table>
 {% if heatmap %}<h2>Layer similarity (NPIB)</h2><img alt="heatmap" src="data:image/png;base64,{{ heatmap }}">{% endif %}
 {% for s in m.steps %}{% if s.step == "merge" %}
-<h2>Merges</h2>
+{% if s.merges %}<h2>Merges</h2>
 <table><tr><th>into<th>from<th>coefficient<th>similarity</tr>
-{% for x in s.merges %}<tr><td>{{ x.into }}<td>{{ x.from_ }}<td>{{ "%.3f"|format(x.coefficient) }}<td>{{ "%.3f"|format(x.similarity) }}</tr>
+{% for x in s.merges %}<tr><td>{{ x.into }}<td>{{ x.from_ }}<td>{{ "%.3f"|format(x.coefficient) }}<td>{{ "%.3f"|format(x.similarity) if x.similarity is not none else "-" }}</tr>
+{% endfor %}</table>{% endif %}
+{% if s.measured %}<h2>Groups measured</h2>
+<table><tr><th>layers<th>error of merging them alone</tr>
+{% for x in s.measured %}<tr><td>{{ x.first }} - {{ x.first + x.layers - 1 }}<td>{{ "%.4f"|format(x.error) }}</tr>
+{% endfor %}</table>{% endif %}
+{% if s.layers[0].fused %}<h2>Fused layers</h2>
+<table><tr><th>layer<th>channels from<th>o_proj ridge<th>error<th>down_proj ridge<th>error<th>error of the output</tr>
+{% for x in s.layers %}<tr><td>{{ x.new }}<td>{% for old, share in x.from_.items() %}{{ old }}: {{ "%.0f"|format(100 * share) }} % {% endfor %}
+{% for f in (x.fused.attention, x.fused.mlp) %}<td>{{ f.ridge if f.ridge is not none else "left as it was" }}<td>{{ "%.4f"|format(f.error_before) }} to {{ "%.4f"|format(f.error) }}{% endfor %}<td>{{ "%.4f"|format(x.fused.residual) }}</tr>
+{% endfor %}</table>{% endif %}
+{% elif s.step == "recover" %}<h2>Recovered layers</h2>
+<table><tr><th>layer<th>error before<th>error<th>best step</tr>
+{% for x in s.layers %}<tr><td>{{ x.new }}<td>{{ "%.4f"|format(x.error_before) }}<td>{{ "%.4f"|format(x.error) }}<td>{{ x.steps or "kept as it was" }}</tr>
 {% endfor %}</table>
 {% else %}
 <h2>Quantized layers ({{ s.method }}, {{ s.bits }} bits)</h2>
@@ -70,8 +83,9 @@ def write_report(result: RunResult, log: list[dict[str, Any]]) -> None:
     assert result.artifact is not None
     folder, heatmap = result.folder, ""
     manifest = read_manifest(result.artifact)
-    if any(step.step == "merge" for step in manifest.steps):
-        matrix = load_file(folder / "merge" / "similarity.safetensors")["npib"]
+    similarity = folder / "merge" / "similarity.safetensors"
+    if any(step.step == "merge" for step in manifest.steps) and similarity.is_file():
+        matrix = load_file(similarity)["npib"]
         heatmap = base64.b64encode(heatmap_png(matrix)).decode()
     page = (
         jinja2.Environment(autoescape=True)

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mkaq.calibrate.text import documents, text_digest
-from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer, with_copies
 from mkaq.evaluate.perplexity import perplexity
 from mkaq.export.artifact import write_artifact
 from mkaq.export.record import Published, build_manifest
 from mkaq.handoff import Handoff, describe_files, digest_of, publish
+from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import merge
 from mkaq.model.checkpoint import Checkpoint, open_checkpoint
 from mkaq.model.walk import LayerWalk, compute_dtype
@@ -27,6 +28,7 @@ from mkaq.progress import Progress
 from mkaq.quantize.bnb_stage import quantize_bitsandbytes
 from mkaq.quantize.gptq_stage import quantize_gptq
 from mkaq.recipe import BitsandbytesSection, Recipe
+from mkaq.recover.layerwise import recover
 from mkaq.units import parse_size
 
 
@@ -115,6 +117,20 @@ class Stages:
         settings = {**section.model_dump(mode="json"), "seed": seed, **self._numerics(), **self._files()}
         return self._checkpoint(self._publish("merge", settings, self._inputs("source", "calibrate"), build))
 
+    def recover(self, model: Checkpoint) -> Checkpoint:
+        """Tunes the merged model, layer by layer."""
+        section, seed = self.recipe.recover, self.recipe.calibration.seed
+        assert section is not None
+
+        def build(folder: Path) -> None:
+            tokens = with_copies(self._tokens(), seed)
+            source, walk = self._walk(self.source), self._walk(model)
+            recover(source, walk, self._groups(), tokens, section, seed, folder, **self._output())
+
+        settings = {**section.model_dump(mode="json"), "seed": seed, **self._numerics(), **self._files()}
+        inputs = self._inputs("source", "calibrate", "merge")
+        return self._checkpoint(self._publish("recover", settings, inputs, build))
+
     def quantize(self, model: Checkpoint) -> Checkpoint:
         """Quantizes the merged model, or the source."""
         section = self.recipe.quantize
@@ -134,7 +150,7 @@ class Stages:
                 )
             write_json(folder / "quantization.json", {"modules": [asdict(module) for module in modules]})
 
-        inputs = self._inputs("merge" if self.recipe.merge else "source")
+        inputs = self._inputs(self._last("quantize"))
         if not isinstance(section, BitsandbytesSection):
             inputs |= self._inputs("calibrate")
         settings = {**section.model_dump(mode="json"), **self._numerics(), **self._files()}
@@ -170,11 +186,15 @@ class Stages:
             self.folder, self.result.sizes, self._source_files, tokens, self.result.evaluation
         )
         manifest = build_manifest(self.recipe, self.source, published, self._dtype)
-        inputs = self._inputs("quantize" if self.recipe.quantize else "merge")
+        inputs = self._inputs(self._last("export"))
         settings = manifest.model_dump(mode="json", by_alias=True)
-        done = self._publish(
-            "artifact", settings, inputs, lambda folder: write_artifact(model, manifest, folder), inside=False
-        )
+        fused = self.recipe.merge is not None and self.recipe.merge.fuse == "channels"
+        origins = self.folder / "merge" / ORIGINS if fused else None
+
+        def build(folder: Path) -> None:
+            write_artifact(model, manifest, folder, origins)
+
+        done = self._publish("artifact", settings, inputs, build, inside=False)
         self.result.artifact = done.path
 
     def write_log(self) -> None:
@@ -209,6 +229,17 @@ class Stages:
 
     def _inputs(self, *names: str) -> dict[str, str]:
         return {name: self._digests[name] for name in names}
+
+    def _last(self, before: str) -> str:
+        """The stage whose model `before` reads."""
+        made = {name: getattr(self.recipe, name) for name in ("merge", "recover", "quantize")}
+        done = [name for name, section in made.items() if section is not None and name != before]
+        return done[-1] if done else "source"
+
+    def _groups(self) -> list[list[int]]:
+        """For each layer of the merged model the layers of the source that it stands for."""
+        plan = json.loads((self.folder / "merge" / "merge_plan.json").read_text())
+        return [sorted(map(int, layer["from"])) for layer in plan["layers"]]
 
     def _tokens(self) -> torch.Tensor:
         return load_file(self.folder / "calibrate" / "calibration.safetensors")["input_ids"]

@@ -9,17 +9,19 @@ from mkaq.handoff import describe_files
 from mkaq.model.checkpoint import Checkpoint
 
 
-def write_artifact(checkpoint: Checkpoint, manifest: Manifest, folder: Path) -> None:
+def write_artifact(checkpoint: Checkpoint, manifest: Manifest, folder: Path, origins: Path | None) -> None:
     """Writes what the user ships.
 
     Args:
         checkpoint: The last stage's.
         manifest: Complete but for `files`.
         folder: Empty.
+        origins: The file that says where heads and channels came from, if layers were fused.
     """
-    for name in [*checkpoint.files, "quantize_config.json"]:
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, folder / name)
+    beside = [checkpoint.path / name for name in [*checkpoint.files, "quantize_config.json"]]
+    for path in [*beside, *([origins] if origins else [])]:
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
     names = sorted(path.name for path in folder.iterdir())
     files = [FileEntry(**entry) for entry in describe_files(folder, names)]

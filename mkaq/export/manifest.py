@@ -77,19 +77,70 @@ class MergeEntry(_Part):
     """The group that goes."""
     coefficient: float
     """Weight of the group that stays."""
-    similarity: float
-    """NPIB of the two groups."""
+    similarity: float | None
+    """NPIB of the two groups, where it was asked for."""
+
+
+class MeasuredGroup(_Part):
+    """A group of neighbouring layers that was tried."""
+
+    first: int
+    """Its first layer."""
+    layers: int
+    """How many layers it has."""
+    error: float
+    """The error that merging it alone leaves: mean of |output - original|^2 / |original|^2."""
+
+
+class Solved(_Part):
+    """A weight that was solved in closed form; errors are shares of the target's energy, held-out tokens."""
+
+    ridge: float | None
+    """The ridge that was best on held-out tokens; null: no ridge helped, the weight is as it was."""
+    error_before: float
+    """With the weight as it was."""
+    error: float
+    """With the weight as it is."""
+
+
+class Fused(_Part):
+    """How a layer was put together from heads and channels of several."""
+
+    origins_sha256: str
+    """Digest of the layer's entry in mkaq-origins.json."""
+    attention: Solved
+    """`o_proj`."""
+    mlp: Solved
+    """`down_proj`."""
+    residual: float
+    """Mean of |output - original|^2 / |original|^2 over held-out tokens, on the compressed prefix."""
 
 
 class NewLayer(_Part):
-    """A layer of the result as a weighted sum of layers of the source."""
+    """A layer of the result and the layers of the source that it stands for."""
 
     new: int
     """Its number."""
     from_: dict[Annotated[str, Field(pattern=r"^\d{1,4}$")], float] = Field(alias="from", min_length=1)
-    """Old layer and weight; summed in this order in float32, cast once."""
+    """Old layer and weight. Averaged: summed in this order in float32, cast once. Fused: the share of
+    the channels that came from it; the first layer gives the norms."""
+    fused: Fused | None = None
+    """How it was fused, if it was."""
     sha256: str
     """Over the names and bytes of its merged tensors, in order of name."""
+
+
+class RecoveredLayer(_Part):
+    """A layer that was tuned; errors are mean of |output - original|^2 / |original|^2, held-out tokens."""
+
+    new: int
+    """Its number."""
+    error_before: float
+    """On the tuned prefix, with the weights that merging gave."""
+    error: float
+    """With the weights that it has."""
+    steps: int
+    """The step at which the held-out error was lowest; 0: the weights are those of the merge."""
 
 
 class _Sized(_Part):
@@ -119,9 +170,24 @@ class MergeStep(_Sized):
     settings: dict[str, Any]
     """The recipe's section: order, coefficient, manifold, bins, bias correction."""
     merges: list[MergeEntry]
-    """In the order in which they were chosen."""
+    """Of averages, in the order in which they were chosen."""
+    measured: list[MeasuredGroup] = []
+    """Every group that was tried (order: measured)."""
     layers: list[NewLayer]
     """Every layer of the result."""
+
+
+class RecoverStep(_Sized):
+    """Tuning, layer by layer, toward the hidden states of the source."""
+
+    step: Literal["recover"] = "recover"
+    """Kind."""
+    method: Literal["layerwise"] = "layerwise"
+    """Method."""
+    settings: dict[str, Any]
+    """The recipe's section."""
+    layers: list[RecoveredLayer]
+    """Every layer."""
 
 
 class Module(_Part):
@@ -171,7 +237,7 @@ class Manifest(_Part):
     """What went in."""
     calibration: Calibration | None
     """What layers were compared and errors measured on."""
-    steps: list[Annotated[MergeStep | QuantizeStep, Field(discriminator="step")]]
+    steps: list[Annotated[MergeStep | RecoverStep | QuantizeStep, Field(discriminator="step")]]
     """What was done, in order."""
     evaluation: dict[str, dict[str, Any]]
     """What was measured, by stage."""

@@ -2,7 +2,7 @@
 
 import yaml
 
-from mkaq.export.manifest import Manifest, MergeStep, QuantizeStep
+from mkaq.export.manifest import Manifest, MergeStep, QuantizeStep, RecoverStep
 
 _LOAD = {
     "gptq": "needs `pip install optimum gptqmodel`",
@@ -44,11 +44,15 @@ def model_card(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _describe(step: MergeStep | QuantizeStep) -> str:
+def _describe(step: MergeStep | RecoverStep | QuantizeStep) -> str:
+    if isinstance(step, RecoverStep):
+        steps = step.settings["steps"]
+        return f"Every layer tuned alone toward the hidden states of the original ({steps} steps)."
     if isinstance(step, MergeStep):
         groups = [", ".join(layer.from_) for layer in step.layers if len(layer.from_) > 1]
+        how = "fused in function space" if step.layers[0].fused else "averaged"
         return (
-            f"Merged (MKA, arXiv 2406.16330) from {step.layers_before} to {step.layers_after} layers: "
+            f"Merged (MKA, arXiv 2406.16330; {how}) from {step.layers_before} to {step.layers_after} layers: "
             + "; ".join(groups)
             + "."
         )

@@ -1,6 +1,5 @@
 """The manifest of a run, put together from what its stages published."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +8,19 @@ from typing import Any
 import torch
 
 from mkaq import __version__
+from mkaq.calibrate.tokens import tokens_digest
 from mkaq.export.manifest import (
     Calibration,
     FileEntry,
     Manifest,
+    MeasuredGroup,
     MergeEntry,
     MergeStep,
     Module,
     NewLayer,
     QuantizeStep,
+    RecoveredLayer,
+    RecoverStep,
     Source,
 )
 from mkaq.handoff import library_versions
@@ -51,20 +54,26 @@ def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dty
         after.stage: (before, after)
         for before, after in zip(published.sizes, published.sizes[1:], strict=False)
     }
-    steps: list[MergeStep | QuantizeStep] = []
+    steps: list[MergeStep | RecoverStep | QuantizeStep] = []
     if recipe.merge is not None:
         plan = json.loads((published.folder / "merge" / "merge_plan.json").read_text())
         merge_step = MergeStep(
             dtype=str(dtype).removeprefix("torch."),
             settings=recipe.merge.model_dump(mode="json"),
             merges=[MergeEntry(**row) for row in plan["merges"]],
-            layers=[
-                NewLayer(**row, sha256=sha)
-                for row, sha in zip(plan["layers"], plan["layer_sha256"], strict=True)
-            ],
+            measured=[MeasuredGroup(**row) for row in plan["measured"]],
+            layers=[NewLayer(**row) for row in plan["layers"]],
             **_sizes(*before_after["merge"]),
         )
         steps.append(merge_step)
+    if recipe.recover is not None:
+        record = json.loads((published.folder / "recover" / "recovery.json").read_text())
+        recover_step = RecoverStep(
+            settings=recipe.recover.model_dump(mode="json"),
+            layers=[RecoveredLayer(**row) for row in record["layers"]],
+            **_sizes(*before_after["recover"]),
+        )
+        steps.append(recover_step)
     if recipe.quantize is not None:
         record = json.loads((published.folder / "quantize" / "quantization.json").read_text())
         quantize_step = QuantizeStep(
@@ -120,5 +129,5 @@ def _calibration(recipe: Recipe, tokens: torch.Tensor) -> Calibration:
         num_samples=section.num_samples,
         max_seq_length=section.max_seq_length,
         seed=section.seed,
-        tokens_sha256=hashlib.sha256(tokens.numpy().astype("<i4").tobytes()).hexdigest(),
+        tokens_sha256=tokens_digest(tokens),
     )

@@ -1,7 +1,8 @@
 """Which layers are merged, in which order and with which weights."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +21,13 @@ class Merge:
         into: First layer of the earlier group, which stays.
         from_: First layer of the later group, which goes.
         coefficient: Weight of the earlier group.
-        similarity: NPIB of the two groups, each standing for its last layer's output.
+        similarity: NPIB of the two groups, each standing for its last layer's output, if known.
     """
 
     into: int
     from_: int
     coefficient: float
-    similarity: float
+    similarity: float | None
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class MergePlan:
 
     merges: tuple[Merge, ...]
     layers: tuple[dict[int, float], ...]
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """For each new layer the old layers, rising."""
+        return [sorted(weights) for weights in self.layers]
 
     @property
     def kept(self) -> list[int]:
@@ -92,7 +98,35 @@ def coefficient_of(rule: str | float, similarity: float) -> float:
         return similarity
     if rule == "sigmoid":
         return 1 / (1 + math.exp(-similarity))
-    return float(rule)
+    return 0.5 if rule == "measured" else float(rule)  # measured: filled in later, by `chain_plan`
+
+
+def chain_plan(
+    groups: Sequence[Sequence[int]],
+    section: MergeSection,
+    similarity: npt.NDArray[np.float64] | None,
+    coefficients: Mapping[int, float],
+) -> MergePlan:
+    """Averages given groups, each from its first layer on.
+
+    Args:
+        groups: Of neighbouring layers, all layers of the model in their order.
+        section: Its coefficient rule.
+        similarity: NPIB of every pair of layers, where the rule needs it.
+        coefficients: By first layer of a group, where the rule is `measured`.
+    """
+    merges, layers = [], []
+    for group in groups:
+        weights = {group[0]: 1.0}
+        for before, index in itertools.pairwise(group):
+            score = None if similarity is None else float(similarity[before, index])
+            share = coefficients.get(group[0])
+            if share is None:
+                share = coefficient_of(section.coefficient, 1.0 if score is None else score)
+            merges.append(Merge(group[0], index, share, score))
+            weights = {old: weight * share for old, weight in weights.items()} | {index: 1 - share}
+        layers.append(weights)
+    return MergePlan(tuple(merges), tuple(layers))
 
 
 def plan_merge(section: MergeSection, similarity: npt.NDArray[np.float64]) -> MergePlan:

@@ -1,74 +1,29 @@
-"""The merge stage: compare the layers in one walk, plan, and write the smaller checkpoint."""
+"""The merge stage: choose the groups of layers, make one layer of each, write the smaller checkpoint."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.numpy import save_file
 
-from mkaq.errors import UnsupportedError, UsageError
+from mkaq.calibrate.tokens import with_copies
+from mkaq.errors import UnsupportedError
+from mkaq.handoff import digest_of
 from mkaq.merge.apply import merge_layers
-from mkaq.merge.manifold import diffusion_map
-from mkaq.merge.plan import MergePlan, plan_merge
-from mkaq.merge.similarity import equal_frequency_cells, similarity_matrix
+from mkaq.merge.choose import choose_groups
+from mkaq.merge.fuse import check_fusable, fuse
+from mkaq.merge.least_squares import Fit
+from mkaq.merge.origins import ORIGINS, Origins, origins_of, shares, write_origins
+from mkaq.merge.plan import MergePlan
 from mkaq.model.architecture import keep_layers
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk, return_freed_memory
 from mkaq.model.writer import ShardWriter, tensor_bytes, write_json, write_side_files
 from mkaq.progress import Progress
-from mkaq.recipe import ManifoldSection, MergeSection
-
-
-@dataclass(frozen=True)
-class LayerSimilarity:
-    """How alike the layers of a model are.
-
-    Attributes:
-        matrix: NPIB of every pair, shape (layers, layers).
-        coordinates: Diffusion coordinates, shape (layers, points, dimensions).
-    """
-
-    matrix: npt.NDArray[np.float64]
-    coordinates: npt.NDArray[np.float64]
-
-
-def compare_layers(
-    walk: LayerWalk, tokens: torch.Tensor, section: ManifoldSection, seed: int, progress: Progress
-) -> LayerSimilarity:
-    """Diffusion maps of every layer's output at the same token positions, and their NPIB.
-
-    Args:
-        walk: The model.
-        tokens: Calibration token ids, shape (samples, length).
-        section: Points, coordinates and bins.
-        seed: Chooses the token positions.
-        progress: Told of every layer.
-    """
-    length = tokens.shape[1]
-    inner = np.flatnonzero(np.arange(tokens.numel()) % length)  # first tokens are unlike all others
-    count = min(section.points, len(inner))
-    chosen = np.sort(np.random.default_rng(seed).choice(inner, count, replace=False))
-    samples = np.unique(chosen // length)
-    rows = torch.from_numpy(np.searchsorted(samples, chosen // length) * length + chosen % length)
-    bandwidth = None if section.bandwidth == "median" else float(section.bandwidth)
-    maps = []
-    walked = walk.hidden_states(tokens[torch.from_numpy(samples)])
-    for index, hidden_states in progress.track(walked, "compare layers", walk.num_layers):
-        states = hidden_states.reshape(-1, hidden_states.shape[-1])[rows.to(hidden_states.device)]
-        points = states.float().cpu().numpy()
-        try:
-            maps.append(diffusion_map(points, section.dimensions, bandwidth, section.alpha, section.time))
-        except ValueError as error:
-            fix = "more calibration text, or another bandwidth"
-            raise UsageError(
-                f"layer {index} has no diffusion map: {error}", where="merge.manifold", fix=fix
-            ) from None
-    cells = [equal_frequency_cells(coordinates, section.bins) for coordinates in maps]
-    return LayerSimilarity(similarity_matrix(cells, section.bias_correction), np.stack(maps))
+from mkaq.recipe import MergeSection
 
 
 def merge(
@@ -82,8 +37,8 @@ def merge(
     dtype: torch.dtype,
     shard_size: int,
     progress: Progress,
-) -> MergePlan:
-    """Writes the merged checkpoint, merge_plan.json and similarity.safetensors.
+) -> None:
+    """Writes the merged checkpoint, merge_plan.json and what led to it.
 
     Args:
         source: The checkpoint to merge.
@@ -96,32 +51,87 @@ def merge(
         shard_size: Bytes per file.
         progress: Told of every layer.
     """
-    similarity = compare_layers(walk, tokens, section.manifold, seed, progress)
-    plan = plan_merge(section, similarity.matrix)
-    config = merged_config(source, plan, dtype)
-    digests = []
+    if section.fuse == "channels":
+        check_fusable(source, len(tokens))
+    choice = choose_groups(walk, tokens, section, seed, dtype, progress)
+    if section.fuse == "channels":
+        made = fused_layers(walk, with_copies(tokens, seed), choice.plan.groups, dtype)
+        merges = []
+    else:
+        made = averaged_layers(source, choice.plan, dtype)
+        merges = choice.plan.as_json()["merges"]
+    rows: list[dict[str, Any]] = []
+    origins: list[Origins] = []
     with ShardWriter(folder, shard_size) as writer:
         for name, tensor in source.each(source.outer_tensor_names):
             writer.add(name, cast(tensor, dtype, name))
-        layers = merged_layers(source, plan, dtype)
-        for new, tensors in enumerate(progress.track(layers, "merge", len(plan.layers))):
-            digests.append(digest_layer(tensors))
-            for name, tensor in tensors.items():
-                writer.add(f"model.layers.{new}.{name}", tensor)
+        for layer in progress.track(made, "merge", len(choice.plan.layers)):
+            rows.append({"new": len(rows), **layer.record, "sha256": digest_layer(layer.tensors)})
+            origins += [layer.origins] if layer.origins else []
+            for name, tensor in layer.tensors.items():
+                writer.add(f"model.layers.{rows[-1]['new']}.{name}", tensor)
             return_freed_memory()
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", merged_config(source, choice.plan.kept, dtype))
     write_side_files(source, folder)
-    write_json(folder / "merge_plan.json", {**plan.as_json(), "layer_sha256": digests})
-    save_file(
-        {"npib": similarity.matrix, "coordinates": similarity.coordinates}, folder / "similarity.safetensors"
-    )
-    return plan
+    if origins:
+        write_origins(folder / ORIGINS, origins)
+    measured = [{"first": k, "layers": n, "error": error} for (k, n), error in choice.errors.items()]
+    write_json(folder / "merge_plan.json", {"merges": merges, "measured": measured, "layers": rows})
+    if choice.similarity is not None:
+        arrays = {"npib": choice.similarity.matrix, "coordinates": choice.similarity.coordinates}
+        save_file(arrays, folder / "similarity.safetensors")
 
 
-def merged_config(source: Checkpoint, plan: MergePlan, dtype: torch.dtype) -> dict[str, object]:
-    """config.json of the merged checkpoint."""
+@dataclass(frozen=True)
+class NewLayer:
+    """A layer of the merged model.
+
+    Attributes:
+        tensors: By their names below the layer.
+        record: What the plan says of it: `from`, the share of each old layer, and how it was fused.
+        origins: Which head and channel came from where, if it was fused.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    record: dict[str, Any]
+    origins: Origins | None = None
+
+
+def averaged_layers(source: Checkpoint, plan: MergePlan, dtype: torch.dtype) -> Iterator[NewLayer]:
+    """The new layers of an average, in turn."""
+    for weights, tensors in zip(plan.layers, merged_layers(source, plan, dtype), strict=True):
+        yield NewLayer(tensors, {"from": {str(old): weight for old, weight in weights.items()}})
+
+
+def fused_layers(
+    walk: LayerWalk, tokens: torch.Tensor, groups: Sequence[Sequence[int]], dtype: torch.dtype
+) -> Iterator[NewLayer]:
+    """The new layers of a fusion, in turn, each solved on what those before it hand on."""
+    original = walk.embed(tokens)
+    compressed = original.clone()
+    for group in groups:
+        layer = fuse(walk, group, original, compressed, dtype)
+        for name, tensor in layer.tensors.items():
+            cast(tensor, dtype, name)
+        origins = origins_of(layer)
+        record = {
+            "origins_sha256": digest_of(origins),
+            "attention": _solved(layer.attention),
+            "mlp": _solved(layer.mlp),
+            "residual": layer.residual,
+        }
+        share = {str(old): share for old, share in shares(layer).items()}
+        yield NewLayer(layer.tensors, {"from": share, "fused": record}, origins)
+
+
+def _solved(fit: Fit) -> dict[str, float | None]:
+    return {"ridge": fit.ridge, "error_before": fit.error_before, "error": fit.error}
+
+
+def merged_config(source: Checkpoint, kept: Sequence[int], dtype: torch.dtype) -> dict[str, object]:
+    """config.json of the merged checkpoint, whose layers take the places `kept`."""
     where = source.path / "config.json"
-    config = keep_layers(source.config, source.hf_config.to_dict(), plan.kept, where)
+    config = keep_layers(source.config, source.hf_config.to_dict(), kept, where)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     return config

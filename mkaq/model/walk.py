@@ -7,8 +7,9 @@ every layer is a recorder gives the keyword arguments of each layer (position em
 mask of its own type); they are kept per sequence length and used with any batch.
 """
 
+import copy
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,7 +92,7 @@ class LayerWalk:
             embedding.embed_scale = embedding.embed_scale.to(self.device)
         embedding.padding_idx = None
         hidden_states: torch.Tensor = embedding(position.to(self.device))
-        embedding.to("meta")
+        embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
         return hidden_states
 
     @contextmanager
@@ -127,6 +128,18 @@ class LayerWalk:
         layer.requires_grad_(False)
         return layer
 
+    def assemble(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+        """A layer of its own, in the place of layer `index`, with weights that are given.
+
+        Args:
+            index: Whose attention type and keyword arguments it has.
+            tensors: Dense, by their names below the layer.
+        """
+        layer: nn.Module = copy.deepcopy(self._layers[index])
+        placed = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
+        layer.load_state_dict(placed, assign=True)
+        return layer.requires_grad_(False)
+
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer by their names below it; GPTQ weights are unpacked."""
         prefix = f"model.layers.{index}."
@@ -148,12 +161,12 @@ class LayerWalk:
                 f"{what} cannot be unpacked ({reason})", where=self.checkpoint.path
             ) from None
 
-    @torch.no_grad()
     def run(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """One layer on one batch, shape (batch, length, hidden_size), to the same shape."""
         output: torch.Tensor = layer(hidden_states, **self._layer_arguments(hidden_states.shape[1])[index])
         return output
 
+    @torch.no_grad()
     def run_all(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> None:
         """One layer on all samples, batch by batch, in place.
 
@@ -165,6 +178,11 @@ class LayerWalk:
             if not bool(torch.isfinite(batch).all()):
                 raise CheckpointError(f"layer {index} gives NaN or infinity", where=self.checkpoint.path)
 
+    def pass_layer(self, index: int, hidden_states: torch.Tensor) -> None:
+        """Places one layer, runs it on all samples in place, and lets it go."""
+        with self.layer(index) as layer:
+            self.run_all(layer, index, hidden_states)
+
     def hidden_states(self, input_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Walks all layers; yields each one's index and output.
 
@@ -172,8 +190,7 @@ class LayerWalk:
         """
         hidden_states = self.embed(input_ids)
         for index in range(self.num_layers):
-            with self.layer(index) as layer:
-                self.run_all(layer, index, hidden_states)
+            self.pass_layer(index, hidden_states)
             yield index, hidden_states
 
     @contextmanager

@@ -1,8 +1,8 @@
 """GPTQ over a whole checkpoint: the solver inside the walk, layer by layer, true sequential."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import nn
 from mkaq import __version__
 from mkaq.errors import CheckpointError, UnsupportedError, UsageError
 from mkaq.model.checkpoint import Checkpoint
+from mkaq.model.observe import input_of
 from mkaq.model.walk import LayerWalk, batches
 from mkaq.model.writer import ShardWriter, write_json, write_side_files
 from mkaq.progress import Progress
@@ -37,10 +38,6 @@ class GptqModule:
     weight_error: float
     damp_percent: float
     fallback: bool = False
-
-
-class _Reached(Exception):
-    """Raised by a hook when the inputs that it waits for have been seen."""
 
 
 def check_gptq(source: Checkpoint, section: GptqSection) -> None:
@@ -205,22 +202,8 @@ def _hessian(
 ) -> torch.Tensor:
     """X^T X over all calibration tokens, X the inputs of `linear`; float32."""
     hessian = torch.zeros(linear.in_features, linear.in_features, device=walk.device)
-    with _stop_at(linear, hessian):
-        for batch in batches(hidden_states):
-            with suppress(_Reached):
-                walk.run(layer, index, batch)
-    return hessian
-
-
-@contextmanager
-def _stop_at(linear: nn.Module, hessian: torch.Tensor) -> Iterator[None]:
-    def see(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        rows = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+    for batch in batches(hidden_states):
+        inputs = input_of(linear, partial(walk.run, layer, index, batch))
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
         hessian.addmm_(rows.T, rows)
-        raise _Reached
-
-    handle = linear.register_forward_pre_hook(see)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hessian

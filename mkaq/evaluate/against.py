@@ -1,0 +1,243 @@
+"""The claims of a manifest that the source can confirm: what every new layer was made of, and how well."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from mkaq.calibrate.text import documents
+from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer, tokens_digest, with_copies
+from mkaq.errors import MkaqError, VerificationError
+from mkaq.export.manifest import Manifest, MergeStep, NewLayer, QuantizeStep, RecoverStep
+from mkaq.handoff import digest_of
+from mkaq.merge.fuse import known_tensors
+from mkaq.merge.hold_out import held_out_error
+from mkaq.merge.origins import ORIGINS, Origins, as_tensor, read_origins
+from mkaq.merge.parts import attention_parts, mlp_parts
+from mkaq.merge.plan import MergePlan
+from mkaq.merge.stage import digest_layer, merged_layers
+from mkaq.model.checkpoint import Checkpoint
+from mkaq.model.walk import LayerWalk, compute_dtype, dense_layer
+from mkaq.progress import Progress
+from mkaq.quantize.gptq_stage import relative_error
+from mkaq.recipe import Recipe
+
+_SAME = 1e-6
+_CLOSE = 0.02  # of an error: another machine sums in another order
+
+
+def raise_faults(where: Path, faults: list[str]) -> None:
+    """Raises a VerificationError that lists the faults, if there are any."""
+    if faults:
+        raise VerificationError("; ".join(faults), where=where, fix="make or download it again")
+
+
+def check_against(
+    manifest: Manifest, artifact: Checkpoint, source: Checkpoint, device: torch.device, progress: Progress
+) -> list[str]:
+    """Checks the steps of a manifest against the source.
+
+    Averaged layers are recomputed whole. Of fused layers everything but the solved `o_proj` and
+    `down_proj` follows from the source and the recorded origins; those, and tuned layers, are checked
+    by the error of their hidden states, where the calibration text is at hand and nothing was quantized.
+
+    Returns:
+        What was checked, a sentence for each.
+
+    Raises:
+        VerificationError: With every claim that does not hold.
+    """
+    merge_step = next((step for step in manifest.steps if isinstance(step, MergeStep)), None)
+    recover_step = next((step for step in manifest.steps if isinstance(step, RecoverStep)), None)
+    quantize_step = next((step for step in manifest.steps if isinstance(step, QuantizeStep)), None)
+    dtype = getattr(torch, merge_step.dtype) if merge_step else artifact.dtype
+    faults = [
+        f"{name} is not the source's"
+        for name, tensor in source.each(source.outer_tensor_names)
+        if not torch.equal(tensor.to(dtype), artifact.read([name])[name])
+    ]
+    origins = []
+    if merge_step is not None:
+        fused = any(layer.fused for layer in merge_step.layers)
+        origins = read_origins(artifact.path / ORIGINS) if fused else []
+        claims = _origin_faults(merge_step, origins, source) if fused else _plan_faults(merge_step, source)
+        raise_faults(artifact.path, list(claims))
+    told: list[str] = []
+    if recover_step is None:
+        errors = {m.name: m.weight_error for m in quantize_step.modules} if quantize_step else {}
+        count, checked = 0, 0
+        layers = _known_layers(merge_step, origins, source, dtype)
+        total = len(merge_step.layers) if merge_step else source.num_layers
+        for new, (known, whole) in enumerate(progress.track(layers, "verify", total)):
+            record = merge_step.layers[new] if merge_step else None
+            faults += _layer_faults(artifact, new, known, whole, record, errors)
+            count, checked = count + 1, checked + sum(_module(new, name) in errors for name in known)
+        if merge_step:
+            what = "layers" if not origins else "layers but for what was solved"
+            told.append(f"{count} {what} recomputed from the source, bit for bit")
+        if quantize_step:
+            told.append(f"{checked} quantized modules have the weight error that the manifest says")
+    raise_faults(artifact.path, faults)
+    if merge_step and (origins or recover_step):
+        told.append(
+            "errors of hidden states not measured again: the model is quantized"
+            if quantize_step
+            else _check_errors(manifest, merge_step, recover_step, artifact, source, device)
+        )
+    return told
+
+
+def _known_layers(
+    step: MergeStep | None,
+    origins: list[Origins],
+    source: Checkpoint,
+    dtype: torch.dtype,
+) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
+    """For each new layer the tensors that follow from the source, and whether these are all."""
+    if not origins:
+        every = [{index: 1.0} for index in range(source.num_layers)]
+        weights = [_weights(layer) for layer in step.layers] if step else every
+        for tensors in merged_layers(source, MergePlan((), tuple(weights)), dtype):
+            yield tensors, True
+        return
+    assert step is not None
+    config, linears = source.hf_config, source.family.linear_names
+    kinds = {"heads": attention_parts(config, linears), "channels": mlp_parts(config, linears)}
+    for layer, origin in zip(step.layers, origins, strict=True):
+        group = sorted(_weights(layer))
+        layers = [_tensors_of(source, index) for index in group]
+        parts = []
+        for name, kind in kinds.items():
+            places = as_tensor(origin[name])
+            places[:, 0] -= group[0]
+            parts.append((kind, places))
+        yield known_tensors(layers, parts, dtype), False
+
+
+def _layer_faults(
+    artifact: Checkpoint,
+    new: int,
+    known: Mapping[str, torch.Tensor],
+    whole: bool,
+    record: NewLayer | None,
+    errors: Mapping[str, float],
+) -> Iterator[str]:
+    """What is wrong with a layer of the artifact, given the tensors that it should have."""
+    stored = _tensors_of(artifact, new)
+    present = dense_layer(stored, artifact.quantization)
+    if record and (whole or not errors):
+        digest = digest_layer(dict(known) if whole else stored)
+        if digest != record.sha256:
+            yield f"layer {new} has another digest than the manifest says"
+    for name, tensor in known.items():
+        module = _module(new, name)
+        if module in errors and name.endswith(".weight"):
+            actual = relative_error(tensor, present[name])
+            if not math.isclose(actual, errors[module], rel_tol=_SAME, abs_tol=1e-12):
+                yield f"{module} has a weight error of {actual:.6g}, the manifest says {errors[module]:.6g}"
+        elif not torch.equal(tensor, present[name]):
+            yield f"model.layers.{new}.{name} is not what the recorded merge gives"
+
+
+def _check_errors(
+    manifest: Manifest,
+    merge_step: MergeStep,
+    recover_step: RecoverStep | None,
+    artifact: Checkpoint,
+    source: Checkpoint,
+    device: torch.device,
+) -> str:
+    """Walks source and artifact side by side over the calibration tokens, if these can be had."""
+    recipe = Recipe.model_validate(manifest.recipe)
+    section, claim = recipe.calibration, manifest.calibration
+    try:
+        texts, tokenizer = documents(section, "calibrate"), load_tokenizer(source.path)
+        size = section.num_samples, section.max_seq_length
+        tokens = calibration_tokens(texts, tokenizer, *size, section.seed)
+    except MkaqError:
+        return "errors of hidden states not measured again: the calibration text is not here"
+    if claim is None or tokens_digest(tokens) != claim.tokens_sha256:
+        return "errors of hidden states not measured again: the calibration text is another one here"
+    tokens = with_copies(tokens, section.seed)
+    walks = [LayerWalk(c, device, compute_dtype(source, device)) for c in (source, artifact)]
+    original, states = (walk.embed(tokens) for walk in walks)
+    faults = []
+    for new, layer in enumerate(merge_step.layers):
+        for walk, stream, indexes in (
+            (walks[0], original, sorted(_weights(layer))),
+            (walks[1], states, [new]),
+        ):
+            for index in indexes:
+                with walk.layer(index) as module:
+                    walk.run_all(module, index, stream)
+        told = (
+            recover_step.layers[new].error if recover_step else layer.fused.residual if layer.fused else 0.0
+        )
+        actual = held_out_error(states, original)
+        if not math.isclose(actual, told, rel_tol=_CLOSE, abs_tol=1e-6):
+            faults.append(f"layer {new} leaves an error of {actual:.6g}, the manifest says {told:.6g}")
+    raise_faults(artifact.path, faults)
+    return f"the hidden states of {len(merge_step.layers)} layers have the errors that the manifest says"
+
+
+def _module(new: int, name: str) -> str:
+    return f"model.layers.{new}.{name.removesuffix('.weight')}"
+
+
+def _weights(layer: NewLayer) -> dict[int, float]:
+    return {int(old): weight for old, weight in layer.from_.items()}
+
+
+def _tensors_of(checkpoint: Checkpoint, index: int) -> dict[str, torch.Tensor]:
+    prefix = f"model.layers.{index}."
+    stored = checkpoint.read(checkpoint.layer_tensor_names(index))
+    return {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+
+
+def _origin_faults(step: MergeStep, origins: list[Origins], source: Checkpoint) -> Iterator[str]:
+    """Whether the origins are those of the manifest, and can be."""
+    if len(origins) != len(step.layers):
+        yield f"{ORIGINS} has {len(origins)} layers, the manifest {len(step.layers)}"
+        return
+    groups = [sorted(_weights(layer)) for layer in step.layers]
+    if [index for group in groups for index in group] != list(range(source.num_layers)):
+        yield "the new layers do not stand for all layers of the source, in their order"
+    counts = {
+        "heads": source.hf_config.num_key_value_heads,
+        "channels": source.hf_config.intermediate_size,
+    }
+    for layer, group, origin in zip(step.layers, groups, origins, strict=True):
+        if layer.fused is None or digest_of(origin) != layer.fused.origins_sha256:
+            yield f"layer {layer.new}: its origins are not those of the manifest"
+            continue
+        for kind, count in counts.items():
+            places = as_tensor(origin[kind])
+            inside = set(places[:, 0].tolist()) <= set(group) and bool(
+                ((places[:, 1] >= 0) & (places[:, 1] < count)).all()
+            )
+            if len(places) != count or not inside or len(places.unique(dim=0)) != count:  # type: ignore[no-untyped-call]
+                yield f"layer {layer.new}: its {kind} are not {count} of those of layers {group}"
+        taken = as_tensor(origin["channels"])[:, 0]
+        share = {index: float((taken == index).sum()) / counts["channels"] for index in group}
+        if share != _weights(layer):
+            yield f"layer {layer.new}: its channels do not have the shares that the manifest says"
+
+
+def _plan_faults(step: MergeStep, source: Checkpoint) -> Iterator[str]:
+    """Whether the weights of the new layers follow from the recorded merges."""
+    groups: dict[int, dict[int, float]] = {index: {index: 1.0} for index in range(source.num_layers)}
+    for merge in step.merges:
+        if merge.into not in groups or merge.from_ not in groups:
+            yield f"the merge of {merge.from_} into {merge.into} names a layer that is gone"
+            return
+        later = groups.pop(merge.from_)
+        weights = {index: weight * merge.coefficient for index, weight in groups[merge.into].items()}
+        groups[merge.into] = weights | {
+            index: weight * (1 - merge.coefficient) for index, weight in later.items()
+        }
+    recorded = [_weights(layer) for layer in step.layers]
+    if [layer.new for layer in step.layers] != list(range(len(step.layers))):
+        yield "the new layers are not numbered from 0"
+    if recorded != [groups[index] for index in sorted(groups)]:
+        yield "the weights of the new layers do not follow from the recorded merges"

@@ -1,0 +1,62 @@
+"""How alike the layers of a model are, in one walk."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mkaq.errors import UsageError
+from mkaq.merge.manifold import diffusion_map
+from mkaq.merge.similarity import equal_frequency_cells, similarity_matrix
+from mkaq.model.walk import LayerWalk
+from mkaq.progress import Progress
+from mkaq.recipe import ManifoldSection
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """How alike the layers of a model are.
+
+    Attributes:
+        matrix: NPIB of every pair, shape (layers, layers).
+        coordinates: Diffusion coordinates, shape (layers, points, dimensions).
+    """
+
+    matrix: npt.NDArray[np.float64]
+    coordinates: npt.NDArray[np.float64]
+
+
+def compare_layers(
+    walk: LayerWalk, tokens: torch.Tensor, section: ManifoldSection, seed: int, progress: Progress
+) -> LayerSimilarity:
+    """Diffusion maps of every layer's output at the same token positions, and their NPIB.
+
+    Args:
+        walk: The model.
+        tokens: Calibration token ids, shape (samples, length).
+        section: Points, coordinates and bins.
+        seed: Chooses the token positions.
+        progress: Told of every layer.
+    """
+    length = tokens.shape[1]
+    inner = np.flatnonzero(np.arange(tokens.numel()) % length)  # first tokens are unlike all others
+    count = min(section.points, len(inner))
+    chosen = np.sort(np.random.default_rng(seed).choice(inner, count, replace=False))
+    samples = np.unique(chosen // length)
+    rows = torch.from_numpy(np.searchsorted(samples, chosen // length) * length + chosen % length)
+    bandwidth = None if section.bandwidth == "median" else float(section.bandwidth)
+    maps = []
+    walked = walk.hidden_states(tokens[torch.from_numpy(samples)])
+    for index, hidden_states in progress.track(walked, "compare layers", walk.num_layers):
+        states = hidden_states.reshape(-1, hidden_states.shape[-1])[rows.to(hidden_states.device)]
+        points = states.float().cpu().numpy()
+        try:
+            maps.append(diffusion_map(points, section.dimensions, bandwidth, section.alpha, section.time))
+        except ValueError as error:
+            fix = "more calibration text, or another bandwidth"
+            raise UsageError(
+                f"layer {index} has no diffusion map: {error}", where="merge.manifold", fix=fix
+            ) from None
+    cells = [equal_frequency_cells(coordinates, section.bins) for coordinates in maps]
+    return LayerSimilarity(similarity_matrix(cells, section.bias_correction), np.stack(maps))

@@ -1,0 +1,219 @@
+"""Fusing in function space: a kept layer takes over the heads and channels of those that it absorbs.
+
+The new layer k stands for layers k..m. Its attention heads (by KV group) and MLP channels are chosen
+among those of all of them, each evaluated at the new layer's own hidden state, and `o_proj` and
+`down_proj` are solved in closed form so that the layer, on what the compressed model hands to it,
+gives the hidden state that the original model has after layer m. A layer that absorbs nothing keeps
+its parts and is solved too: it corrects the error that reaches it. The regressions weight every token
+by the inverse of its mean square, as the norms of the layers that follow do.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from mkaq.errors import UnsupportedError, UsageError
+from mkaq.merge.hold_out import HELD_OUT, held_out_error, held_out_samples, token_weights
+from mkaq.merge.least_squares import Fit, Moments, fit, keep_columns
+from mkaq.merge.parts import (
+    Parts,
+    all_parts,
+    attention_parts,
+    fold_norm,
+    mlp_parts,
+    part_columns,
+    take_columns,
+    take_parts,
+)
+from mkaq.model.checkpoint import Checkpoint
+from mkaq.model.observe import input_of, outputs_of
+from mkaq.model.walk import LayerWalk, batches
+
+_SELECTION_RIDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """A new layer and how it came about.
+
+    Attributes:
+        group: The old layers that it stands for; the first gives its norms and its place.
+        tensors: By their names below the layer.
+        heads: Old layer and KV group of each of its KV groups, shape (KV groups, 2).
+        channels: Old layer and channel of each of its channels, shape (intermediate_size, 2).
+        attention: How `o_proj` was solved.
+        mlp: How `down_proj` was solved.
+        residual: Mean over held-out tokens of |output - original|^2 / |original|^2.
+    """
+
+    group: tuple[int, ...]
+    tensors: dict[str, torch.Tensor]
+    heads: torch.Tensor
+    channels: torch.Tensor
+    attention: Fit
+    mlp: Fit
+    residual: float
+
+
+def check_fusable(source: Checkpoint, samples: int) -> None:
+    """Refuses what cannot be fused.
+
+    Raises:
+        UnsupportedError: If there is a norm between `o_proj` or `down_proj` and the residual stream.
+        UsageError: If there are too few samples to hold some out.
+    """
+    if samples < HELD_OUT:
+        raise UsageError(
+            f"{samples} samples are too few to solve on some and measure on others",
+            where="calibration.num_samples",
+            fix=f"use at least {HELD_OUT}, better 128 or more",
+        )
+    if any(name.endswith(".post_feedforward_layernorm.weight") for name in source.tensors):
+        raise UnsupportedError(
+            f"{source.config['model_type']} normalizes what its layers write, so no closed form exists",
+            where="merge.fuse: channels",
+            fix="use fuse: average, with recover: {method: layerwise}",
+        )
+
+
+@torch.no_grad()
+def fuse(
+    walk: LayerWalk,
+    group: Sequence[int],
+    original: torch.Tensor,
+    compressed: torch.Tensor,
+    dtype: torch.dtype,
+) -> FusedLayer:
+    """Fuses neighbouring layers into one, and moves both streams past them, in place.
+
+    Args:
+        walk: Over the source.
+        group: The layers, rising and without gaps.
+        original: Hidden states of the source before the first of them, shape (samples, length,
+            hidden_size); the last samples are held out.
+        compressed: Hidden states that the compressed model hands on, of the same shape.
+        dtype: Of the new tensors.
+    """
+    config, linears = walk.checkpoint.hf_config, walk.checkpoint.family.linear_names
+    heads, channels = attention_parts(config, linears), mlp_parts(config, linears)
+    layers = [walk.layer_tensors(index) for index in group]
+    attended = _advance(walk, group, heads.writer, original, compressed)
+    candidates = [
+        fold_norm(layer, heads, layers[0], dtype) | fold_norm(layer, channels, layers[0], dtype)
+        for layer in layers
+    ]
+    new = untouched(layers, (heads, channels), dtype)
+    modules = [walk.assemble(group[0], new | candidate) for candidate in candidates]
+
+    def run_to(module: nn.Module, name: str, states: torch.Tensor) -> torch.Tensor:
+        return input_of(module.get_submodule(name), partial(walk.run, module, group[0], states))
+
+    def channels_of(module: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        return input_of(module.get_submodule(channels.writer), partial(module.get_submodule("mlp"), normed))
+
+    def solve(parts: Parts, moments: tuple[Moments, Moments]) -> tuple[torch.Tensor, Fit]:
+        origins = all_parts(len(group), parts)
+        if len(group) > 1:
+            chosen = keep_columns(moments[0], parts.count, _SELECTION_RIDGE, parts.width)
+            origins = origins[chosen.cpu()]
+        columns = part_columns(parts, origins).to(walk.device)
+        prior = take_columns(layers, parts, origins).to(walk.device)
+        solved = fit(moments[0].select(columns), moments[1].select(columns), prior)
+        new.update(take_parts(candidates, parts, origins))
+        new[f"{parts.writer}.weight"] = solved.weight.cpu().to(dtype)
+        origins[:, 0] += group[0]
+        return origins.to(torch.int32), solved
+
+    moments = _moments(walk, heads, len(group))
+    for held, states, target, final in _parts_of(compressed, attended, original):
+        features = torch.cat([run_to(m, heads.writer, states) for m in modules], -1)
+        _add(moments[held], features, _without_bias(target, new, heads), final)
+    head_origins, attention = solve(heads, moments)
+    module = walk.assemble(group[0], new)
+    moments = _moments(walk, channels, len(group))
+    for held, states, _, final in _parts_of(compressed, attended, original):
+        middle = run_to(module, channels.norm, states)
+        normed = module.get_submodule(channels.norm)(middle)
+        features = torch.cat([channels_of(m, normed) for m in modules], -1)
+        _add(moments[held], features, _without_bias(final - middle, new, channels), final)
+    channel_origins, mlp = solve(channels, moments)
+    del modules
+    module = walk.assemble(group[0], new)
+    walk.run_all(module, group[0], compressed)
+    residual = held_out_error(compressed, original)
+    return FusedLayer(tuple(group), new, head_origins, channel_origins, attention, mlp, residual)
+
+
+def known_tensors(
+    layers: Sequence[Mapping[str, torch.Tensor]],
+    parts: Sequence[tuple[Parts, torch.Tensor]],
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """What follows from the source and the origins alone: all of a fused layer but what was solved.
+
+    Args:
+        layers: The old layers of the group.
+        parts: Heads and channels, each with its origins (position in `layers`, number).
+        dtype: Of the result.
+    """
+    result = untouched(layers, [kind for kind, _ in parts], dtype)
+    for kind, origins in parts:
+        result.update(
+            take_parts([fold_norm(layer, kind, layers[0], dtype) for layer in layers], kind, origins)
+        )
+        del result[f"{kind.writer}.weight"]
+    return result
+
+
+def untouched(
+    layers: Sequence[Mapping[str, torch.Tensor]], kinds: Sequence[Parts], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The first layer's tensors; the biases of what writes to the residual stream are summed."""
+    new = {name: tensor.to(dtype) for name, tensor in layers[0].items()}
+    for kind in kinds:
+        if (bias := f"{kind.writer}.bias") in new:
+            new[bias] = torch.stack([layer[bias].double() for layer in layers]).sum(0).to(dtype)
+    return new
+
+
+def _advance(
+    walk: LayerWalk, group: Sequence[int], writer: str, original: torch.Tensor, compressed: torch.Tensor
+) -> torch.Tensor:
+    """Moves the original stream past the group; returns what the new attention should add.
+
+    That is what the group's attention adds in the original, and the error of the compressed stream.
+    """
+    attended = original - compressed
+    for index in group:
+        with walk.layer(index) as layer, outputs_of(layer.get_submodule(writer)) as seen:
+            for states, target in zip(batches(original), batches(attended), strict=True):
+                states.copy_(walk.run(layer, index, states))
+                target += seen.pop()
+    return attended
+
+
+def _parts_of(*streams: torch.Tensor) -> list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Batches of three streams side by side: 0 to learn from, or 1 held out."""
+    last = len(streams[0]) - held_out_samples(len(streams[0]))
+    result = []
+    for held, span in ((0, slice(None, last)), (1, slice(last, None))):
+        if streams[0][span].numel():
+            result += [(held, *b) for b in zip(*(batches(s[span]) for s in streams), strict=True)]
+    return result
+
+
+def _moments(walk: LayerWalk, parts: Parts, layers: int) -> tuple[Moments, Moments]:
+    sizes = layers * parts.count * parts.width, walk.checkpoint.hf_config.hidden_size
+    return Moments(*sizes, walk.device), Moments(*sizes, walk.device)
+
+
+def _add(moments: Moments, features: torch.Tensor, target: torch.Tensor, final: torch.Tensor) -> None:
+    moments.add(features.flatten(0, -2), target.flatten(0, -2), token_weights(final).reshape(-1))
+
+
+def _without_bias(target: torch.Tensor, new: Mapping[str, torch.Tensor], parts: Parts) -> torch.Tensor:
+    bias = new.get(f"{parts.writer}.bias")
+    return target if bias is None else target - bias.to(target.device, target.dtype)

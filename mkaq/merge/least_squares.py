@@ -1,0 +1,168 @@
+"""Ridge regression from accumulated moments, and the choice of columns: pure linear algebra.
+
+A weight W that maps features z (the channels of a layer) to a target r is the minimum of
+sum_t w_t |r_t - W z_t|^2 + ridge * mean(diag G) * |W - W0|^2, W0 the weight that it had. Only the
+moments G = sum w z z^T, B = sum w z r^T and sum w |r|^2 are kept, so that any number of tokens fits
+into memory and the error of any W on held-out tokens is known without seeing them again.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+_STRIPE = 512
+
+
+class Moments:
+    """The moments of a weighted regression, float64 sums of float32 products.
+
+    Args:
+        features: Number of features.
+        targets: Number of targets.
+        device: Where the moments are.
+
+    Attributes:
+        gram: sum w z z^T, shape (features, features).
+        cross: sum w z r^T, shape (features, targets).
+        energy: sum w |r|^2.
+    """
+
+    def __init__(self, features: int, targets: int, device: torch.device) -> None:
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(features, targets, dtype=torch.float64, device=device)
+        self.energy = 0.0
+
+    def add(self, features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
+        """Adds rows.
+
+        Args:
+            features: Shape (rows, features).
+            targets: Shape (rows, targets).
+            weights: Of the rows, shape (rows,).
+        """
+        root = weights.sqrt().unsqueeze(1)
+        z, r = features.float() * root, targets.float() * root
+        self.cross += z.T @ r
+        self.energy += float(r.double().square().sum())
+        for start in range(0, z.shape[1], _STRIPE):  # the upper stripes; the rest is their mirror image
+            stripe = z[:, start : start + _STRIPE].T @ z[:, start:]
+            width = stripe.shape[0]
+            self.gram[start : start + width, start:] += stripe
+            self.gram[start + width :, start : start + width] += stripe[:, width:].T
+
+    def select(self, columns: torch.Tensor) -> "Moments":
+        """The moments of some of the features."""
+        chosen = Moments(0, 0, self.gram.device)
+        chosen.gram, chosen.cross = self.gram[columns][:, columns], self.cross[columns]
+        chosen.energy = self.energy
+        return chosen
+
+    def error(self, weight: torch.Tensor) -> float:
+        """sum w |r - W z|^2 / sum w |r|^2 of a weight of shape (targets, features)."""
+        if not self.energy > 0:
+            return 0.0
+        w = weight.double()
+        left = ((w @ self.gram) * w).sum() - 2 * (w * self.cross.T).sum()
+        return max(0.0, 1 + float(left) / self.energy)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A solved weight.
+
+    Attributes:
+        weight: Shape (targets, features), float32.
+        ridge: As a share of the mean feature energy; None if the weight was left as it was.
+        error: On the held-out tokens, as a share of the target's energy.
+        error_before: The same of the weight as it was.
+    """
+
+    weight: torch.Tensor
+    ridge: float | None
+    error: float
+    error_before: float
+
+
+def solve_ridge(moments: Moments, prior: torch.Tensor, ridge: float) -> torch.Tensor | None:
+    """The regularized least squares weight.
+
+    Args:
+        moments: Of the regression.
+        prior: W0, shape (targets, features).
+        ridge: As a share of the mean of the Gram matrix's diagonal.
+
+    Returns:
+        Shape (targets, features), float64; None if the damped Gram matrix is not positive definite.
+    """
+    w0 = prior.double()
+    factor, failed = torch.linalg.cholesky_ex(_damped(moments.gram, ridge))
+    if int(failed):
+        return None
+    return w0 + torch.cholesky_solve(moments.cross - moments.gram @ w0.T, factor).T
+
+
+def fit(moments: Moments, held_out: Moments, prior: torch.Tensor) -> Fit:
+    """Solves with the ridge that is best on held-out tokens, or leaves the weight as it is.
+
+    Args:
+        moments: Of the tokens to learn from.
+        held_out: Of others.
+        prior: The weight as it was, shape (targets, features).
+    """
+    before = held_out.error(prior)
+    best = Fit(prior.float(), None, before, before)
+    for ridge in RIDGES:
+        weight = solve_ridge(moments, prior, ridge)
+        if weight is None:
+            continue
+        error = held_out.error(weight)
+        if error < best.error:
+            best = Fit(weight.float(), ridge, error, before)
+    return best
+
+
+def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> torch.Tensor:
+    """The columns that together explain the target best, by backward elimination.
+
+    Of the regression on all columns, those are removed whose removal costs least, given that the
+    others take over what they can: w_j P_jj^-1 w_j^T for a block j of columns, P the inverse of the
+    Gram matrix (optimal brain surgeon; Hassibi and Stork 1993, eq. 5). The weights and P of the rest
+    are updated after each step, in which at most a 40th of what must go is removed at once.
+
+    Args:
+        moments: Of the regression on all columns.
+        keep: Number of blocks to keep.
+        ridge: As a share of the mean of the Gram matrix's diagonal.
+        group: Columns of a block; blocks are neighbouring columns.
+
+    Returns:
+        The kept blocks' numbers, rising, shape (keep,).
+    """
+    inverse = torch.linalg.inv(_damped(moments.gram, ridge))
+    weight = inverse @ moments.cross
+    count = len(inverse) // group
+    alive = torch.ones(count, dtype=torch.bool, device=inverse.device)
+    at_once = max(1, (count - keep) // 40)
+    while (surplus := int(alive.sum()) - keep) > 0:
+        left = alive.nonzero()[:, 0]
+        columns = (left[:, None] * group + torch.arange(group, device=left.device)).reshape(len(left), group)
+        blocks = inverse[columns[:, :, None], columns[:, None, :]]
+        own = weight[columns]
+        cost = (own * torch.linalg.solve(blocks, own)).sum((1, 2))
+        go = left[cost.topk(min(at_once, surplus), largest=False).indices]
+        index = (go[:, None] * group + torch.arange(group, device=go.device)).reshape(-1)
+        stripe = inverse[:, index]
+        update = torch.linalg.solve(stripe[index], stripe.T)
+        weight = weight - update.T @ weight[index]
+        inverse = inverse - stripe @ update
+        inverse[index], inverse[:, index], weight[index] = 0.0, 0.0, 0.0
+        inverse[index, index] = 1.0
+        alive[go] = False
+    return alive.nonzero()[:, 0]
+
+
+def _damped(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    damped = gram.clone()
+    damped.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-30))
+    return damped

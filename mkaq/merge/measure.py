@@ -1,0 +1,111 @@
+"""What merging a group of layers would do to the hidden states, measured for every candidate in one walk."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mkaq.merge.apply import merge_layers
+from mkaq.merge.fuse import fuse
+from mkaq.merge.hold_out import held_out_error
+from mkaq.model.walk import LayerWalk
+from mkaq.progress import Progress
+
+SHARE = 6
+COEFFICIENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+
+Build = Callable[[Sequence[int], torch.Tensor, torch.Tensor], float]
+
+
+def measure_groups(
+    walk: LayerWalk,
+    tokens: torch.Tensor,
+    candidates: Sequence[tuple[int, int]],
+    build: Build,
+    progress: Progress,
+) -> dict[tuple[int, int], float]:
+    """Merges every candidate group on its own and measures the error that it leaves.
+
+    Each is built on the original hidden states before it, from a part of the tokens, so that one walk
+    over the source serves all, whatever its depth.
+
+    Args:
+        walk: Over the source.
+        tokens: Token ids, shape (samples, length).
+        candidates: First layer and number of layers of each.
+        build: Merges a group: takes it and the two streams (original and compressed) before it, moves
+            both past it, and returns the error.
+        progress: Told of every layer.
+
+    Returns:
+        For each candidate its error.
+    """
+    sample = tokens[:: max(1, min(SHARE, len(tokens) // 16))]
+    hidden_states = walk.embed(sample)
+    errors = {}
+    for index in progress.track(range(max(start for start, _ in candidates) + 1), "measure groups"):
+        for start, length in candidates:
+            if start == index:
+                group = range(start, start + length)
+                errors[start, length] = build(group, hidden_states.clone(), hidden_states.clone())
+        walk.pass_layer(index, hidden_states)
+    return errors
+
+
+def channels_error(walk: LayerWalk, dtype: torch.dtype) -> Build:
+    """The error that fusing a group leaves."""
+    return lambda group, original, compressed: fuse(walk, group, original, compressed, dtype).residual
+
+
+def average_error(walk: LayerWalk, coefficient: float | None) -> Build:
+    """The error that averaging a group leaves, at its best coefficient unless one is given."""
+
+    def build(group: Sequence[int], original: torch.Tensor, compressed: torch.Tensor) -> float:
+        return best_average(walk, group, original, compressed, coefficient)[1]
+
+    return build
+
+
+@torch.no_grad()
+def best_average(
+    walk: LayerWalk,
+    group: Sequence[int],
+    original: torch.Tensor,
+    compressed: torch.Tensor,
+    coefficient: float | None = None,
+) -> tuple[float, float]:
+    """Averages a group from its first layer on, every merge with the same coefficient.
+
+    Moves both streams past the group, in place, the compressed one by the best average.
+
+    Args:
+        walk: Over the source.
+        group: Neighbouring layers.
+        original: Hidden states of the source before them.
+        compressed: Hidden states that the compressed model hands on.
+        coefficient: Of the earlier layers; the best of `COEFFICIENTS` if None.
+
+    Returns:
+        The coefficient, and the mean of |output - original|^2 / |original|^2 over held-out tokens.
+    """
+    layers = {index: walk.layer_tensors(index) for index in group}
+    for index in group:
+        walk.pass_layer(index, original)
+    best: tuple[float, float, torch.Tensor] | None = None
+    for share in COEFFICIENTS if coefficient is None else (coefficient,):
+        states = compressed.clone()
+        module = walk.assemble(group[0], merge_layers(layers, chain_weights(group, share)))
+        walk.run_all(module, group[0], states)
+        error = held_out_error(states, original)
+        if best is None or error < best[1]:
+            best = (share, error, states)
+    assert best is not None
+    compressed.copy_(best[2])
+    return best[0], best[1]
+
+
+def chain_weights(group: Sequence[int], coefficient: float) -> dict[int, float]:
+    """The weights of layers that are merged one after another into the first."""
+    weights = {group[0]: 1.0}
+    for index in group[1:]:
+        weights = {old: weight * coefficient for old, weight in weights.items()} | {index: 1 - coefficient}
+    return weights

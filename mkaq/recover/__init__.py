@@ -1,0 +1,1 @@
+"""Recovery of what merging lost, layer by layer."""

@@ -1,0 +1,182 @@
+"""The recover stage: every layer of the compressed model is tuned alone toward the original hidden states.
+
+Knowledge distillation without the whole model: a layer sees what the tuned layers before it hand on,
+and learns to give the hidden state that the source has at the end of the layers that it stands for.
+One layer, its optimizer state and two streams of activations are in memory.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mkaq.merge.hold_out import held_out_samples, mean_relative_error, token_weights
+from mkaq.model.walk import LayerWalk, batches, return_freed_memory
+from mkaq.model.writer import ShardWriter, write_json, write_side_files
+from mkaq.progress import Progress
+from mkaq.recipe import LayerwiseSection
+
+CHECKS = 5
+
+
+@dataclass(frozen=True)
+class RecoveredLayer:
+    """What tuning did to a layer.
+
+    Attributes:
+        new: Its number.
+        error_before: Mean of |output - original|^2 / |original|^2 over held-out tokens, untuned.
+        error: The same with the weights that it has now.
+        steps: The step at which the held-out error was lowest; 0 if the weights are as they were.
+    """
+
+    new: int
+    error_before: float
+    error: float
+    steps: int
+
+
+def recover(
+    source: LayerWalk,
+    walk: LayerWalk,
+    groups: Sequence[Sequence[int]],
+    tokens: torch.Tensor,
+    section: LayerwiseSection,
+    seed: int,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    shard_size: int,
+    progress: Progress,
+) -> list[RecoveredLayer]:
+    """Writes the tuned checkpoint and recovery.json.
+
+    Args:
+        source: Over the source.
+        walk: Over the compressed checkpoint.
+        groups: For each of its layers the layers of the source that it stands for.
+        tokens: Token ids, shape (samples, length); the last samples are held out.
+        section: The recipe's recover section.
+        seed: Of the order of the samples.
+        folder: Where the checkpoint goes.
+        dtype: Of the tensors.
+        shard_size: Bytes per file.
+        progress: Told of every layer.
+    """
+    compressed = walk.checkpoint
+    original, states = source.embed(tokens), walk.embed(tokens)
+    records = []
+    with ShardWriter(folder, shard_size) as writer:
+        for name, tensor in compressed.each(compressed.outer_tensor_names):
+            writer.add(name, tensor)
+        for new, group in enumerate(progress.track(groups, "recover (layerwise)")):
+            for index in group:
+                source.pass_layer(index, original)
+            with walk.layer(new) as layer:
+                records.append(tune(walk, layer, new, states, original, section, seed, dtype))
+                walk.run_all(layer, new, states)
+                progress.say(_line(records[-1]))
+                for name, parameter in layer.named_parameters():
+                    writer.add(f"model.layers.{new}.{name}", parameter.detach().to("cpu", dtype))
+            return_freed_memory()
+    write_json(folder / "config.json", compressed.config)
+    write_side_files(compressed, folder)
+    write_json(folder / "recovery.json", {"layers": [asdict(record) for record in records]})
+    return records
+
+
+def tune(
+    walk: LayerWalk,
+    layer: nn.Module,
+    new: int,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    section: LayerwiseSection,
+    seed: int,
+    dtype: torch.dtype,
+) -> RecoveredLayer:
+    """Tunes a layer in place; leaves the weights of the lowest held-out error, rounded to `dtype`.
+
+    The loss is the squared error of a token relative to the target's mean square, as the norms of the
+    layers that follow see it. AdamW without weight decay; the learning rate rises over the first
+    steps and falls to 0 along a cosine.
+
+    Args:
+        walk: That the layer belongs to.
+        layer: Placed.
+        new: Its number.
+        inputs: What the layers before it hand on, shape (samples, length, hidden_size).
+        targets: What it should give, of the same shape.
+        section: Steps, learning rate and batch size.
+        seed: Of the order of the samples.
+        dtype: In which the weights are kept.
+    """
+    parameters = dict(layer.named_parameters())
+    before = lowest = layer_error(walk, layer, new, inputs, targets)
+    if before == 0:
+        return RecoveredLayer(new, 0.0, 0.0, 0)
+    best, found = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
+    layer.float().requires_grad_(True)
+    optimizer = torch.optim.AdamW(layer.parameters(), section.learning_rate, (0.9, 0.95), weight_decay=0.0)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, section.steps))
+    samples = shuffled(len(inputs) - held_out_samples(len(inputs)), section.batch_size, seed)
+    for step, chosen in zip(range(1, section.steps + 1), samples, strict=False):
+        output = walk.run(layer, new, inputs[chosen])
+        target = targets[chosen].float()
+        loss = ((output.float() - target).square().mean(-1) * token_weights(target)).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+        if step % math.ceil(section.steps / CHECKS) == 0 or step == section.steps:
+            rounded = {name: p.detach().to(dtype).to(walk.dtype) for name, p in layer.named_parameters()}
+            error = layer_error(walk, with_weights(layer, rounded), new, inputs, targets)
+            if error < lowest:
+                lowest, best, found = error, rounded, step
+    layer.load_state_dict(best, strict=False, assign=True)
+    layer.requires_grad_(False)
+    return RecoveredLayer(new, before, lowest, found)
+
+
+@torch.no_grad()
+def layer_error(
+    walk: LayerWalk, layer: nn.Module, new: int, inputs: torch.Tensor, targets: torch.Tensor
+) -> float:
+    """Mean of |output - target|^2 / |target|^2 over the tokens of the held-out samples."""
+    held = slice(len(inputs) - held_out_samples(len(inputs)), None)
+    outputs = torch.cat([walk.run(layer, new, batch) for batch in batches(inputs[held])])
+    return mean_relative_error(outputs, targets[held])
+
+
+def with_weights(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A copy of a layer with other weights."""
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(weights, strict=False, assign=True)
+    return twin.requires_grad_(False)
+
+
+def schedule(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: up over the first twentieth, then a cosine to 0."""
+    rise = max(1, steps // 20)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def shuffled(samples: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Batches of sample numbers without end: every sample once, in a new order each time round."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    while True:
+        order = torch.randperm(samples, generator=generator)
+        full = max(1, samples // batch_size) * batch_size
+        yield from torch.split(order[:full], batch_size)
+
+
+def _line(record: RecoveredLayer) -> str:
+    told = f"step {record.steps}" if record.steps else "kept as it was"
+    return f"  layer {record.new}: held-out error {record.error_before:.4f} -> {record.error:.4f} ({told})"
