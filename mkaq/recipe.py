@@ -125,10 +125,10 @@ class LayerwiseSection(_Model):
 
     method: Literal["layerwise"]
     """Knowledge distillation, layer by layer."""
-    steps: int = Field(default=300, ge=1, le=100_000)
+    steps: int = Field(default=200, ge=1, le=100_000)
     """Optimizer steps for each layer."""
-    learning_rate: float = Field(default=1e-3, gt=0, lt=1)
-    """Of AdamW, for weights whose entries are of size 1/sqrt(hidden_size); falls to 0 along a cosine."""
+    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
+    """Of AdamW, falling to 0 along a cosine; `auto` is 0.5 / hidden_size."""
     batch_size: int = Field(default=32, ge=1, le=4096)
     """Sequences per step."""
 
@@ -149,6 +149,9 @@ class GptqSection(_Model):
     static_groups: bool = False
     """Fix every group's scale before solving, so that a group is `group_size` neighbouring columns
     whatever the order: with `desc_act` the checkpoint's `g_idx` is then trivial and kernels stay fast."""
+    target: Literal["source", "input"] = "source"
+    """What rounding is corrected toward: the hidden states of the model that came in, so that it also
+    mends what merging left (`source`), or those of the model that is quantized (`input`, plain GPTQ)."""
     damp_percent: float = Field(default=0.01, gt=0, lt=1)
     """Share of the Hessian's mean diagonal that is added to its diagonal; raised where needed."""
 

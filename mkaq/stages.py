@@ -18,6 +18,7 @@ from mkaq.evaluate.perplexity import perplexity
 from mkaq.export.artifact import write_artifact
 from mkaq.export.record import Published, build_manifest
 from mkaq.handoff import Handoff, describe_files, digest_of, publish
+from mkaq.merge.fuse import writes_linearly
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import merge
 from mkaq.model.checkpoint import Checkpoint, open_checkpoint
@@ -27,6 +28,7 @@ from mkaq.plan import RunPlan, StageSize, output_dtype
 from mkaq.progress import Progress
 from mkaq.quantize.bnb_stage import quantize_bitsandbytes
 from mkaq.quantize.gptq_stage import quantize_gptq
+from mkaq.quantize.joint import JointTarget
 from mkaq.recipe import BitsandbytesSection, Recipe
 from mkaq.recover.layerwise import recover
 from mkaq.units import parse_size
@@ -143,16 +145,19 @@ class Stages:
                     quantize_bitsandbytes(model, section, folder, device=self.device, **self._output())
                 )
             else:
+                tokens, target = self._tokens(), None
+                if section.target == "source" and writes_linearly(self.source):
+                    tokens = with_copies(tokens, self.recipe.calibration.seed)
+                    target = JointTarget(self._walk(self.source), self._groups(), tokens)
+                walk = self._walk(model)
                 modules = list(
-                    quantize_gptq(
-                        model, self._tokens(), section, folder, walk=self._walk(model), **self._output()
-                    )
+                    quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **self._output())
                 )
             write_json(folder / "quantization.json", {"modules": [asdict(module) for module in modules]})
 
         inputs = self._inputs(self._last("quantize"))
         if not isinstance(section, BitsandbytesSection):
-            inputs |= self._inputs("calibrate")
+            inputs |= self._inputs("source", "calibrate")
         settings = {**section.model_dump(mode="json"), **self._numerics(), **self._files()}
         return self._checkpoint(self._publish("quantize", settings, inputs, build))
 
@@ -237,7 +242,9 @@ class Stages:
         return done[-1] if done else "source"
 
     def _groups(self) -> list[list[int]]:
-        """For each layer of the merged model the layers of the source that it stands for."""
+        """For each layer of the model to quantize the layers of the source that it stands for."""
+        if self.recipe.merge is None:
+            return [[index] for index in range(self.source.num_layers)]
         plan = json.loads((self.folder / "merge" / "merge_plan.json").read_text())
         return [sorted(map(int, layer["from"])) for layer in plan["layers"]]
 

@@ -9,7 +9,7 @@ import torch
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer, tokens_digest, with_copies
 from mkaq.errors import MkaqError, VerificationError
-from mkaq.export.manifest import Manifest, MergeStep, NewLayer, QuantizeStep, RecoverStep
+from mkaq.export.manifest import Manifest, MergeStep, Module, NewLayer, QuantizeStep, RecoverStep
 from mkaq.handoff import digest_of
 from mkaq.merge.fuse import known_tensors
 from mkaq.merge.hold_out import held_out_error
@@ -65,14 +65,20 @@ def check_against(
         raise_faults(artifact.path, list(claims))
     told: list[str] = []
     if recover_step is None:
-        errors = {m.name: m.weight_error for m in quantize_step.modules} if quantize_step else {}
+        errors = {m.name: m for m in quantize_step.modules} if quantize_step else {}
         count, checked = 0, 0
         layers = _known_layers(merge_step, origins, source, dtype)
         total = len(merge_step.layers) if merge_step else source.num_layers
         for new, (known, whole) in enumerate(progress.track(layers, "verify", total)):
             record = merge_step.layers[new] if merge_step else None
             faults += _layer_faults(artifact, new, known, whole, record, errors)
-            count, checked = count + 1, checked + sum(_module(new, name) in errors for name in known)
+            count, checked = (
+                count + 1,
+                checked
+                + sum(
+                    name.endswith(".weight") and _is_source(errors.get(_module(new, name))) for name in known
+                ),
+            )
         if merge_step:
             what = "layers" if not origins else "layers but for what was solved"
             told.append(f"{count} {what} recomputed from the source, bit for bit")
@@ -121,7 +127,7 @@ def _layer_faults(
     known: Mapping[str, torch.Tensor],
     whole: bool,
     record: NewLayer | None,
-    errors: Mapping[str, float],
+    errors: Mapping[str, Module],
 ) -> Iterator[str]:
     """What is wrong with a layer of the artifact, given the tensors that it should have."""
     stored = _tensors_of(artifact, new)
@@ -133,9 +139,9 @@ def _layer_faults(
     for name, tensor in known.items():
         module = _module(new, name)
         if module in errors and name.endswith(".weight"):
-            actual = relative_error(tensor, present[name])
-            if not math.isclose(actual, errors[module], rel_tol=_SAME, abs_tol=1e-12):
-                yield f"{module} has a weight error of {actual:.6g}, the manifest says {errors[module]:.6g}"
+            told, actual = errors[module], relative_error(tensor, present[name])
+            if _is_source(told) and not math.isclose(actual, told.weight_error, rel_tol=_SAME, abs_tol=1e-12):
+                yield f"{module} has a weight error of {actual:.6g}, the manifest says {told.weight_error:.6g}"
         elif not torch.equal(tensor, present[name]):
             yield f"model.layers.{new}.{name} is not what the recorded merge gives"
 
@@ -179,6 +185,11 @@ def _check_errors(
             faults.append(f"layer {new} leaves an error of {actual:.6g}, the manifest says {told:.6g}")
     raise_faults(artifact.path, faults)
     return f"the hidden states of {len(merge_step.layers)} layers have the errors that the manifest says"
+
+
+def _is_source(module: Module | None) -> bool:
+    """Whether the weight that was rounded is the merged model's own, not one solved anew."""
+    return module is not None and module.ridge is None
 
 
 def _module(new: int, name: str) -> str:

@@ -196,11 +196,13 @@ class Module(_Part):
     name: str
     """In the model."""
     weight_error: float
-    """||W - Q||^2 / ||W||^2."""
+    """||W - Q||^2 / ||W||^2, W the weight that was rounded."""
     error: float | None = None
     """||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens (gptq)."""
     damp_percent: float | None = None
     """The damping that was needed (gptq)."""
+    ridge: float | None = None
+    """If W was solved toward the original model before it was rounded: the ridge (gptq)."""
     fallback: Literal[False] = False
     """mkaq has no fallback: a layer is quantized as asked, or the run ends."""
 

@@ -58,6 +58,11 @@ class FusedLayer:
     residual: float
 
 
+def writes_linearly(source: Checkpoint) -> bool:
+    """Whether nothing stands between `o_proj` or `down_proj` and the residual stream."""
+    return not any(name.endswith(".post_feedforward_layernorm.weight") for name in source.tensors)
+
+
 def check_fusable(source: Checkpoint, samples: int) -> None:
     """Refuses what cannot be fused.
 
@@ -71,7 +76,7 @@ def check_fusable(source: Checkpoint, samples: int) -> None:
             where="calibration.num_samples",
             fix=f"use at least {HELD_OUT}, better 128 or more",
         )
-    if any(name.endswith(".post_feedforward_layernorm.weight") for name in source.tensors):
+    if not writes_linearly(source):
         raise UnsupportedError(
             f"{source.config['model_type']} normalizes what its layers write, so no closed form exists",
             where="merge.fuse: channels",
@@ -100,7 +105,7 @@ def fuse(
     config, linears = walk.checkpoint.hf_config, walk.checkpoint.family.linear_names
     heads, channels = attention_parts(config, linears), mlp_parts(config, linears)
     layers = [walk.layer_tensors(index) for index in group]
-    attended = _advance(walk, group, heads.writer, original, compressed)
+    attended = advance(walk, group, heads.writer, original, compressed)
     candidates = [
         fold_norm(layer, heads, layers[0], dtype) | fold_norm(layer, channels, layers[0], dtype)
         for layer in layers
@@ -127,18 +132,18 @@ def fuse(
         origins[:, 0] += group[0]
         return origins.to(torch.int32), solved
 
-    moments = _moments(walk, heads, len(group))
-    for held, states, target, final in _parts_of(compressed, attended, original):
+    moments = pair_of_moments(walk, heads, len(group))
+    for held, states, target, final in batches_of(compressed, attended, original):
         features = torch.cat([run_to(m, heads.writer, states) for m in modules], -1)
-        _add(moments[held], features, _without_bias(target, new, heads), final)
+        add_rows(moments[held], features, _without_bias(target, new, heads), final)
     head_origins, attention = solve(heads, moments)
     module = walk.assemble(group[0], new)
-    moments = _moments(walk, channels, len(group))
-    for held, states, _, final in _parts_of(compressed, attended, original):
+    moments = pair_of_moments(walk, channels, len(group))
+    for held, states, _, final in batches_of(compressed, attended, original):
         middle = run_to(module, channels.norm, states)
         normed = module.get_submodule(channels.norm)(middle)
         features = torch.cat([channels_of(m, normed) for m in modules], -1)
-        _add(moments[held], features, _without_bias(final - middle, new, channels), final)
+        add_rows(moments[held], features, _without_bias(final - middle, new, channels), final)
     channel_origins, mlp = solve(channels, moments)
     del modules
     module = walk.assemble(group[0], new)
@@ -179,7 +184,7 @@ def untouched(
     return new
 
 
-def _advance(
+def advance(
     walk: LayerWalk, group: Sequence[int], writer: str, original: torch.Tensor, compressed: torch.Tensor
 ) -> torch.Tensor:
     """Moves the original stream past the group; returns what the new attention should add.
@@ -195,7 +200,7 @@ def _advance(
     return attended
 
 
-def _parts_of(*streams: torch.Tensor) -> list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+def batches_of(*streams: torch.Tensor) -> list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Batches of three streams side by side: 0 to learn from, or 1 held out."""
     last = len(streams[0]) - held_out_samples(len(streams[0]))
     result = []
@@ -205,12 +210,13 @@ def _parts_of(*streams: torch.Tensor) -> list[tuple[int, torch.Tensor, torch.Ten
     return result
 
 
-def _moments(walk: LayerWalk, parts: Parts, layers: int) -> tuple[Moments, Moments]:
+def pair_of_moments(walk: LayerWalk, parts: Parts, layers: int) -> tuple[Moments, Moments]:
+    """Empty moments of the writer of some layers side by side: to learn from, and held out."""
     sizes = layers * parts.count * parts.width, walk.checkpoint.hf_config.hidden_size
     return Moments(*sizes, walk.device), Moments(*sizes, walk.device)
 
 
-def _add(moments: Moments, features: torch.Tensor, target: torch.Tensor, final: torch.Tensor) -> None:
+def add_rows(moments: Moments, features: torch.Tensor, target: torch.Tensor, final: torch.Tensor) -> None:
     moments.add(features.flatten(0, -2), target.flatten(0, -2), token_weights(final).reshape(-1))
 
 

@@ -51,7 +51,7 @@ def cheapest_groups(costs: Mapping[tuple[int, int], float], num_layers: int, rem
 
 
 def groups_of(removed: Sequence[int], num_layers: int) -> list[list[int]]:
-    """Groups in which every removed layer joins the kept one before it."""
+    """Groups in which every removed layer joins the kept one before it, or the first one."""
     gone = set(removed)
-    starts = [index for index in range(num_layers) if index not in gone]
+    starts = [0, *[index for index in range(num_layers) if index not in gone][1:]]
     return [list(range(a, b)) for a, b in zip(starts, [*starts[1:], num_layers], strict=True)]

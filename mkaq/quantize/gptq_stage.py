@@ -1,7 +1,7 @@
 """GPTQ over a whole checkpoint: the solver inside the walk, layer by layer, true sequential."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from mkaq.model.walk import LayerWalk, batches
 from mkaq.model.writer import ShardWriter, write_json, write_side_files
 from mkaq.progress import Progress
 from mkaq.quantize.gptq import DampingError, gptq
+from mkaq.quantize.joint import JointTarget
 from mkaq.quantize.packing import pack_linear
 from mkaq.recipe import GptqSection
 
@@ -28,8 +29,9 @@ class GptqModule:
     Attributes:
         name: The module's name in the model.
         error: ||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens.
-        weight_error: ||W - Q||^2 / ||W||^2.
+        weight_error: ||W - Q||^2 / ||W||^2, W the weight that was rounded.
         damp_percent: The damping that was needed.
+        ridge: If W was solved toward the original model before: the ridge; else None.
         fallback: Always false: a failed factorization raises the damping or ends the run.
     """
 
@@ -37,6 +39,7 @@ class GptqModule:
     error: float
     weight_error: float
     damp_percent: float
+    ridge: float | None = None
     fallback: bool = False
 
 
@@ -72,6 +75,7 @@ def quantize_gptq(
     dtype: torch.dtype,
     shard_size: int,
     progress: Progress,
+    target: JointTarget | None = None,
 ) -> list[GptqModule]:
     """Writes the quantized checkpoint and returns the record of every module.
 
@@ -84,6 +88,7 @@ def quantize_gptq(
         dtype: Of the tensors that stay dense.
         shard_size: Bytes per file.
         progress: Told of every layer.
+        target: The original model, toward which weights are solved before they are rounded.
 
     Raises:
         UsageError: If a Hessian cannot be factorized with any damping.
@@ -99,11 +104,16 @@ def quantize_gptq(
             linears = {f"{prefix}{name}.weight" for name in source.family.linear_names}
             for name, tensor in source.each(n for n in source.layer_tensor_names(index) if n not in linears):
                 writer.add(name, tensor.to(dtype))
+            if target is not None:
+                target.enter(index, hidden_states)
             with walk.layer(index) as layer:
                 for group in source.family.linears:
+                    fitted = target and target.solve(walk, layer, index, group[0], hidden_states)
+                    if fitted and fitted.ridge is not None:
+                        set_weight(layer, group[0], fitted.weight)
                     solved = _solve_group(layer, group, index, hidden_states, section, walk, prefix)
                     for name, packed, record in solved:
-                        modules.append(record)
+                        modules.append(replace(record, ridge=fitted.ridge) if fitted else record)
                         for part, tensor in packed.items():
                             writer.add(f"{prefix}{name}.{part}", tensor)
                 walk.run_all(layer, index, hidden_states)
@@ -160,7 +170,7 @@ def _solve_group(
     if not bool(torch.isfinite(hessian).all()):
         raise CheckpointError(f"the inputs of {prefix}{group[0]} are not finite", where=walk.checkpoint.path)
     weight = torch.cat([linear.weight.float() for linear in linears])
-    options = section.model_dump(exclude={"method"})
+    options = section.model_dump(exclude={"method", "target"})
     try:
         result = gptq(weight, hessian, **options)
     except DampingError as error:
@@ -182,8 +192,14 @@ def _solve_group(
         packed = pack_linear(
             result.codes[rows], result.scales[rows], result.zeros[rows], result.g_idx, section.bits
         )
-        linear.weight = nn.Parameter(result.weight[rows].to(walk.dtype), requires_grad=False)
+        set_weight(layer, name, result.weight[rows].to(walk.dtype))
         yield name, packed, record
+
+
+def set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:
+    """Gives a linear layer another weight."""
+    linear = cast(nn.Linear, layer.get_submodule(name))
+    linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
 
 
 def relative_error(weight: torch.Tensor, quantized: torch.Tensor) -> float:

@@ -121,7 +121,8 @@ def tune(
         return RecoveredLayer(new, 0.0, 0.0, 0)
     best, found = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
     layer.float().requires_grad_(True)
-    optimizer = torch.optim.AdamW(layer.parameters(), section.learning_rate, (0.9, 0.95), weight_decay=0.0)
+    speed = 0.5 / inputs.shape[-1] if section.learning_rate == "auto" else section.learning_rate
+    optimizer = torch.optim.AdamW(layer.parameters(), speed, (0.9, 0.95), weight_decay=0.0)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, section.steps))
     samples = shuffled(len(inputs) - held_out_samples(len(inputs)), section.batch_size, seed)
     for step, chosen in zip(range(1, section.steps + 1), samples, strict=False):

@@ -1,0 +1,85 @@
+"""The texts of benchmarks/quality.py: nothing in them is calibration text, and errors are over documents."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mkaq.calibrate.text import documents
+from mkaq.calibrate.tokens import evaluation_sequences
+from mkaq.errors import UsageError
+from mkaq.evaluate.perplexity import summarize
+from mkaq.model.walk import LayerWalk
+from mkaq.recipe import TextSection
+
+WINDOW, DOCUMENT = 32, 20_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is evaluated: sequences with the number of the document that each is from.
+
+    Attributes:
+        sequences: Document and tokens.
+        left_out: Sequences that share tokens with the calibration text.
+    """
+
+    sequences: list[tuple[int, list[int]]]
+    left_out: int
+
+
+def section_of(path: str | None) -> TextSection:
+    return TextSection(dataset="text", path=path) if path else TextSection()
+
+
+def load_text(path: str | None, tokenizer: Any, seen: set[int], length: int, limit: int | None) -> Text:
+    """The evaluation sequences of a text file, or of the builtin text: those of which nothing was seen.
+
+    A file's documents are its pieces of `DOCUMENT` characters. What is too short for one sequence is
+    left out.
+    """
+    found = documents(section_of(path), "evaluate")
+    if path:
+        found = [text[at : at + DOCUMENT] for text in found for at in range(0, len(text), DOCUMENT)]
+    sequences = []
+    for number, text in enumerate(found):
+        with suppress(UsageError):
+            rows = evaluation_sequences([text], tokenizer, length)
+            sequences += [(number, row) for row in rows if len(row) >= WINDOW]
+    fresh = [(number, row) for number, row in sequences if windows([row]).isdisjoint(seen)]
+    left_out = len(sequences) - len(fresh)
+    if 10 * left_out >= len(sequences):
+        raise UsageError(
+            f"{left_out} of {len(sequences)} sequences share {WINDOW} tokens with the calibration text",
+            where=path or "builtin",
+        )
+    count = min(limit or len(fresh), len(fresh))
+    return Text([fresh[at * len(fresh) // count] for at in range(count)], left_out)
+
+
+def windows(rows: Iterable[Sequence[int]]) -> set[int]:
+    """A hash of every `WINDOW` tokens in a row."""
+    return {hash(tuple(row[at : at + WINDOW])) for row in rows for at in range(len(row) - WINDOW + 1)}
+
+
+@torch.no_grad()
+def measure(walk: LayerWalk, text: Text) -> dict[str, Any]:
+    """Token-weighted perplexity, and its standard error over documents."""
+    rows = [row for _, row in text.sequences]
+    length = max(map(len, rows))
+    states = walk.embed(torch.tensor([row + row[-1:] * (length - len(row)) for row in rows]))
+    for index in range(walk.num_layers):
+        with walk.layer(index) as layer:
+            walk.run_all(layer, index, states)
+    losses, counts = dict[int, float](), dict[int, int]()
+    with walk.head() as head:
+        for (number, row), state in zip(text.sequences, states, strict=True):
+            logits = head(inputs_embeds=state[None, : len(row)], use_cache=False).logits[0, :-1].float()
+            targets = torch.tensor(row[1:], device=logits.device)
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+            losses[number] = losses.get(number, 0.0) + loss
+            counts[number] = counts.get(number, 0) + len(targets)
+    found = summarize(list(losses.values()), list(counts.values())).as_json()
+    return {**found, "documents": found.pop("sequences"), "sequences": len(rows)}

@@ -1,0 +1,78 @@
+"""The joint target: weights that are about to be rounded are first solved toward the original model.
+
+What a layer writes to the residual stream (`o_proj`, `down_proj`) is solved in closed form, on what
+the merged and already quantized layers before it hand on, so that the hidden states of the source
+come back; GPTQ then rounds that weight. For tokens X, target R and W* = argmin |R - X W^T|^2,
+|R - X Q^T|^2 = |R - X W*^T|^2 + |X (W* - Q)^T|^2: rounding W* is rounding toward the source.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from mkaq.merge.fuse import add_rows, advance, batches_of, pair_of_moments
+from mkaq.merge.least_squares import Fit, fit
+from mkaq.merge.parts import attention_parts, mlp_parts
+from mkaq.model.observe import input_of
+from mkaq.model.walk import LayerWalk
+
+
+class JointTarget:
+    """The original model's hidden states, walked beside the model that is quantized.
+
+    Args:
+        source: Over the original model.
+        groups: For each layer of the model that is quantized, the layers that it stands for.
+        tokens: Token ids, shape (samples, length); the last samples are held out.
+    """
+
+    def __init__(self, source: LayerWalk, groups: Sequence[Sequence[int]], tokens: torch.Tensor) -> None:
+        self._source, self._groups = source, groups
+        self._original = source.embed(tokens)
+        self._attended = self._original
+        checkpoint = source.checkpoint
+        linears = checkpoint.family.linear_names
+        self._heads = attention_parts(checkpoint.hf_config, linears)
+        self._channels = mlp_parts(checkpoint.hf_config, linears)
+
+    def enter(self, index: int, states: torch.Tensor) -> None:
+        """Moves the original stream past the layers that layer `index` stands for.
+
+        Args:
+            index: Of the model that is quantized.
+            states: What its layers before hand on, shape (samples, length, hidden_size).
+        """
+        self._attended = advance(
+            self._source, self._groups[index], self._heads.writer, self._original, states
+        )
+
+    def solve(
+        self, walk: LayerWalk, layer: nn.Module, index: int, name: str, states: torch.Tensor
+    ) -> Fit | None:
+        """The weight of a linear layer that is best toward the source; None if it writes no hidden state.
+
+        Args:
+            walk: Over the model that is quantized.
+            layer: Its layer `index`, with all that is quantized already.
+            index: Its number.
+            name: The linear layer.
+            states: The layer's input.
+        """
+        parts = {kind.writer: kind for kind in (self._heads, self._channels)}.get(name)
+        if parts is None:
+            return None
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        moments = pair_of_moments(walk, parts, 1)
+        for held, batch, attended, final in batches_of(states, self._attended, self._original):
+            run = partial(walk.run, layer, index, batch)
+            inputs = input_of(linear, run)
+            target = (
+                attended if parts is self._heads else final - input_of(layer.get_submodule(parts.norm), run)
+            )
+            if linear.bias is not None:
+                target = target - linear.bias
+            add_rows(moments[held], inputs, target, final)
+        return fit(*moments, linear.weight)
