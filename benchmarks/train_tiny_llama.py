@@ -1,6 +1,6 @@
-"""Trains tiny-llama: 16 layers x 256, grouped-query attention, 4,096-token byte-level BPE.
+"""Trains tiny-llama: grouped-query attention, 4,096-token byte-level BPE; 16 layers x 256 as it ships.
 
-usage: train_tiny_llama.py TEXT HELDOUT OUT SECONDS
+usage: train_tiny_llama.py TEXT HELDOUT OUT SECONDS [LAYERS HIDDEN_SIZE]
 
 CPU: bfloat16 autocast, eager attention (the backward pass of sdpa is slow there).
 Muon for the hidden matrices, AdamW for embeddings and norms: about half the
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEXT, HELDOUT, OUT, SECONDS = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
+LAYERS, HIDDEN_SIZE = map(int, sys.argv[5:7] or (16, 256))
 LENGTH, BATCH, PEAK = 192, 24, 3e-3
 torch.manual_seed(0)
 Path(OUT).mkdir(parents=True, exist_ok=True)
@@ -46,11 +47,11 @@ def encode(s):
 train_ids, held_ids = encode(text), encode(held)
 config = LlamaConfig(
     vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=640,
-    num_hidden_layers=16,
-    num_attention_heads=8,
-    num_key_value_heads=4,
+    hidden_size=HIDDEN_SIZE,
+    intermediate_size=HIDDEN_SIZE * 5 // 2,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HIDDEN_SIZE // 32,
+    num_key_value_heads=HIDDEN_SIZE // 64,
     max_position_embeddings=1024,
     tie_word_embeddings=True,
     bos_token_id=0,
