@@ -30,7 +30,7 @@ from benchmarks import baselines
 from benchmarks.quality_report import describe, write_report
 from benchmarks.quality_text import Text, load_text, measure, section_of, windows
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer, with_copies
 from mkaq.errors import MkaqError
 from mkaq.handoff import describe_files, digest_of, library_versions
 from mkaq.merge.plan import layers_to_remove
@@ -42,6 +42,7 @@ from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
 from mkaq.model.writer import write_json
 from mkaq.progress import Progress
 from mkaq.quantize.gptq_stage import quantize_gptq
+from mkaq.quantize.joint import JointTarget
 from mkaq.recipe import GptqSection, LayerwiseSection, MergeSection
 from mkaq.recover.layerwise import recover
 
@@ -209,20 +210,20 @@ class Bench:
 
     def _recover(self, job: Job, base: Made, folder: Path) -> None:
         walk = self._walk(open_checkpoint(base.path))
-        recover(self.walk, walk, base.groups, self.tokens, self.recovery, 0, folder, **self.output)
+        tokens = with_copies(self.tokens, 0)
+        recover(self.walk, walk, base.groups, tokens, self.recovery, 0, folder, **self.output)
 
     def _quantize(self, job: Job, base: Made, folder: Path) -> None:
-        model, extra = open_checkpoint(base.path), dict[str, Any]()
+        model, tokens, target = open_checkpoint(base.path), self.tokens, None
         if job.joint:
-            from mkaq.quantize.gptq_stage import JointTarget
-
-            extra["target"] = JointTarget(self.walk, base.groups)
+            tokens = with_copies(tokens, 0)
+            target = JointTarget(self.walk, base.groups, tokens)
         names = model.family.linear_names
         widths = [model.tensors[f"model.layers.0.{name}.weight"].shape[1] for name in names]
         size = 32 if any(width % 128 for width in widths) else 128
         section = GptqSection(method="gptq", bits=job.bits, group_size=size)
         walk = self._walk(model)
-        quantize_gptq(model, self.tokens, section, folder, walk=walk, **self.output, **extra)
+        quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **self.output)
 
     def _walk(self, model: Checkpoint) -> LayerWalk:
         return LayerWalk(model, self.device, compute_dtype(self.source, self.device))

@@ -105,6 +105,7 @@ def plan(
     """Say what a run would do: layers, sizes, memory, disk. Changes nothing."""
     loaded, folder = _load(recipe, settings, output)
     _quiet_libraries()
+    from mkaq.budget import largest_of, options_of
     from mkaq.model.checkpoint import open_checkpoint
     from mkaq.model.source import resolve_model
     from mkaq.model.walk import pick_device
@@ -112,20 +113,25 @@ def plan(
     from mkaq.report import table_rows
     from mkaq.units import human
 
-    planned = plan_run(
-        loaded, open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision)), pick_device(device)
-    )
+    source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
+    options = options_of(loaded, source) if loaded.budget else []
+    planned = plan_run(largest_of(loaded, options), source, pick_device(device))
     if as_json:
         stages = [vars(size) for size in planned.sizes]
         _print_json(
             {
                 "stages": stages,
+                "options": [vars(option) for option in options],
                 "memory_bytes": planned.memory_bytes,
                 "disk_bytes": planned.disk_bytes,
                 "run": str(folder),
             }
         )
         return
+    if options:
+        sizes = [(str(o.removed), str(o.bits or "-"), human(o.bytes)) for o in options]
+        _print_table(("layers removed", "bits", "bytes of weights"), sizes)
+        print("the run tries these against the budget; the largest of them needs:")
     rows = [row[:4] for row in table_rows(list(planned.sizes), {})]
     _print_table(("stage", "layers", "parameters", "bytes of weights"), rows)
     print(f"memory: about {human(planned.memory_bytes)} at the peak")
@@ -181,6 +187,7 @@ def analyze(
 @app.command()
 def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
     """Show the manifest of an artifact."""
+    from mkaq.budget import describe
     from mkaq.export.manifest import read_manifest
     from mkaq.export.summary import describe_step
     from mkaq.units import human
@@ -208,6 +215,9 @@ def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
             )
         )
     _print_table(("stage", "layers", "parameters", "bytes", "perplexity"), rows)
+    if manifest.budget:
+        for line in describe(manifest.budget.model_dump()):
+            print(line)
     for step in manifest.steps:
         for line in describe_step(step):
             print(line)

@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from mkaq.handoff import locked
+from mkaq.budget import Trials, largest_of, meet_budget, options_of
+from mkaq.handoff import describe_files, locked
 from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.source import resolve_model
 from mkaq.plan import check_resources, plan_run
@@ -43,10 +44,26 @@ def run(
         MkaqError: Of the kind that fits; earlier stages and artifacts stay as they were.
     """
     source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))
-    plan = plan_run(recipe, source, device)
-    check_resources(plan, folder, device)
+    options = options_of(recipe, source) if recipe.budget else []
+    check_resources(plan_run(largest_of(recipe, options), source, device), folder, device)
     with locked(folder):
-        stages = Stages(recipe, folder, device, progress, fresh, source, plan)
+        progress.say(f"reading {recipe.model.path}")
+        files = describe_files(source.path, source.files)
+
+        def stages_of(settled: Recipe) -> Stages:
+            plan = plan_run(settled, source, device)
+            return Stages(settled, folder, device, progress, fresh, source, files, plan)
+
+        budget = None
+        if recipe.budget is not None:
+
+            def trial(settled: Recipe) -> RunResult:
+                return _run(stages_of(settled), "quantize")
+
+            trials = Trials(folder / "budget.json", [files, str(device)], trial)
+            recipe, budget = meet_budget(recipe, options, trials, progress)
+        stages = stages_of(recipe)
+        stages.budget = budget
         try:
             return _run(stages, until)
         finally:

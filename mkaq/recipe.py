@@ -12,7 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from mkaq.units import parse_size
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+GptqBits = Literal[2, 3, 4, 8]
 Dataset = Literal["builtin", "mmlu", "wikitext2", "text", "jsonl"]
+
+
+def _size(value: str) -> str:
+    parse_size(value)
+    return value
 
 
 class _Model(BaseModel):
@@ -94,7 +100,7 @@ class MergeSection(_Model):
     method: Literal["mka"] = "mka"
     """The merging method."""
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The share of the layers to remove (rounded to whole layers); or give `layers`."""
+    """The share of the layers to remove (rounded to whole layers); or give `layers`, or a `budget`."""
     layers: Annotated[int, Field(ge=1)] | None = None
     """How many layers to remove; or give `ratio`."""
     order: Literal["similarity", "back_to_front", "measured"] = "similarity"
@@ -115,7 +121,7 @@ class MergeSection(_Model):
 
     @model_validator(mode="after")
     def _one_target(self) -> "MergeSection":
-        if (self.ratio is None) == (self.layers is None):
+        if self.ratio is not None and self.layers is not None:
             raise ValueError("give either ratio or layers")
         return self
 
@@ -138,7 +144,7 @@ class GptqSection(_Model):
 
     method: Literal["gptq"]
     """Weight-only quantization that corrects its own rounding on the calibration tokens."""
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: GptqBits = 4
     """Bits per weight."""
     group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128
     """Weights of one row that share a scale; -1 is the whole row."""
@@ -194,8 +200,7 @@ class ExportSection(_Model):
     @field_validator("shard_size")
     @classmethod
     def _is_a_size(cls, value: str) -> str:
-        parse_size(value)
-        return value
+        return _size(value)
 
 
 class PerplexitySection(TextSection):
@@ -214,6 +219,34 @@ class EvaluateSection(_Model):
     """Perplexity, or null."""
 
 
+class BudgetSection(_Model):
+    """A target instead of a ratio: the run tries how many layers can go, and with how many bits."""
+
+    bytes: str | None = None
+    """Size of the weights, e.g. `4GB`: the run with the lowest perplexity that fits; or give
+    `perplexity_increase`."""
+    perplexity_increase: Annotated[str, Field(pattern=r"^\d{1,6}(\.\d{1,6})?\s*%$")] | None = None
+    """How much `evaluate.perplexity` may rise over the source's, e.g. `5%`: the smallest such model."""
+    bits: list[GptqBits] = Field(default=[8, 4, 3], min_length=1)
+    """The bits among which GPTQ may choose, in the place of `quantize.bits`."""
+
+    @model_validator(mode="after")
+    def _one_target(self) -> "BudgetSection":
+        if (self.bytes is None) == (self.perplexity_increase is None):
+            raise ValueError("give either bytes or perplexity_increase")
+        return self
+
+    @field_validator("bytes")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        return value if value is None else _size(value)
+
+    @property
+    def increase(self) -> float:
+        """The allowed rise of perplexity as a share of the source's."""
+        return float((self.perplexity_increase or "0%").rstrip("% ")) / 100
+
+
 class Recipe(_Model):
     """A whole run: what goes in, what is done to it, what comes out."""
 
@@ -227,6 +260,8 @@ class Recipe(_Model):
     """The calibration tokens."""
     merge: MergeSection | None = None
     """Layer merging, or null."""
+    budget: BudgetSection | None = None
+    """A size or a perplexity to meet, in the place of `merge.ratio` and `quantize.bits`, or null."""
     recover: LayerwiseSection | None = None
     """Tuning of the merged model, layer by layer, or null."""
     quantize: Annotated[GptqSection | BitsandbytesSection, Field(discriminator="method")] | None = None
@@ -245,6 +280,18 @@ class Recipe(_Model):
     def _recovers_a_merge(self) -> "Recipe":
         if self.recover is not None and self.merge is None:
             raise ValueError("recover mends what merge did; with merge: null there is nothing to recover")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_target(self) -> "Recipe":
+        given = self.merge is not None and (self.merge.ratio is not None or self.merge.layers is not None)
+        if self.budget is None:
+            if self.merge is not None and not given:
+                raise ValueError("merge needs ratio or layers, or the recipe a budget")
+        elif given:
+            raise ValueError("the budget says how much is merged: leave out merge.ratio and merge.layers")
+        elif self.evaluate is None or self.evaluate.perplexity is None:
+            raise ValueError("a budget is met by measuring: it needs evaluate.perplexity")
         return self
 
     def dump(self) -> dict[str, Any]:

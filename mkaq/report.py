@@ -28,6 +28,10 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 <table><tr><th>stage<th>layers<th>parameters<th>bytes<th>perplexity</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
 {% endfor %}</table>
+{% if m.budget %}<h2>Budget</h2>
+<table><tr><th>layers removed<th>bits<th>bytes<th>perplexity</tr>
+{% for x in m.budget.tried %}<tr><td>{{ x.removed }}<td>{{ x.bits or "-" }}<td>{{ x.bytes }}<td>{{ "%.2f"|format(x.perplexity) }}</tr>
+{% endfor %}</table>{% endif %}
 {% if heatmap %}<h2>Layer similarity (NPIB)</h2><img alt="heatmap" src="data:image/png;base64,{{ heatmap }}">{% endif %}
 {% for s in m.steps %}{% if s.step == "merge" %}
 {% if s.merges %}<h2>Merges</h2>

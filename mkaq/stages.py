@@ -17,7 +17,7 @@ from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load
 from mkaq.evaluate.perplexity import perplexity
 from mkaq.export.artifact import write_artifact
 from mkaq.export.record import Published, build_manifest
-from mkaq.handoff import Handoff, describe_files, digest_of, publish
+from mkaq.handoff import Handoff, digest_of, publish
 from mkaq.merge.fuse import writes_linearly
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import merge
@@ -50,6 +50,16 @@ class RunResult:
     evaluation: dict[str, Any] = field(default_factory=dict)
     artifact: Path | None = None
 
+    @property
+    def perplexity(self) -> float:
+        """Of the last model that was measured."""
+        return float(self.evaluation[self.sizes[-1].stage]["perplexity"]["perplexity"])
+
+    @property
+    def source_perplexity(self) -> float:
+        """Of the source."""
+        return float(self.evaluation["source"]["perplexity"]["perplexity"])
+
 
 class Stages:
     """One run under way.
@@ -61,7 +71,11 @@ class Stages:
         progress: Told what happens.
         fresh: Make every stage again.
         source: The model that goes in.
+        source_files: Path, bytes and sha256 of its files.
         plan: Its sizes.
+
+    Attributes:
+        budget: What the search for a budget tried and chose, for the manifest.
     """
 
     def __init__(
@@ -72,6 +86,7 @@ class Stages:
         progress: Progress,
         fresh: bool,
         source: Checkpoint,
+        source_files: list[dict[str, Any]],
         plan: RunPlan,
     ) -> None:
         self.recipe, self.folder, self.device, self.progress, self.fresh = (
@@ -85,9 +100,9 @@ class Stages:
         self.result = RunResult(folder, [plan.sizes[0]])
         self._dtype = output_dtype(recipe, source)
         self.log: list[dict[str, Any]] = []
+        self.budget: dict[str, Any] | None = None
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        progress.say(f"reading {recipe.model.path}")
-        self._source_files = describe_files(source.path, source.files)
+        self._source_files = source_files
         self._digests = {"source": digest_of(self._source_files)}
 
     def calibrate(self) -> None:
@@ -188,7 +203,7 @@ class Stages:
         """Writes the artifact."""
         tokens = self._tokens() if self.recipe.needs_calibration else None
         published = Published(
-            self.folder, self.result.sizes, self._source_files, tokens, self.result.evaluation
+            self.folder, self.result.sizes, self._source_files, tokens, self.result.evaluation, self.budget
         )
         manifest = build_manifest(self.recipe, self.source, published, self._dtype)
         inputs = self._inputs(self._last("export"))

@@ -84,14 +84,15 @@ def tokens_digest(tokens: torch.Tensor) -> str:
 def with_copies(tokens: torch.Tensor, seed: int) -> torch.Tensor:
     """Calibration tokens of which every third sequence is a random phrase, repeated to the end.
 
-    Text of one domain seldom shows how a model copies from its context, and layers that are fitted to
-    it alone forget it; on other text that is most of what they lose. A repeated phrase of random
-    tokens shows little else (Olsson et al., In-context learning and induction heads, 2022).
+    Text of one domain seldom shows how a model copies from its context, nor its rarer tokens, and
+    layers that are fitted to it alone forget both; on other text that is most of what they lose. A
+    repeated phrase of random tokens shows little else (Olsson et al., In-context learning and
+    induction heads, 2022).
 
     Args:
         tokens: Shape (samples, length).
-        seed: Chooses phrases; their tokens are drawn from `tokens`, their lengths from 4 to half of
-            a sequence.
+        seed: Chooses phrases; their tokens are drawn evenly from the different ones in `tokens`, their
+            lengths from 4 to half of a sequence.
 
     Returns:
         The same shape and type; a first token that all sequences share stays.
@@ -100,7 +101,7 @@ def with_copies(tokens: torch.Tensor, seed: int) -> torch.Tensor:
     result = tokens.numpy().copy()
     count, length = result.shape
     first = 1 if length > 1 and bool((result[:, 0] == result[0, 0]).all()) else 0
-    pool = result[:, first:].reshape(-1).copy()
+    pool = np.unique(result[:, first:])
     for row in range(2, count, 3):
         size = int(generator.integers(min(4, length), max(min(4, length), length // 2) + 1))
         phrase = pool[generator.integers(0, len(pool), size)]

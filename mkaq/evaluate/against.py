@@ -72,13 +72,8 @@ def check_against(
         for new, (known, whole) in enumerate(progress.track(layers, "verify", total)):
             record = merge_step.layers[new] if merge_step else None
             faults += _layer_faults(artifact, new, known, whole, record, errors)
-            count, checked = (
-                count + 1,
-                checked
-                + sum(
-                    name.endswith(".weight") and _is_source(errors.get(_module(new, name))) for name in known
-                ),
-            )
+            count += 1
+            checked += sum(n.endswith(".weight") and _is_source(errors.get(_module(new, n))) for n in known)
         if merge_step:
             what = "layers" if not origins else "layers but for what was solved"
             told.append(f"{count} {what} recomputed from the source, bit for bit")
@@ -141,7 +136,8 @@ def _layer_faults(
         if module in errors and name.endswith(".weight"):
             told, actual = errors[module], relative_error(tensor, present[name])
             if _is_source(told) and not math.isclose(actual, told.weight_error, rel_tol=_SAME, abs_tol=1e-12):
-                yield f"{module} has a weight error of {actual:.6g}, the manifest says {told.weight_error:.6g}"
+                claimed = f"the manifest says {told.weight_error:.6g}"
+                yield f"{module} has a weight error of {actual:.6g}, {claimed}"
         elif not torch.equal(tensor, present[name]):
             yield f"model.layers.{new}.{name} is not what the recorded merge gives"
 

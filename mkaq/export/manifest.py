@@ -222,6 +222,35 @@ class QuantizeStep(_Sized):
     """Every quantized layer."""
 
 
+class BudgetOption(_Part):
+    """How much could be merged, and with how many bits."""
+
+    removed: int
+    """Layers that go."""
+    bits: int | None
+    """Of GPTQ, if it is used."""
+    bytes: int
+    """Of the weights that come out."""
+
+
+class BudgetTrial(BudgetOption):
+    """An option that was run."""
+
+    perplexity: float
+    """What came out, by the recipe's evaluate.perplexity."""
+
+
+class Budget(_Part):
+    """The search for the layers and bits that meet a budget."""
+
+    target: dict[str, Any]
+    """The recipe's section, in the place of which `recipe` holds the choice."""
+    tried: list[BudgetTrial]
+    """In order."""
+    chosen: BudgetOption
+    """The answer."""
+
+
 class Manifest(_Part):
     """The whole record of an artifact."""
 
@@ -239,6 +268,8 @@ class Manifest(_Part):
     """What went in."""
     calibration: Calibration | None
     """What layers were compared and errors measured on."""
+    budget: Budget | None = None
+    """The search that settled the recipe, if it had a budget."""
     steps: list[Annotated[MergeStep | RecoverStep | QuantizeStep, Field(discriminator="step")]]
     """What was done, in order."""
     evaluation: dict[str, dict[str, Any]]

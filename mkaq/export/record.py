@@ -10,6 +10,7 @@ import torch
 from mkaq import __version__
 from mkaq.calibrate.tokens import tokens_digest
 from mkaq.export.manifest import (
+    Budget,
     Calibration,
     FileEntry,
     Manifest,
@@ -39,6 +40,7 @@ class Published:
         source_files: Path, bytes and sha256 of what was read.
         tokens: Calibration token ids.
         evaluation: What was measured, by stage.
+        budget: What the search for a budget tried and chose.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Published:
     source_files: list[dict[str, Any]]
     tokens: torch.Tensor | None
     evaluation: dict[str, Any]
+    budget: dict[str, Any] | None
 
 
 def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dtype: torch.dtype) -> Manifest:
@@ -91,6 +94,7 @@ def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dty
         recipe=recipe.dump(),
         source=_source(recipe, source, published),
         calibration=None if published.tokens is None else _calibration(recipe, published.tokens),
+        budget=None if published.budget is None else Budget(**published.budget),
         steps=steps,
         evaluation=published.evaluation,
         files=[],

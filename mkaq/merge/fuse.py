@@ -217,6 +217,7 @@ def pair_of_moments(walk: LayerWalk, parts: Parts, layers: int) -> tuple[Moments
 
 
 def add_rows(moments: Moments, features: torch.Tensor, target: torch.Tensor, final: torch.Tensor) -> None:
+    """Adds tokens to moments, each weighted by the inverse mean square of its hidden state, `final`."""
     moments.add(features.flatten(0, -2), target.flatten(0, -2), token_weights(final).reshape(-1))
 
 

@@ -67,6 +67,11 @@ class LayerWalk:
         """The number of decoder layers."""
         return len(self._layers)
 
+    def use_eager_attention(self) -> None:
+        """Attention as plain matrix products: on a CPU its backward pass is faster than sdpa's."""
+        self.skeleton.set_attn_implementation("eager")
+        self._arguments.clear()
+
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeds tokens.

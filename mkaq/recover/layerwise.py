@@ -68,6 +68,8 @@ def recover(
         progress: Told of every layer.
     """
     compressed = walk.checkpoint
+    if walk.device.type == "cpu":
+        walk.use_eager_attention()
     original, states = source.embed(tokens), walk.embed(tokens)
     records = []
     with ShardWriter(folder, shard_size) as writer:
@@ -102,8 +104,8 @@ def tune(
     """Tunes a layer in place; leaves the weights of the lowest held-out error, rounded to `dtype`.
 
     The loss is the squared error of a token relative to the target's mean square, as the norms of the
-    layers that follow see it. AdamW without weight decay; the learning rate rises over the first
-    steps and falls to 0 along a cosine.
+    layers that follow see it. AdamW without weight decay, products in bfloat16; the learning rate
+    rises over the first steps and falls to 0 along a cosine.
 
     Args:
         walk: That the layer belongs to.
@@ -121,12 +123,14 @@ def tune(
         return RecoveredLayer(new, 0.0, 0.0, 0)
     best, found = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
     layer.float().requires_grad_(True)
+    fast = walk.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     speed = 0.5 / inputs.shape[-1] if section.learning_rate == "auto" else section.learning_rate
     optimizer = torch.optim.AdamW(layer.parameters(), speed, (0.9, 0.95), weight_decay=0.0)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, section.steps))
     samples = shuffled(len(inputs) - held_out_samples(len(inputs)), section.batch_size, seed)
     for step, chosen in zip(range(1, section.steps + 1), samples, strict=False):
-        output = walk.run(layer, new, inputs[chosen])
+        with torch.autocast(walk.device.type, torch.bfloat16, enabled=fast):
+            output = walk.run(layer, new, inputs[chosen])
         target = targets[chosen].float()
         loss = ((output.float() - target).square().mean(-1) * token_weights(target)).mean()
         loss.backward()  # type: ignore[no-untyped-call]
