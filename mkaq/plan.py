@@ -11,10 +11,11 @@ from mkaq.errors import ResourceError, UsageError
 from mkaq.handoff import PLACES
 from mkaq.merge.fuse import check_fusable
 from mkaq.merge.plan import layers_to_remove
+from mkaq.merge.segment import longest_group
 from mkaq.model.architecture import keep_layers
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.quantize.gptq_stage import check_gptq
-from mkaq.recipe import BitsandbytesSection, GptqSection, Recipe
+from mkaq.recipe import BitsandbytesSection, GptqSection, LayerwiseSection, MergeSection, Recipe
 from mkaq.units import human, parse_size
 
 _BASE_MEMORY = 700_000_000  # the interpreter with torch and transformers
@@ -124,7 +125,8 @@ def check_resources(plan: RunPlan, folder: Path, device: torch.device) -> None:
     if plan.memory_bytes > memory:
         raise ResourceError(
             f"the run is expected to need {human(plan.memory_bytes)} of memory, {device} has {human(memory)}",
-            fix="lower num_samples or max_seq_length of calibration and evaluate.perplexity",
+            fix="lower num_samples or max_seq_length of calibration and evaluate.perplexity, or recover.batch_size; "
+            "merge.fuse: average needs less than channels",
         )
 
 
@@ -148,6 +150,23 @@ def _quantized_bytes(rows: int, columns: int, section: GptqSection | Bitsandbyte
     return (rows * columns + 1) // 2 + scales + 64 + 150
 
 
+def _fusing(section: MergeSection, source: Checkpoint) -> int:
+    """Bytes that fusing a group of layers takes: their tensors, and float64 moments of their channels."""
+    free = source.num_layers - section.protect.first - section.protect.last
+    group = longest_group(free, layers_to_remove(section, source.num_layers))
+    channels = group * int(source.hf_config.intermediate_size)
+    return 8 * 4 * channels**2 + 12 * group * _parameters(source, source.layer_tensor_names(0))
+
+
+def _tuning(recipe: Recipe, section: LayerwiseSection, source: Checkpoint, layer: int) -> int:
+    """Bytes that tuning a layer takes: float32 weights, gradients, optimizer; activations for backward."""
+    config, length = source.hf_config, recipe.calibration.max_seq_length
+    batch = min(section.batch_size, recipe.calibration.num_samples) * length
+    attention = batch * length * int(config.num_attention_heads) * 6
+    kept = 12 * int(config.intermediate_size) + 40 * int(config.hidden_size)
+    return 4 * 6 * layer + batch * kept + attention
+
+
 def _memory(recipe: Recipe, source: Checkpoint, layer: int, device: torch.device) -> int:
     config = source.hf_config
     item = 4 if device.type == "cpu" else source.dtype.itemsize
@@ -168,7 +187,13 @@ def _memory(recipe: Recipe, source: Checkpoint, layer: int, device: torch.device
                 shapes = [source.tensors[f"model.layers.0.{name}.weight"].shape for name in group]
                 rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
                 solver = max(solver, 4 * (6 * columns * columns + 8 * rows * columns))
-        peaks.append(activations + working + solver)
+        streams = 1
+        if recipe.merge is not None and recipe.merge.fuse == "channels":
+            solver, streams = max(solver, _fusing(recipe.merge, source)), 4
+        if recipe.recover is not None:
+            streams = max(streams, 2)
+            solver = max(solver, _tuning(recipe, recipe.recover, source, layer))
+        peaks.append(streams * activations + working + solver)
     if recipe.evaluate and (section := recipe.evaluate.perplexity):
         sequences = section.num_samples or 1024
         states = sequences * section.max_seq_length * hidden * item

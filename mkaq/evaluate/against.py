@@ -9,14 +9,14 @@ import torch
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer, tokens_digest, with_copies
 from mkaq.errors import MkaqError, VerificationError
-from mkaq.export.manifest import Manifest, MergeStep, Module, NewLayer, QuantizeStep, RecoverStep
+from mkaq.export.manifest import Fused, Manifest, MergeStep, Module, NewLayer, QuantizeStep, RecoverStep
 from mkaq.handoff import digest_of
 from mkaq.merge.fuse import known_tensors
 from mkaq.merge.hold_out import held_out_error
 from mkaq.merge.origins import ORIGINS, Origins, as_tensor, read_origins
 from mkaq.merge.parts import attention_parts, mlp_parts
 from mkaq.merge.plan import MergePlan
-from mkaq.merge.stage import digest_layer, merged_layers
+from mkaq.merge.stage import digest_layer, fused_layers, merged_layers
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk, compute_dtype, dense_layer
 from mkaq.progress import Progress
@@ -39,8 +39,9 @@ def check_against(
     """Checks the steps of a manifest against the source.
 
     Averaged layers are recomputed whole. Of fused layers everything but the solved `o_proj` and
-    `down_proj` follows from the source and the recorded origins; those, and tuned layers, are checked
-    by the error of their hidden states, where the calibration text is at hand and nothing was quantized.
+    `down_proj` follows from the source and the recorded origins. Where the calibration text is at hand,
+    layers are fused again, and the error of the artifact's hidden states is measured if it is not
+    quantized.
 
     Returns:
         What was checked, a sentence for each.
@@ -81,12 +82,62 @@ def check_against(
             told.append(f"{checked} quantized modules have the weight error that the manifest says")
     raise_faults(artifact.path, faults)
     if merge_step and (origins or recover_step):
-        told.append(
-            "errors of hidden states not measured again: the model is quantized"
-            if quantize_step
-            else _check_errors(manifest, merge_step, recover_step, artifact, source, device)
-        )
+        tokens = _calibration_again(manifest, source)
+        if tokens is None:
+            return [*told, "errors of hidden states not measured again: the calibration text is not here"]
+        walk = LayerWalk(source, device, compute_dtype(source, device))
+        if origins:
+            told.append(_fuse_again(merge_step, origins, walk, tokens, dtype, artifact.path, progress))
+        if not quantize_step:
+            told.append(_check_errors(merge_step, recover_step, artifact, walk, tokens))
     return told
+
+
+def _calibration_again(manifest: Manifest, source: Checkpoint) -> torch.Tensor | None:
+    """The calibration tokens of the run, or None if the text is not here or is another one."""
+    section, claim = Recipe.model_validate(manifest.recipe).calibration, manifest.calibration
+    try:
+        texts, tokenizer = documents(section, "calibrate"), load_tokenizer(source.path)
+        size = section.num_samples, section.max_seq_length
+        tokens = calibration_tokens(texts, tokenizer, *size, section.seed)
+    except MkaqError:
+        return None
+    return (
+        with_copies(tokens, section.seed) if claim and tokens_digest(tokens) == claim.tokens_sha256 else None
+    )
+
+
+def _fuse_again(
+    step: MergeStep,
+    origins: list[Origins],
+    walk: LayerWalk,
+    tokens: torch.Tensor,
+    dtype: torch.dtype,
+    where: Path,
+    progress: Progress,
+) -> str:
+    """Fuses the recorded groups again: heads, channels, ridges and errors must be those of the manifest."""
+    groups, faults = [sorted(_weights(layer)) for layer in step.layers], []
+    made = progress.track(fused_layers(walk, tokens, groups, dtype), "fuse again", len(groups))
+    for layer, origin, again in zip(step.layers, origins, made, strict=True):
+        told = layer.fused
+        assert told is not None
+        found = Fused.model_validate(again.record["fused"])
+        if again.origins != origin:
+            faults.append(f"layer {layer.new}: fusing again takes other heads or channels")
+        for name, a, b in (
+            ("o_proj", told.attention, found.attention),
+            ("down_proj", told.mlp, found.mlp),
+        ):
+            if a.ridge != b.ridge or not (_near(a.error, b.error) and _near(a.error_before, b.error_before)):
+                faults.append(f"layer {layer.new}: {name} solved again has {b}, the manifest says {a}")
+        if not _near(told.residual, found.residual):
+            faults.append(
+                f"layer {layer.new} fused again leaves an error of {found.residual:.6g}, the manifest says "
+                f"{told.residual:.6g}"
+            )
+    raise_faults(where, faults)
+    return f"{len(groups)} layers fused again: heads, channels, ridges and errors are those of the manifest"
 
 
 def _known_layers(
@@ -143,44 +194,32 @@ def _layer_faults(
 
 
 def _check_errors(
-    manifest: Manifest,
     merge_step: MergeStep,
     recover_step: RecoverStep | None,
     artifact: Checkpoint,
-    source: Checkpoint,
-    device: torch.device,
+    source: LayerWalk,
+    tokens: torch.Tensor,
 ) -> str:
-    """Walks source and artifact side by side over the calibration tokens, if these can be had."""
-    recipe = Recipe.model_validate(manifest.recipe)
-    section, claim = recipe.calibration, manifest.calibration
-    try:
-        texts, tokenizer = documents(section, "calibrate"), load_tokenizer(source.path)
-        size = section.num_samples, section.max_seq_length
-        tokens = calibration_tokens(texts, tokenizer, *size, section.seed)
-    except MkaqError:
-        return "errors of hidden states not measured again: the calibration text is not here"
-    if claim is None or tokens_digest(tokens) != claim.tokens_sha256:
-        return "errors of hidden states not measured again: the calibration text is another one here"
-    tokens = with_copies(tokens, section.seed)
-    walks = [LayerWalk(c, device, compute_dtype(source, device)) for c in (source, artifact)]
-    original, states = (walk.embed(tokens) for walk in walks)
+    """Walks source and artifact side by side over the calibration tokens."""
+    walk = LayerWalk(artifact, source.device, source.dtype)
+    original, states = source.embed(tokens), walk.embed(tokens)
     faults = []
     for new, layer in enumerate(merge_step.layers):
-        for walk, stream, indexes in (
-            (walks[0], original, sorted(_weights(layer))),
-            (walks[1], states, [new]),
-        ):
-            for index in indexes:
-                with walk.layer(index) as module:
-                    walk.run_all(module, index, stream)
+        for index in sorted(_weights(layer)):
+            source.pass_layer(index, original)
+        walk.pass_layer(new, states)
         told = (
             recover_step.layers[new].error if recover_step else layer.fused.residual if layer.fused else 0.0
         )
         actual = held_out_error(states, original)
-        if not math.isclose(actual, told, rel_tol=_CLOSE, abs_tol=1e-6):
+        if not _near(actual, told):
             faults.append(f"layer {new} leaves an error of {actual:.6g}, the manifest says {told:.6g}")
     raise_faults(artifact.path, faults)
     return f"the hidden states of {len(merge_step.layers)} layers have the errors that the manifest says"
+
+
+def _near(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=_CLOSE, abs_tol=1e-6)
 
 
 def _is_source(module: Module | None) -> bool:

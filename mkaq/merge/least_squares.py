@@ -146,7 +146,7 @@ def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> t
     Returns:
         The kept blocks' numbers, rising, shape (keep,).
     """
-    inverse = torch.linalg.inv(_damped(moments.gram, ridge))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(moments.gram, ridge)))
     weight = inverse @ moments.cross
     count = len(inverse) // group
     alive = torch.ones(count, dtype=torch.bool, device=inverse.device)
@@ -161,8 +161,8 @@ def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> t
         index = (go[:, None] * group + torch.arange(group, device=go.device)).reshape(-1)
         stripe = inverse[:, index]
         update = torch.linalg.solve(stripe[index], stripe.T)
-        weight = weight - update.T @ weight[index]
-        inverse = inverse - stripe @ update
+        weight.addmm_(update.T, weight[index], alpha=-1)
+        inverse.addmm_(stripe, update, alpha=-1)
         inverse[index], inverse[:, index], weight[index] = 0.0, 0.0, 0.0
         inverse[index, index] = 1.0
         alive[go] = False
