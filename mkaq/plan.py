@@ -125,8 +125,8 @@ def check_resources(plan: RunPlan, folder: Path, device: torch.device) -> None:
     if plan.memory_bytes > memory:
         raise ResourceError(
             f"the run is expected to need {human(plan.memory_bytes)} of memory, {device} has {human(memory)}",
-            fix="lower num_samples or max_seq_length of calibration and evaluate.perplexity, or recover.batch_size; "
-            "merge.fuse: average needs less than channels",
+            fix="lower num_samples or max_seq_length of calibration and evaluate.perplexity, or "
+            "recover.batch_size; merge.fuse: average needs less than channels",
         )
 
 
