@@ -1,6 +1,6 @@
 """What removing layers costs: mkaq's merges beside the published ways, with and without GPTQ after them.
 
-usage: python benchmarks/quality.py [--model FOLDER] [--text NAME=FILE]... [--ratios 0.25 0.4375]
+usage: python -m benchmarks.quality [--model FOLDER] [--text NAME=FILE]... [--ratios 0.25 0.4375]
 
 Every method sees the same calibration tokens, removes the same number of layers and is measured by
 mkaq's walk on the same sequences of every text. No 32 tokens in a row of these are calibration
@@ -114,12 +114,13 @@ class Bench:
     ) -> None:
         self.source, self.tokens, self.texts = source, tokens, texts
         self.search, self.device = tokens[: options.search_sequences], pick_device(options.device)
-        self.walk = self._walk(source)
+        self.walk, self.gptq_samples = self._walk(source), options.gptq_samples
         removals = (layers_to_remove(MergeSection(ratio=r), source.num_layers) for r in options.ratios)
         self.removals = sorted(set(removals))
         self.recovery = LayerwiseSection(method="layerwise", steps=options.recover_steps)
         self.output = {"dtype": source.dtype, "shard_size": baselines.SHARD_SIZE, "progress": Progress()}
-        made_of = describe_files(source.path, source.files), tokens.tolist(), options.search_sequences
+        made_of = describe_files(source.path, source.files), tokens.tolist()
+        made_of += options.search_sequences, options.gptq_samples
         self.folder = Path(options.work, options.name, digest_of(made_of)[:12])
         self.folder.mkdir(parents=True, exist_ok=True)
         measured_on = {name: text.sequences for name, text in texts.items()}
@@ -211,10 +212,10 @@ class Bench:
     def _recover(self, job: Job, base: Made, folder: Path) -> None:
         walk = self._walk(open_checkpoint(base.path))
         tokens = with_copies(self.tokens, 0)
-        recover(self.walk, walk, base.groups, tokens, self.recovery, 0, folder, **self.output)
+        recover(self._walk(self.source), walk, base.groups, tokens, self.recovery, 0, folder, **self.output)
 
     def _quantize(self, job: Job, base: Made, folder: Path) -> None:
-        model, tokens, target = open_checkpoint(base.path), self.tokens, None
+        model, tokens, target = open_checkpoint(base.path), self.tokens[: self.gptq_samples], None
         if job.joint:
             tokens = with_copies(tokens, 0)
             target = JointTarget(self.walk, base.groups, tokens)
@@ -280,7 +281,7 @@ def describe_run(options: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     shown = {**vars(options), "text": [f"{name}={path}" for name, path in options.text]}
     config = bench.source.hf_config
     return {
-        "command": shlex.join(["python", "benchmarks/quality.py", *map(without_folder, sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", "benchmarks.quality", *map(without_folder, sys.argv[1:])]),
         "machine": {
             "processor": platform.machine(),
             "cores": os.cpu_count(),
@@ -329,9 +330,10 @@ def parse() -> argparse.Namespace:
     add("--num-samples", type=int, default=512, help="calibration sequences")
     add("--max-seq-length", type=int, default=128, help="tokens of each")
     add("--search-sequences", type=int, default=64, help="of these, on which SLEB and LaCo search")
+    add("--gptq-samples", type=int, default=256, help="of these, for GPTQ")
     add("--eval-sequences", type=int, help="at most so many of each text, spread over it")
     add("--eval-length", type=int, default=128, help="tokens of each")
-    add("--recover-steps", type=int, default=300, help="of layerwise recovery, for each layer")
+    add("--recover-steps", type=int, default=100, help="of layerwise recovery, for each layer")
     add("--methods", nargs="+", choices=(*KEY, *REST), default=(*KEY, *REST))
     add("--bits", type=int, choices=(0, 2, 3, 4, 8), default=4, help="of GPTQ; 0 leaves it out")
     add("--device", default="cpu")

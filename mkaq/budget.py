@@ -1,6 +1,7 @@
 """A budget instead of a ratio: the run that meets a size or a perplexity, merging and bits together."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from mkaq.errors import UsageError, VerificationError
 from mkaq.handoff import digest_of, library_versions
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.writer import write_json
-from mkaq.plan import plan_run
+from mkaq.plan import RunPlan, plan_run
 from mkaq.progress import Progress
 from mkaq.recipe import GptqSection, Recipe
 from mkaq.stages import RunResult
@@ -40,11 +41,11 @@ def options_of(recipe: Recipe, source: Checkpoint) -> list[Option]:
     assert recipe.budget is not None
     widths: Sequence[int | None] = (None,)
     if isinstance(recipe.quantize, GptqSection):
-        widths = sorted(recipe.budget.bits, reverse=True)
+        widths = sorted(set(recipe.budget.bits), reverse=True)
     removals = [0]
     if recipe.merge is not None:
         free = source.num_layers - recipe.merge.protect.first - recipe.merge.protect.last
-        removals = list(range(0 if recipe.quantize else 1, free))
+        removals = list(range(0 if recipe.quantize else 1, max(free, 1)))
     return [_sized(recipe, source, removed, bits) for bits in widths for removed in removals]
 
 
@@ -60,9 +61,22 @@ def settle(recipe: Recipe, option: Option) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def largest_of(recipe: Recipe, options: Sequence[Option]) -> Recipe:
-    """The recipe with its largest option, or as it is if it has no budget."""
-    return settle(recipe, max(options, key=lambda option: option.bytes)) if options else recipe
+def plan_budget(recipe: Recipe, source: Checkpoint, device: torch.device) -> tuple[list[Option], RunPlan]:
+    """Every option of a recipe, none if it has no budget, and the plan that has room for each.
+
+    Raises:
+        UsageError: If there is no option, or as `plan_run`.
+        UnsupportedError: As `plan_run`.
+    """
+    if recipe.budget is None:
+        return [], plan_run(recipe, source, device)
+    options = options_of(recipe, source)
+    if not options:
+        raise UsageError("no layer may be merged and nothing is quantized", where="budget")
+    plans = [plan_run(settle(recipe, option), source, device) for option in options]
+    largest = max(plans, key=lambda plan: plan.sizes[-1].bytes)
+    memory, disk = max(plan.memory_bytes for plan in plans), max(plan.disk_bytes for plan in plans)
+    return options, replace(largest, memory_bytes=memory, disk_bytes=disk)
 
 
 class Trials:
@@ -133,7 +147,7 @@ def meet_budget(
         made, source = perplexities(settle(recipe, option))
         tried.append(asdict(option) | {"perplexity": made})
         progress.say(f"budget: perplexity {made:.2f}, the source's {source:.2f}")
-        return made / source - 1
+        return made / source - 1 if math.isfinite(made) else math.inf
 
     by_bits = [[o for o in options if o.bits == bits] for bits in dict.fromkeys(o.bits for o in options)]
     if budget.bytes is not None:
@@ -161,7 +175,7 @@ def fit_size(limit: int, by_bits: Sequence[Sequence[Option]], rise: Callable[[Op
     if not chosen:
         least = min((option for row in by_bits for option in row), key=lambda option: option.bytes)
         raise UsageError(
-            f"nothing fits into {human(limit)}: the smallest is {human(least.bytes)} ({_tell(least)})",
+            f"nothing fits into {limit:,} bytes: the smallest has {least.bytes:,} ({_tell(least)})",
             where="budget.bytes",
             fix="allow more bytes, fewer bits or fewer protected layers",
         )
@@ -218,7 +232,7 @@ def _sized(recipe: Recipe, source: Checkpoint, removed: int, bits: int | None) -
 
 
 def _tell(option: Option) -> str:
-    told = f"{option.removed} layers removed"
+    told = f"{option.removed} layer{'s' * (option.removed != 1)} removed"
     if option.bits is not None:
         told += f", {option.bits} bits"
     return f"{told}, {human(option.bytes)}"

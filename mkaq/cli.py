@@ -105,17 +105,15 @@ def plan(
     """Say what a run would do: layers, sizes, memory, disk. Changes nothing."""
     loaded, folder = _load(recipe, settings, output)
     _quiet_libraries()
-    from mkaq.budget import largest_of, options_of
+    from mkaq.budget import plan_budget
     from mkaq.model.checkpoint import open_checkpoint
     from mkaq.model.source import resolve_model
     from mkaq.model.walk import pick_device
-    from mkaq.plan import plan_run
     from mkaq.report import table_rows
     from mkaq.units import human
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
-    options = options_of(loaded, source) if loaded.budget else []
-    planned = plan_run(largest_of(loaded, options), source, pick_device(device))
+    options, planned = plan_budget(loaded, source, pick_device(device))
     if as_json:
         stages = [vars(size) for size in planned.sizes]
         _print_json(
@@ -131,7 +129,7 @@ def plan(
     if options:
         sizes = [(str(o.removed), str(o.bits or "-"), human(o.bytes)) for o in options]
         _print_table(("layers removed", "bits", "bytes of weights"), sizes)
-        print("the run tries these against the budget; the largest of them needs:")
+        print("the run tries these against the budget; at most it needs:")
     rows = [row[:4] for row in table_rows(list(planned.sizes), {})]
     _print_table(("stage", "layers", "parameters", "bytes of weights"), rows)
     print(f"memory: about {human(planned.memory_bytes)} at the peak")

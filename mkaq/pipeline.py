@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from mkaq.budget import Trials, largest_of, meet_budget, options_of
+from mkaq.budget import Trials, meet_budget, plan_budget
 from mkaq.handoff import describe_files, locked
 from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.source import resolve_model
@@ -44,15 +44,15 @@ def run(
         MkaqError: Of the kind that fits; earlier stages and artifacts stay as they were.
     """
     source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))
-    options = options_of(recipe, source) if recipe.budget else []
-    check_resources(plan_run(largest_of(recipe, options), source, device), folder, device)
+    options, plan = plan_budget(recipe, source, device)
+    check_resources(plan, folder, device)
     with locked(folder):
         progress.say(f"reading {recipe.model.path}")
         files = describe_files(source.path, source.files)
 
         def stages_of(settled: Recipe) -> Stages:
-            plan = plan_run(settled, source, device)
-            return Stages(settled, folder, device, progress, fresh, source, files, plan)
+            sizes = plan_run(settled, source, device)
+            return Stages(settled, folder, device, progress, fresh, source, files, sizes)
 
         budget = None
         if recipe.budget is not None:
@@ -60,6 +60,8 @@ def run(
             def trial(settled: Recipe) -> RunResult:
                 return _run(stages_of(settled), "quantize")
 
+            if fresh:
+                (folder / "budget.json").unlink(missing_ok=True)
             trials = Trials(folder / "budget.json", [files, str(device)], trial)
             recipe, budget = meet_budget(recipe, options, trials, progress)
         stages = stages_of(recipe)

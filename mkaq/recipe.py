@@ -131,10 +131,10 @@ class LayerwiseSection(_Model):
 
     method: Literal["layerwise"]
     """Knowledge distillation, layer by layer."""
-    steps: int = Field(default=200, ge=1, le=100_000)
+    steps: int = Field(default=100, ge=1, le=100_000)
     """Optimizer steps for each layer."""
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
-    """Of AdamW, falling to 0 along a cosine; `auto` is 0.5 / hidden_size."""
+    """Of AdamW, falling to 0 along a cosine; `auto` is 0.25 / hidden_size."""
     batch_size: int = Field(default=32, ge=1, le=4096)
     """Sequences per step."""
 

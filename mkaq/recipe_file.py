@@ -161,6 +161,8 @@ def _message(item: Any, keys: tuple[str, ...]) -> str:
         return f"method must be one of {item['ctx']['expected_tags']}, not {item['ctx']['tag']!r}"
     if kind == "union_tag_not_found":
         return "method is required: gptq or bitsandbytes"
+    if kind == "string_pattern_mismatch" and keys[-1:] == ("perplexity_increase",):
+        return f"{given!r} is not a percentage such as 5%"
     if kind == "string_pattern_mismatch":
         return f"{given!r} may hold letters, digits, dots, dashes and underscores only"
     message = str(item["msg"])

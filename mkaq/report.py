@@ -39,7 +39,7 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 {% for x in s.merges %}<tr><td>{{ x.into }}<td>{{ x.from_ }}<td>{{ "%.3f"|format(x.coefficient) }}<td>{{ "%.3f"|format(x.similarity) if x.similarity is not none else "-" }}</tr>
 {% endfor %}</table>{% endif %}
 {% if s.measured %}<h2>Groups measured</h2>
-<table><tr><th>layers<th>error of merging them alone</tr>
+<table><tr><th>layers<th>divergence when merged alone, nats</tr>
 {% for x in s.measured %}<tr><td>{{ x.first }} - {{ x.first + x.layers - 1 }}<td>{{ "%.4f"|format(x.error) }}</tr>
 {% endfor %}</table>{% endif %}
 {% if s.layers[0].fused %}<h2>Fused layers</h2>

@@ -1,6 +1,7 @@
 """Bad input and bad luck: one clear message, its exit code, and everything made before as it was."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -18,13 +19,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mkaq.errors import MkaqError
-from mkaq.handoff import locked
+from mkaq.handoff import digest_of, locked
 from mkaq.model.checkpoint import open_checkpoint
 from tests.conftest import Outcome
 from tests.test_cli import (
     PROTECT,
     STAGES,
     command,
+    forge,
     one_thread,  # noqa: F401 (a fixture)
     run_quietly,
     told,
@@ -40,6 +42,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 UP = "model.layers.1.mlp.up_proj.weight"
 EMBED = "model.embed_tokens.weight"
+CHANNELS = {"layers": 1, "fuse": "channels", "order": "measured", "protect": {"first": 1, "last": 0}}
+FREE = {key: value for key, value in CHANNELS.items() if key != "layers"}
 LOGS = ("recipe.yaml", "run.json", ".lock")  # of the last run, whatever became of it
 
 
@@ -189,6 +193,7 @@ def only_pickle(folder: Path) -> None:
 # --- recipes -----------------------------------------------------------------------------------
 
 HEAD = "version: 1\nname: x\nmodel: {path: m}\n"
+MEASURED = "evaluate: {perplexity: {dataset: builtin}}\n"
 RECIPES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "three faults": (
         "version: 1\nname: a b\nmodel: {path: m}\nmerge: {ration: 0.2, layers: 1}\n"
@@ -250,27 +255,86 @@ RECIPES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "own ancestor": (HEAD + "merge: &a {layers: *a}\n", 2, ("recipe.yaml",)),
     "unknown method": (HEAD + "quantize: {method: awq}\n", 2, ("line 4, quantize", "gptq", "not 'awq'")),
     "no method": (HEAD + "quantize: {bits: 4}\n", 2, ("method is required",)),
-    "order: measured": (
-        HEAD + "merge: {layers: 1, order: measured}\n",
-        3,
-        ("line 4, merge.order: 'measured'",),
-    ),
-    "coefficient: measured": (
-        HEAD + "merge: {layers: 1, coefficient: measured}\n",
-        3,
-        ("merge.coefficient",),
-    ),
-    "fuse: channels": (
-        HEAD + "merge:\n  layers: 1\n  fuse: channels\n",
-        3,
-        ("line 6, merge.fuse: 'channels'",),
-    ),
-    "recover": (HEAD + "recover: {method: layerwise}\n", 3, ("line 4, recover",)),
     "gguf": (HEAD + "export: {formats: [safetensors, gguf]}\n", 3, ("line 4, export.formats: gguf",)),
     "later option and fault": (
-        HEAD + "merge: {layers: 1, order: measured}\nzzz: 1\n",
+        HEAD + "export: {formats: [gguf]}\nzzz: 1\n",
         2,
-        ("line 4, merge.order: 'measured'", "line 5, zzz: unknown key"),
+        ("line 4, export.formats: gguf not in this version", "line 5, zzz: unknown key"),
+    ),
+    "unknown order": (HEAD + "merge: {layers: 1, order: measure}\n", 2, ("did you mean 'measured'?",)),
+    "unknown fuse": (HEAD + "merge: {layers: 1, fuse: channel}\n", 2, ("did you mean 'channels'?",)),
+    "unknown target": (HEAD + "quantize: {method: gptq, target: sauce}\n", 2, ("did you mean 'source'?",)),
+    "recovery of nothing": (
+        HEAD + "recover: {method: layerwise}\n",
+        2,
+        ("recover mends what merge did; with merge: null there is nothing to recover",),
+    ),
+    "recovery without method": (
+        HEAD + "merge: {layers: 1}\nrecover: {steps: 5}\n",
+        2,
+        ("line 5, recover.method: is required",),
+    ),
+    "no learning rate": (
+        HEAD + "merge: {layers: 1}\nrecover: {method: layerwise, learning_rate: fast}\n",
+        2,
+        ("line 5, recover.learning_rate: must be 'auto', not 'fast'",),
+    ),
+    "huge learning rate": (
+        HEAD + "merge: {layers: 1}\nrecover: {method: layerwise, learning_rate: 1.5}\n",
+        2,
+        ("line 5, recover.learning_rate:", "less than 1, not 1.5"),
+    ),
+    "no steps": (
+        HEAD + "merge: {layers: 1}\nrecover: {method: layerwise, steps: 0}\n",
+        2,
+        ("line 5, recover.steps:", "not 0"),
+    ),
+    "merge without a target": (
+        HEAD + "merge: {order: measured}\n",
+        2,
+        ("merge needs ratio or layers, or the recipe a budget",),
+    ),
+    "budget of both": (
+        HEAD + MEASURED + "budget: {bytes: 4GB, perplexity_increase: 5%}\n",
+        2,
+        ("line 5, budget: give either bytes or perplexity_increase",),
+    ),
+    "budget of neither": (
+        HEAD + MEASURED + "budget: {bits: [4]}\n",
+        2,
+        ("line 5, budget: give either bytes or perplexity_increase",),
+    ),
+    "budget and ratio": (
+        HEAD + MEASURED + "merge: {ratio: 0.2}\nbudget: {bytes: 4GB}\n",
+        2,
+        ("the budget says how much is merged: leave out merge.ratio and merge.layers",),
+    ),
+    "budget and layers": (
+        HEAD + MEASURED + "merge: {layers: 2}\nbudget: {perplexity_increase: 5%}\n",
+        2,
+        ("the budget says how much is merged",),
+    ),
+    "budget without measuring": (
+        HEAD + "merge: {order: measured}\nbudget: {bytes: 4GB}\n",
+        2,
+        ("a budget is met by measuring: it needs evaluate.perplexity",),
+    ),
+    "budget of no size": (
+        HEAD + MEASURED + "budget: {bytes: 4 parsecs}\n",
+        2,
+        ("line 5, budget.bytes: '4 parsecs' is not a size such as 500MB or 4GB",),
+    ),
+    "budget of no share": (
+        HEAD + MEASURED + "budget: {perplexity_increase: five}\n",
+        2,
+        ("line 5, budget.perplexity_increase: 'five'",),
+    ),
+    "budget of five bits": (HEAD + MEASURED + "budget: {bytes: 4GB, bits: [5]}\n", 2, ("line 5", "not 5")),
+    "budget of no bits": (HEAD + MEASURED + "budget: {bytes: 4GB, bits: []}\n", 2, ("line 5, budget.bits",)),
+    "budget of nothing to do": (
+        HEAD.replace("{path: m}", "{path: 'builtin:tiny-llama'}") + MEASURED + "budget: {bytes: 4GB}\n",
+        2,
+        ("nothing to do",),
     ),
 }
 
@@ -281,7 +345,7 @@ def test_recipe_with_faults(case: str, tmp_path: Path, refused: Callable[..., Ou
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     outcome = refused(code, *words, path=path)
-    assert str(path) in outcome.err or case == "nothing to do"
+    assert str(path) in outcome.err or "nothing to do" in case
 
 
 def test_recipe_that_is_no_text(tmp_path: Path, refused: Callable[..., Outcome]) -> None:
@@ -637,6 +701,21 @@ def test_more_layers_than_can_be_merged(refused: Callable[..., Outcome]) -> None
     refused(2, "merge: 0 of 3 layers cannot be merged away", merge={"ratio": 0.01})
 
 
+def test_fusing_with_too_few_samples(text: Path, refused: Callable[..., Outcome]) -> None:
+    calibration = {"dataset": "text", "path": str(text), "num_samples": 7, "max_seq_length": 32}
+    words = ("calibration.num_samples: 7 samples are too few", "fix: use at least 8")
+    refused(2, *words, merge=CHANNELS, calibration=calibration)
+
+
+@pytest.mark.parametrize("sections", [{"merge": CHANNELS}, {"merge": FREE, "budget": {"bytes": "1GB"}}])
+def test_fusing_what_cannot_be_fused(
+    sections: dict[str, Any], refused: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    path = make_model(tmp_path / "gemma2", "gemma2", layers=3)
+    words = ("merge.fuse: channels: gemma2 normalizes what its layers write", "fix: use fuse: average")
+    refused(3, *words, model={"path": str(path)}, **sections)
+
+
 def test_samples_longer_than_the_model_reads(text: Path, refused: Callable[..., Outcome]) -> None:
     calibration = {"dataset": "text", "path": str(text), "max_seq_length": 257}
     refused(2, "calibration.max_seq_length: 257 is longer", "256", calibration=calibration)
@@ -850,6 +929,124 @@ def test_quantized_checkpoint_that_lies(
     assert outcome.code in (3, 4), outcome.err
     one_message(outcome, outcome.code, str(path))
     one_message(mkaq("verify", path), 5)
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) -> Path:
+    """An artifact whose layers were fused and tuned. Not to be changed: copy it first."""
+    folder = tmp_path_factory.mktemp("fused")
+    recover = {"method": "layerwise", "steps": 2, "batch_size": 4}
+    plain: dict[str, Any] = {"merge": CHANNELS, "recover": recover, "quantize": None, "evaluate": None}
+    return run_quietly(write_recipe(folder / "r.yaml", model, text, **plain), folder / "run") / "artifact"
+
+
+def fusion(manifest: Any) -> Any:
+    """What a manifest says of the fused layer."""
+    return manifest["steps"][0]["layers"][1]["fused"]
+
+
+FUSIONS: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
+    "digest of origins": (
+        lambda m: fusion(m).update(origins_sha256="0" * 64),
+        ("layer 1: its origins are not those of the manifest",),
+    ),
+    "residual": (
+        lambda m: fusion(m).update(residual=0.001),
+        ("layer 1 fused again leaves an error of", "says 0.001"),
+    ),
+    "residual of the first": (
+        lambda m: m["steps"][0]["layers"][0]["fused"].update(residual=0.5),
+        ("layer 0 fused again leaves an error of 0,", "says 0.5"),
+    ),
+    "ridge": (lambda m: fusion(m)["mlp"].update(ridge=7.0), ("layer 1: down_proj solved again has",)),
+    "error of o_proj": (
+        lambda m: fusion(m)["attention"].update(error=0.001),
+        ("layer 1: o_proj solved again has",),
+    ),
+    "shares": (
+        lambda m: m["steps"][0]["layers"][1].update({"from": {"1": 0.25, "2": 0.75}}),
+        ("layer 1: its channels do not have the shares that the manifest says",),
+    ),
+    "groups": (
+        lambda m: m["steps"][0]["layers"][1].update({"from": {"1": 1.0}}),
+        ("do not stand for all layers of the source",),
+    ),
+    "not fused": (lambda m: m["steps"][0]["layers"][1].update(fused=None), ("layer 1: its origins",)),
+    "a fused layer less": (lambda m: m["steps"][0]["layers"].pop(), ("has 2 layers, the manifest 1",)),
+    "error of a tuned layer": (
+        lambda m: m["steps"][1]["layers"][1].update(error=0.001),
+        ("layer 1 leaves an error of", "says 0.001"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FUSIONS)
+def test_forged_fusion(case: str, fused: Path, model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    edit, words = FUSIONS[case]
+    path = shutil.copytree(fused, tmp_path / "artifact")
+    forge(path, edit)
+    assert mkaq("verify", path).code == 0
+    one_message(mkaq("verify", path, "--source", model), 5, str(path), *words)
+
+
+def origins_with(edit: Callable[[Any], object]) -> Callable[[bytes], bytes]:
+    def damage(data: bytes) -> bytes:
+        origins = json.loads(data)
+        edit(origins)
+        return json.dumps(origins).encode()
+
+    return damage
+
+
+ORIGINS: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut short": lambda data: data[: len(data) // 2],
+    "no text": lambda data: b"\xff\xfe" + data,
+    "a number": lambda data: b"5",
+    "a mapping": lambda data: b"{}",
+    "no layers": lambda data: b"[]",
+    "a layer less": origins_with(lambda o: o.pop()),
+    "no heads": origins_with(lambda o: o[1].pop("heads")),
+    "layer x": origins_with(lambda o: o[1].update(heads={"x": [0, 1]})),
+    "channel x": origins_with(lambda o: o[1].update(channels={"1": ["x"]})),
+    "channels are a list": origins_with(lambda o: o[1].update(channels=[0, 1])),
+    "number too long": origins_with(lambda o: o[1].update(heads={"1": [0, 10**30]})),
+}
+NUMBERS: dict[str, Callable[[Any], object]] = {  # under a digest that fits
+    "a channel that is not there": lambda o: o["channels"].update({"2": [*range(127), 128], "1": []}),
+    "a channel below 0": lambda o: o["channels"].update({"2": [-1, *range(127)], "1": []}),
+    "a channel twice": lambda o: o["channels"].update({"2": [0, *range(127)], "1": []}),
+    "a channel less": lambda o: o["channels"].update({"2": list(range(127)), "1": []}),
+    "another group": lambda o: o["heads"].update({"0": [0, 1], "1": [], "2": []}),
+}
+
+
+@pytest.mark.parametrize("case", [*ORIGINS, *NUMBERS])
+def test_damaged_origins(case: str, fused: Path, model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    """Somebody's mkaq-origins.json with a manifest that fits it is not trusted either."""
+    path = shutil.copytree(fused, tmp_path / "artifact")
+    file = path / "mkaq-origins.json"
+    damage = ORIGINS.get(case) or origins_with(lambda o: NUMBERS[case](o[1]))
+    file.write_bytes(damage(file.read_bytes()))
+    one_message(mkaq("verify", path), 5, "mkaq-origins.json")
+
+    def sign(manifest: Any) -> None:
+        data = file.read_bytes()
+        for entry in manifest["files"]:
+            if entry["path"] == file.name:
+                entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        if case in NUMBERS:
+            fusion(manifest).update(origins_sha256=digest_of(json.loads(data)[1]))
+
+    forge(path, sign)
+    words = ("layer 1: its ",) if case in NUMBERS else ("mkaq-origins.json",)
+    one_message(mkaq("verify", path, "--source", model), 5, str(path), *words)
+
+
+def test_forging_no_fusion_is_no_forgery(fused: Path, model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path = shutil.copytree(fused, tmp_path / "artifact")
+    forge(path, lambda manifest: None)
+    assert tree(path) == tree(fused) and mkaq("verify", path, "--source", model).code == 0
 
 
 def test_folder_that_is_no_artifact(model: Path, mkaq: Mkaq, tmp_path: Path) -> None:

@@ -5,11 +5,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer, tokens_digest, with_copies
 from mkaq.errors import MkaqError, VerificationError
-from mkaq.export.manifest import Fused, Manifest, MergeStep, Module, NewLayer, QuantizeStep, RecoverStep
+from mkaq.export.manifest import (
+    MANIFEST,
+    Fused,
+    Manifest,
+    MergeStep,
+    Module,
+    NewLayer,
+    QuantizeStep,
+    RecoverStep,
+)
 from mkaq.handoff import digest_of
 from mkaq.merge.fuse import known_tensors
 from mkaq.merge.hold_out import held_out_error
@@ -62,6 +72,8 @@ def check_against(
     if merge_step is not None:
         fused = any(layer.fused for layer in merge_step.layers)
         origins = read_origins(artifact.path / ORIGINS) if fused else []
+        if recover_step is not None:
+            raise_faults(artifact.path, list(_recovery_faults(merge_step, recover_step)))
         claims = _origin_faults(merge_step, origins, source) if fused else _plan_faults(merge_step, source)
         raise_faults(artifact.path, list(claims))
     told: list[str] = []
@@ -95,7 +107,10 @@ def check_against(
 
 def _calibration_again(manifest: Manifest, source: Checkpoint) -> torch.Tensor | None:
     """The calibration tokens of the run, or None if the text is not here or is another one."""
-    section, claim = Recipe.model_validate(manifest.recipe).calibration, manifest.calibration
+    try:
+        section, claim = Recipe.model_validate(manifest.recipe).calibration, manifest.calibration
+    except ValidationError:
+        raise VerificationError("the recipe in the manifest is none", where=MANIFEST) from None
     try:
         texts, tokenizer = documents(section, "calibrate"), load_tokenizer(source.path)
         size = section.num_samples, section.max_seq_length
@@ -239,6 +254,15 @@ def _tensors_of(checkpoint: Checkpoint, index: int) -> dict[str, torch.Tensor]:
     prefix = f"model.layers.{index}."
     stored = checkpoint.read(checkpoint.layer_tensor_names(index))
     return {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+
+
+def _recovery_faults(step: MergeStep, recovery: RecoverStep) -> Iterator[str]:
+    """Whether the tuned layers are those of the merge."""
+    if [layer.new for layer in recovery.layers] != list(range(len(step.layers))):
+        yield f"the recovered layers are not 0 to {len(step.layers) - 1}"
+    for layer in recovery.layers:
+        if layer.error > layer.error_before or (layer.steps == 0) != (layer.error == layer.error_before):
+            yield f"recovered layer {layer.new}: steps and errors do not fit together"
 
 
 def _origin_faults(step: MergeStep, origins: list[Origins], source: Checkpoint) -> Iterator[str]:

@@ -39,7 +39,7 @@ def verify(artifact: Path, source: Path | None, device: torch.device, progress: 
     except MkaqError as error:
         raise VerificationError(error.what, where=error.where) from None
     done.append(f"{len(checkpoint.tensors)} tensors are all that config.json implies, with the right shapes")
-    raise_faults(artifact, list(_size_claims(manifest, checkpoint)))
+    raise_faults(artifact, [*_size_claims(manifest, checkpoint), *_budget_claims(manifest)])
     done.append("layers, parameters and bytes are as the manifest says")
     done.append(_check_runs(checkpoint, device))
     if source is not None:
@@ -94,6 +94,20 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         }
         if {module.name for module in quantized.modules} != expected:
             yield "the quantized modules are not those of the model"
+
+
+def _budget_claims(manifest: Manifest) -> Iterator[str]:
+    """Whether what a budget chose is what was done."""
+    if manifest.budget is None or not manifest.steps:
+        return
+    merged = next((step for step in manifest.steps if step.step == "merge"), None)
+    quantized = next((step for step in manifest.steps if step.step == "quantize"), None)
+    removed = merged.layers_before - merged.layers_after if merged else 0
+    bits = quantized.bits if quantized and quantized.method == "gptq" else None
+    chosen = manifest.budget.chosen
+    if (chosen.removed, chosen.bits) != (removed, bits):
+        told = f"the budget chose {chosen.removed} layers and {chosen.bits} bits"
+        yield f"{told}, the steps have {removed} and {bits}"
 
 
 def _source_claims(manifest: Manifest, source: Checkpoint) -> Iterator[str]:

@@ -21,7 +21,8 @@ class Choice:
     Attributes:
         plan: The groups, and their weights if they are averaged.
         similarity: Of the layers, where it was asked for.
-        errors: For each candidate group (first layer, number of layers) the measured error.
+        errors: For each candidate group (first layer, number of layers) the measured divergence of the
+            output, in nats.
     """
 
     plan: MergePlan
@@ -65,7 +66,7 @@ def choose_groups(
         fixed = section.coefficient if isinstance(section.coefficient, float) else None
         build = average_error(walk, fixed) if average else channels_error(walk, dtype)
         candidates = candidate_groups(section, walk.num_layers, removed)
-        errors = measure_groups(walk, with_copies(tokens, seed), candidates, build, progress)
+        errors = measure_groups(walk, tokens, seed, candidates, build, progress)
         groups = cheapest_groups(errors, walk.num_layers, removed)
     coefficients = {}
     if average and section.coefficient == "measured":

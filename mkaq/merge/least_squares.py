@@ -12,6 +12,7 @@ import torch
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)
 NEARLY_BEST = 0.95
+NOTHING = 1e-9
 _STRIPE = 512
 
 
@@ -124,7 +125,7 @@ def fit(moments: Moments, held_out: Moments, prior: torch.Tensor) -> Fit:
         if weight is not None
     ]
     gain = before - min((fit.error for fit in fits), default=before)
-    if gain <= 0:
+    if gain <= NOTHING:
         return Fit(prior.float(), None, before, before)
     return next(fit for fit in reversed(fits) if before - fit.error >= NEARLY_BEST * gain)
 

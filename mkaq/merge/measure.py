@@ -1,13 +1,15 @@
-"""What merging a group of layers would do to the hidden states, measured for every candidate in one walk."""
+"""What merging a group of layers would do to the model, measured for every candidate in one walk."""
 
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
+from mkaq.calibrate.tokens import with_copies
 from mkaq.merge.apply import merge_layers
 from mkaq.merge.fuse import fuse
-from mkaq.merge.hold_out import held_out_error
-from mkaq.model.walk import LayerWalk
+from mkaq.merge.hold_out import held_out_error, held_out_samples
+from mkaq.model.walk import LayerWalk, batches
 from mkaq.progress import Progress
 
 SHARE = 6
@@ -19,36 +21,63 @@ Build = Callable[[Sequence[int], torch.Tensor, torch.Tensor], float]
 def measure_groups(
     walk: LayerWalk,
     tokens: torch.Tensor,
+    seed: int,
     candidates: Sequence[tuple[int, int]],
     build: Build,
     progress: Progress,
 ) -> dict[tuple[int, int], float]:
-    """Merges every candidate group on its own and measures the error that it leaves.
+    """Merges every candidate group on its own and measures what the model's output loses by it.
 
-    Each is built on the original hidden states before it, from a part of the tokens, so that one walk
-    over the source serves all, whatever its depth.
+    Each is built on the original hidden states before it, from a part of the tokens; its held-out
+    states then go through the rest of the original model, together with those of all others, so that
+    one walk over the source serves all, whatever its depth.
 
     Args:
         walk: Over the source.
-        tokens: Token ids, shape (samples, length).
+        tokens: Token ids of text, shape (samples, length).
+        seed: Of the random phrases that are measured too.
         candidates: First layer and number of layers of each.
         build: Merges a group: takes it and the two streams (original and compressed) before it, moves
             both past it, and returns the error.
         progress: Told of every layer.
 
     Returns:
-        For each candidate its error.
+        For each candidate the mean Kullback-Leibler divergence of its next-token distributions from the
+        source's over held-out tokens, in nats.
     """
-    sample = tokens[:: max(1, min(SHARE, len(tokens) // 16))]
+    sample = with_copies(tokens[:: max(1, min(SHARE, len(tokens) // 16))], seed)
+    held = slice(len(sample) - held_out_samples(len(sample)), None)
     hidden_states = walk.embed(sample)
-    errors = {}
-    for index in progress.track(range(max(start for start, _ in candidates) + 1), "measure groups"):
+    merged: dict[tuple[int, int], torch.Tensor] = {}
+    for index in progress.track(range(walk.num_layers), "measure groups"):
+        with walk.layer(index) as layer:
+            for (start, length), states in merged.items():
+                if start + length <= index:
+                    walk.run_all(layer, index, states)
         for start, length in candidates:
             if start == index:
-                group = range(start, start + length)
-                errors[start, length] = build(group, hidden_states.clone(), hidden_states.clone())
+                compressed = hidden_states.clone()
+                build(range(start, start + length), hidden_states.clone(), compressed)
+                merged[start, length] = compressed[held].clone()
         walk.pass_layer(index, hidden_states)
-    return errors
+    with walk.head() as head:
+        return {group: divergence(head, states, hidden_states[held]) for group, states in merged.items()}
+
+
+@torch.no_grad()
+def divergence(head: nn.Module, states: torch.Tensor, original: torch.Tensor) -> float:
+    """Mean over tokens of KL(p || q) in nats, p the original's next-token distribution, q the other's.
+
+    Args:
+        head: The final norm and the output layer.
+        states: Outputs of the last layer, shape (samples, length, hidden_size).
+        original: Those of the original model, of the same shape.
+    """
+    total = 0.0
+    for pair in zip(batches(original), batches(states), strict=True):
+        p, q = (head(inputs_embeds=s, use_cache=False).logits.float().log_softmax(-1) for s in pair)
+        total += float((p.exp() * (p - q)).sum(-1).double().sum())
+    return total / states[..., 0].numel()
 
 
 def channels_error(walk: LayerWalk, dtype: torch.dtype) -> Build:

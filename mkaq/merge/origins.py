@@ -36,7 +36,15 @@ def read_origins(path: Path) -> list[Origins]:
         for layer in layers:
             for kind in ("heads", "channels"):
                 as_tensor(layer[kind])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise VerificationError(f"is damaged: {error}", where=path) from None
     return list(layers)
 

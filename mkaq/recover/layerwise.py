@@ -70,6 +70,7 @@ def recover(
     compressed = walk.checkpoint
     if walk.device.type == "cpu":
         walk.use_eager_attention()
+        source.use_eager_attention()
     original, states = source.embed(tokens), walk.embed(tokens)
     records = []
     with ShardWriter(folder, shard_size) as writer:
@@ -124,7 +125,7 @@ def tune(
     best, found = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
     layer.float().requires_grad_(True)
     fast = walk.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    speed = 0.5 / inputs.shape[-1] if section.learning_rate == "auto" else section.learning_rate
+    speed = 0.25 / inputs.shape[-1] if section.learning_rate == "auto" else section.learning_rate
     optimizer = torch.optim.AdamW(layer.parameters(), speed, (0.9, 0.95), weight_decay=0.0)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, section.steps))
     samples = shuffled(len(inputs) - held_out_samples(len(inputs)), section.batch_size, seed)

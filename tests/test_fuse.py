@@ -1,0 +1,385 @@
+"""Fusing by channels: artifacts of every family, what must hold of a fused layer, forged claims."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mkaq.export.manifest import MANIFEST, MergeStep, manifest_schema, read_manifest
+from mkaq.handoff import digest_of
+from mkaq.merge.fuse import FusedLayer, advance, fuse
+from mkaq.merge.measure import COEFFICIENTS, best_average
+from mkaq.merge.origins import ORIGINS
+from mkaq.merge.stage import digest_layer
+from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.observe import outputs_of
+from mkaq.model.walk import LayerWalk
+from tests.conftest import Outcome
+from tests.test_cli import (
+    forge,
+    one_thread,  # noqa: F401 (a fixture)
+    run_quietly,
+    tree,
+    write_recipe,
+    write_text,
+)
+from tests.test_families import IDS, walk_logits
+from tests.tiny import FAMILIES, make_model
+
+Mkaq = Callable[..., Outcome]
+FUSABLE = [family for family in FAMILIES if family != "gemma2"]
+CPU = torch.device("cpu")
+SINGLE = "model.safetensors"
+TOKENS = torch.randint(2, 4096, (16, 32), generator=torch.Generator().manual_seed(1))
+MERGE = {"layers": 1, "fuse": "channels", "order": "measured", "protect": {"first": 1, "last": 0}}
+
+
+def small_recipe(path: Path, model: Path, text: Path, **sections: Any) -> Path:
+    """A recipe that only merges, on 16 samples of 32 tokens."""
+    calibration = {"dataset": "text", "path": str(text), "num_samples": 16, "max_seq_length": 32}
+    plain: dict[str, Any] = {"calibration": calibration, "merge": MERGE, "quantize": None, "evaluate": None}
+    return write_recipe(path, model, text, **plain | sections)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "topics.txt")
+
+
+@pytest.fixture(scope="module", params=FUSABLE)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A folder with a model of a family, a recipe and its finished run. Not to be changed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    run_quietly(
+        small_recipe(folder / "r.yaml", make_model(folder / "model", request.param), text), folder / "run"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The same with a Llama and two layers less. Not to be changed: copy its artifact first."""
+    folder = tmp_path_factory.mktemp("fused")
+    recipe = small_recipe(folder / "r.yaml", make_model(folder / "model"), text, merge={**MERGE, "layers": 2})
+    run_quietly(recipe, folder / "run")
+    return folder
+
+
+@pytest.fixture
+def artifact(fused: Path, tmp_path: Path) -> Path:
+    """An artifact to change."""
+    return shutil.copytree(fused / "run" / "artifact", tmp_path / "artifact")
+
+
+def merge_step(artifact: Path) -> MergeStep:
+    step = read_manifest(artifact).steps[0]
+    assert isinstance(step, MergeStep)
+    return step
+
+
+# --- artifacts ---------------------------------------------------------------------------------
+
+
+def test_artifact_loads_in_plain_transformers(made: Path) -> None:
+    artifact = made / "run" / "artifact"
+    theirs = AutoModelForCausalLM.from_pretrained(artifact)
+    with torch.no_grad():
+        logits = theirs(IDS, use_cache=False).logits
+    assert torch.equal(logits, walk_logits(artifact, open_checkpoint(artifact).dtype))
+    config = json.loads((artifact / "config.json").read_text())
+    assert config["num_hidden_layers"] == len(theirs.model.layers) == 3
+    groups = [sorted(map(int, layer.from_)) for layer in merge_step(artifact).layers]
+    before = open_checkpoint(made / "model").hf_config.to_dict().get("layer_types")
+    if before is not None:
+        assert config["layer_types"] == [before[group[0]] for group in groups]
+
+
+def test_manifest_tells_what_was_tried_and_the_cheapest_was_taken(made: Path) -> None:
+    artifact = made / "run" / "artifact"
+    step = merge_step(artifact)
+    jsonschema.validate(json.loads((artifact / MANIFEST).read_text()), manifest_schema())
+    pairs = {group.first: group.error for group in step.measured if group.layers == 2}
+    assert pairs.keys() == {1, 2} and all(error > 0 for error in pairs.values())
+    first = min(pairs, key=lambda start: pairs[start])
+    groups = [sorted(map(int, layer.from_)) for layer in step.layers]
+    assert [group for group in groups if len(group) > 1] == [[first, first + 1]]
+    for layer in step.layers:
+        assert sum(layer.from_.values()) == pytest.approx(1)
+        assert layer.fused is not None and layer.fused.mlp.error <= layer.fused.mlp.error_before
+    assert step.merges == []
+
+
+def test_verify_fuses_again(made: Path, mkaq: Mkaq) -> None:
+    outcome = mkaq("verify", made / "run" / "artifact", "--source", made / "model")
+    assert outcome.code == 0, outcome.err
+    assert "3 layers fused again" in outcome.out
+    assert "the hidden states of 3 layers have the errors that the manifest says" in outcome.out
+
+
+def test_second_run_from_scratch_gives_the_same_bytes(made: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    outcome = mkaq("run", made / "r.yaml", "--output", tmp_path / "again")
+    assert outcome.code == 0, outcome.err
+    assert tree(tmp_path / "again" / "artifact") == tree(made / "run" / "artifact")
+
+
+def sign_origins(artifact: Path, origins: Any) -> None:
+    """Writes other origins under a manifest that fits them."""
+    data = ("[\n" + ",\n".join(json.dumps(o, separators=(",", ":")) for o in origins) + "\n]\n").encode()
+    (artifact / ORIGINS).write_bytes(data)
+
+    def sign(manifest: Any) -> None:
+        for entry in manifest["files"]:
+            if entry["path"] == ORIGINS:
+                entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        for layer, origin in zip(manifest["steps"][0]["layers"], origins, strict=True):
+            layer["fused"]["origins_sha256"] = digest_of(origin)
+
+    forge(artifact, sign)
+
+
+def test_signing_the_same_origins_is_no_forgery(fused: Path, artifact: Path, mkaq: Mkaq) -> None:
+    sign_origins(artifact, json.loads((artifact / ORIGINS).read_text()))
+    assert tree(artifact) == tree(fused / "run" / "artifact")
+    assert mkaq("verify", artifact, "--source", fused / "model").code == 0
+
+
+@pytest.mark.parametrize("kind", ["heads", "channels"])
+def test_verify_finds_two_swapped_parts(kind: str, fused: Path, artifact: Path, mkaq: Mkaq) -> None:
+    """As if another head or channel had been put in a place: the files agree, the source does not."""
+    origins = json.loads((artifact / ORIGINS).read_text())
+    numbers = next(part for part in origins[1][kind].values() if len(part) > 1)
+    numbers[0], numbers[1] = numbers[1], numbers[0]
+    sign_origins(artifact, origins)
+    assert mkaq("verify", artifact).code == 0
+    outcome = mkaq("verify", artifact, "--source", fused / "model")
+    assert outcome.code == 5 and "model.layers.1." in outcome.err
+    assert "is not what the recorded merge gives" in outcome.err
+
+
+@pytest.mark.parametrize("new", [0, 1])
+def test_verify_finds_a_forged_residual(new: int, fused: Path, artifact: Path, mkaq: Mkaq) -> None:
+    def edit(manifest: Any) -> None:
+        told = manifest["steps"][0]["layers"][new]["fused"]
+        told["residual"] = told["residual"] * 0.9 + (0.001 if new == 0 else 0)
+
+    forge(artifact, edit)
+    assert mkaq("verify", artifact).code == 0
+    outcome = mkaq("verify", artifact, "--source", fused / "model")
+    assert outcome.code == 5 and f"layer {new} fused again leaves an error of" in outcome.err
+
+
+def sign_weights(artifact: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes layer 1 of an artifact under a manifest that fits it."""
+    tensors, prefix = load_file(artifact / SINGLE), "model.layers.1."
+    edit(tensors)
+    save_file(tensors, artifact / SINGLE, metadata={"format": "pt"})
+    data = (artifact / SINGLE).read_bytes()
+    layer = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+
+    def sign(manifest: Any) -> None:
+        for entry in manifest["files"]:
+            if entry["path"] == SINGLE:
+                entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        manifest["steps"][0]["layers"][1]["sha256"] = digest_layer(layer)
+
+    forge(artifact, sign)
+
+
+def test_verify_finds_another_solution(fused: Path, artifact: Path, mkaq: Mkaq) -> None:
+    """`down_proj` follows from no record, but the error that it leaves does."""
+    sign_weights(artifact, lambda t: t["model.layers.1.mlp.down_proj.weight"].mul_(0.5))
+    assert mkaq("verify", artifact).code == 0
+    outcome = mkaq("verify", artifact, "--source", fused / "model")
+    assert outcome.code == 5 and "layer 1 leaves an error of" in outcome.err
+
+
+def test_verify_finds_another_choice_that_computes_the_same(fused: Path, artifact: Path, mkaq: Mkaq) -> None:
+    """Two channels change places everywhere: only fusing again tells that they were not chosen so."""
+
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        order = torch.tensor([1, 0, *range(2, 128)])
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            key = f"model.layers.1.mlp.{name}.weight"
+            weight = tensors[key]
+            tensors[key] = (weight[:, order] if name == "down_proj" else weight[order]).contiguous()
+
+    origins = json.loads((artifact / ORIGINS).read_text())
+    numbers = next(iter(origins[1]["channels"].values()))
+    numbers[0], numbers[1] = numbers[1], numbers[0]
+    sign_origins(artifact, origins)
+    sign_weights(artifact, swap)
+    outcome = mkaq("verify", artifact, "--source", fused / "model")
+    assert outcome.code == 5 and "layer 1: fusing again takes other heads or channels" in outcome.err
+
+
+def test_without_the_text_only_errors_go_unchecked(
+    artifact: Path, fused: Path, text: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    """Another machine: origins are still checked against the source, and what was not is said."""
+    forge(artifact, lambda m: m["recipe"]["calibration"].update(path=str(tmp_path / "nowhere.txt")))
+    outcome = mkaq("verify", artifact, "--source", fused / "model")
+    assert outcome.code == 0, outcome.err
+    assert "2 layers but for what was solved recomputed" in outcome.out
+    assert "not measured again: the calibration text is not here" in outcome.out
+    assert "fused again" not in outcome.out
+
+
+def test_averages_can_be_measured_too(text: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    """The family that cannot be fused: groups and coefficients by what they do to the hidden states."""
+    model = make_model(tmp_path / "model", "gemma2")
+    merge = {"layers": 2, "order": "measured", "coefficient": "measured", "protect": {"first": 1, "last": 0}}
+    recipe = small_recipe(tmp_path / "r.yaml", model, text, merge=merge)
+    outcome = mkaq("run", recipe, "--output", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    step = merge_step(tmp_path / "run" / "artifact")
+    assert len(step.layers) == 2 and len(step.measured) == 3
+    assert len({entry.coefficient for entry in step.merges}) == 1
+    assert all(entry.coefficient in COEFFICIENTS and entry.similarity is None for entry in step.merges)
+    verified = mkaq("verify", tmp_path / "run" / "artifact", "--source", model)
+    assert verified.code == 0, verified.err
+
+
+# --- what must hold of a fused layer -----------------------------------------------------------
+
+
+def edited(model: Path, copy: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a model with other weights."""
+    tensors = load_file(shutil.copytree(model, copy) / SINGLE)
+    edit(tensors)
+    save_file(tensors, copy / SINGLE, metadata={"format": "pt"})
+    return copy
+
+
+def silence(layer: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Lets a layer add nothing to the residual stream."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            tensors[f"model.layers.{layer}.{name}.weight"].zero_()
+
+    return edit
+
+
+def streams(model: Path, before: int) -> torch.Tensor:
+    """Hidden states of a model before a layer."""
+    walk = LayerWalk(open_checkpoint(model), CPU)
+    states = walk.embed(TOKENS)
+    for index in range(before):
+        walk.pass_layer(index, states)
+    return states
+
+
+def fuse_at(model: Path, group: list[int], states: torch.Tensor) -> FusedLayer:
+    """Fuses a group on hidden states that no error has reached."""
+    walk = LayerWalk(open_checkpoint(model), CPU)
+    return fuse(walk, group, states.clone(), states.clone(), torch.bfloat16)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "phi3"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp(request.param) / "model", request.param)
+
+
+@pytest.mark.parametrize("idle", [1, 2])
+def test_group_with_an_idle_layer_is_fused_without_error(idle: int, model: Path, tmp_path: Path) -> None:
+    """Its other layer fits in whole; into the first one's place it comes with its norm folded in."""
+    path = edited(model, tmp_path / "idle", silence(idle))
+    states = streams(path, 1)
+    layer = fuse_at(path, [1, 2], states)
+    assert layer.residual < 1e-3
+    assert fuse_at(model, [1, 2], states).residual > 0.03
+    taken = layer.channels[:, 0] == 3 - idle
+    assert taken.float().mean() > 0.9
+
+
+def test_fusing_is_no_worse_than_dropping_the_followers(model: Path) -> None:
+    for group in ([1, 2], [2, 3], [1, 2, 3]):
+        states = streams(model, group[0])
+        walk = LayerWalk(open_checkpoint(model), CPU)
+        dropped = best_average(walk, group, states.clone(), states.clone(), 1.0)[1]
+        assert fuse_at(model, group, states).residual < dropped
+
+
+def test_first_layer_alone_is_left_bit_identical(model: Path) -> None:
+    layer = fuse_at(model, [0], streams(model, 0))
+    before = LayerWalk(open_checkpoint(model), CPU).layer_tensors(0)
+    assert layer.tensors.keys() == before.keys()
+    assert [name for name in before if not torch.equal(layer.tensors[name], before[name])] == []
+    assert layer.residual == 0
+    for origins in (layer.heads, layer.channels):
+        assert origins.tolist() == [[0, number] for number in range(len(origins))]
+
+
+def test_lone_layer_corrects_the_error_that_reaches_it(model: Path) -> None:
+    walk = LayerWalk(open_checkpoint(model), CPU)
+    original = streams(model, 2)
+    noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(2))
+    mixed = original[..., torch.arange(original.shape[-1]).roll(1)] * 0.2 + noise * original.std() * 0.05
+    compressed = original + mixed
+    left = best_average(walk, [2], original.clone(), compressed.clone(), 1.0)[1]
+    layer = fuse(walk, [2], original.clone(), compressed.clone(), torch.bfloat16)
+    assert layer.residual < 0.95 * left
+    assert layer.attention.ridge is not None and layer.mlp.ridge is not None
+
+
+def test_attention_is_asked_to_mend_the_error_that_reaches_it(model: Path) -> None:
+    """Its target is what the group's attention adds in the source, and the error of the stream."""
+    walk = LayerWalk(open_checkpoint(model), CPU)
+    before, writer = streams(model, 1), "self_attn.o_proj"
+    error = torch.randn(before.shape, generator=torch.Generator().manual_seed(2))
+    added = torch.zeros_like(before)
+    expected = before.clone()
+    for index in (1, 2):
+        with walk.layer(index) as layer, outputs_of(layer.get_submodule(writer)) as seen:
+            walk.run_all(layer, index, expected)
+            added += seen.pop()
+    original = before.clone()
+    attended = advance(walk, [1, 2], writer, original, before + error)
+    assert torch.equal(original, expected)
+    assert torch.allclose(attended, added - error, atol=1e-4)
+
+
+def test_layer_is_made_of_its_group_alone(model: Path, tmp_path: Path) -> None:
+    """Neither what lies before nor behind the group is looked at: it may be anything."""
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if ".layers.0." in name or ".layers.3." in name:
+                tensors[name].fill_(float("nan"))
+
+    path, states = edited(model, tmp_path / "spoiled", spoil), streams(model, 1)
+    one, two = fuse_at(model, [1, 2], states), fuse_at(path, [1, 2], states)
+    assert digest_layer(one.tensors) == digest_layer(two.tensors)
+    assert one.residual == two.residual
+    for kind in ("heads", "channels"):
+        origins = getattr(one, kind)
+        assert torch.equal(origins, getattr(two, kind))
+        assert set(origins[:, 0].tolist()) <= {1, 2} and len(origins.unique(dim=0)) == len(origins)
+
+
+def test_readers_are_rows_of_the_old_layers(tmp_path: Path) -> None:
+    """With equal norms nothing is folded: every row is found, bit for bit, where the origins say."""
+
+    def same_norms(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.2.{name}.weight"] = tensors[f"model.layers.1.{name}.weight"].clone()
+
+    path = edited(make_model(tmp_path / "model"), tmp_path / "equal", same_norms)
+    layer = fuse_at(path, [1, 2], streams(path, 1))
+    walk = LayerWalk(open_checkpoint(path), CPU)
+    old = {index: walk.layer_tensors(index) for index in (1, 2)}
+    assert len(set(layer.channels[:, 0].tolist())) == 2
+    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
+        rows = torch.stack([old[index][name][row] for index, row in layer.channels.tolist()])
+        assert torch.equal(layer.tensors[name], rows)
+    for name, size in (("self_attn.q_proj.weight", 32), ("self_attn.k_proj.weight", 16)):
+        rows = torch.cat([old[i][name][head * size : head * size + size] for i, head in layer.heads.tolist()])
+        assert torch.equal(layer.tensors[name], rows)
