@@ -977,6 +977,18 @@ FUSIONS: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
         lambda m: m["steps"][1]["layers"][1].update(error=0.001),
         ("layer 1 leaves an error of", "says 0.001"),
     ),
+    "a tuned layer less": (
+        lambda m: m["steps"][1]["layers"].pop(),
+        ("the recovered layers are not 0 to 1",),
+    ),
+    "a tuned layer more": (
+        lambda m: m["steps"][1]["layers"].append(m["steps"][1]["layers"][0]),
+        ("the recovered layers are not 0 to 1",),
+    ),
+    "tuned for the worse": (
+        lambda m: m["steps"][1]["layers"][1].update(error_before=0.0),
+        ("recovered layer 1 is said to be worse",),
+    ),
 }
 
 
@@ -987,6 +999,18 @@ def test_forged_fusion(case: str, fused: Path, model: Path, mkaq: Mkaq, tmp_path
     forge(path, edit)
     assert mkaq("verify", path).code == 0
     one_message(mkaq("verify", path, "--source", model), 5, str(path), *words)
+
+
+def test_forged_recipe_of_a_fusion(fused: Path, model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path = shutil.copytree(fused, tmp_path / "artifact")
+    forge(path, lambda m: m.update(recipe={}))
+    one_message(mkaq("verify", path, "--source", model), 5, "mkaq-manifest.json", "recipe")
+
+
+def test_forged_budget(fused: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path, chosen = shutil.copytree(fused, tmp_path / "artifact"), {"removed": 7, "bits": None, "bytes": 1}
+    forge(path, lambda m: m.update(budget={"target": {}, "tried": [], "chosen": chosen}))
+    one_message(mkaq("verify", path), 5, str(path), "the budget chose 7 layers")
 
 
 def origins_with(edit: Callable[[Any], object]) -> Callable[[bytes], bytes]:
@@ -1010,6 +1034,8 @@ ORIGINS: dict[str, Callable[[bytes], bytes]] = {
     "layer x": origins_with(lambda o: o[1].update(heads={"x": [0, 1]})),
     "channel x": origins_with(lambda o: o[1].update(channels={"1": ["x"]})),
     "channels are a list": origins_with(lambda o: o[1].update(channels=[0, 1])),
+    "infinity": lambda data: data.replace(b"[0", b"[Infinity", 1),
+    "too deep": lambda data: b"[" * 100_000,
     "number too long": origins_with(lambda o: o[1].update(heads={"1": [0, 10**30]})),
 }
 NUMBERS: dict[str, Callable[[Any], object]] = {  # under a digest that fits

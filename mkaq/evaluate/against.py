@@ -72,10 +72,9 @@ def check_against(
     if merge_step is not None:
         fused = any(layer.fused for layer in merge_step.layers)
         origins = read_origins(artifact.path / ORIGINS) if fused else []
-        if recover_step is not None:
-            raise_faults(artifact.path, list(_recovery_faults(merge_step, recover_step)))
         claims = _origin_faults(merge_step, origins, source) if fused else _plan_faults(merge_step, source)
-        raise_faults(artifact.path, list(claims))
+        tuned = _recovery_faults(merge_step, recover_step) if recover_step else ()
+        raise_faults(artifact.path, [*claims, *tuned])
     told: list[str] = []
     if recover_step is None:
         errors = {m.name: m for m in quantize_step.modules} if quantize_step else {}
@@ -261,8 +260,8 @@ def _recovery_faults(step: MergeStep, recovery: RecoverStep) -> Iterator[str]:
     if [layer.new for layer in recovery.layers] != list(range(len(step.layers))):
         yield f"the recovered layers are not 0 to {len(step.layers) - 1}"
     for layer in recovery.layers:
-        if layer.error > layer.error_before or (layer.steps == 0) != (layer.error == layer.error_before):
-            yield f"recovered layer {layer.new}: steps and errors do not fit together"
+        if layer.error > layer.error_before:
+            yield f"recovered layer {layer.new} is said to be worse than before: such weights are not kept"
 
 
 def _origin_faults(step: MergeStep, origins: list[Origins], source: Checkpoint) -> Iterator[str]:
