@@ -1,0 +1,43 @@
+"""Measured groups: the divergence of the output, by closed forms and on a model with idle layers."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mkaq.merge.measure import average_error, channels_error, divergence, measure_groups
+from mkaq.merge.segment import cheapest_groups
+from mkaq.progress import Progress
+from tests.test_baselines import idle, random_tokens
+
+
+class Head(nn.Module):
+    """Hidden states are the logits."""
+
+    def forward(self, inputs_embeds: torch.Tensor, use_cache: bool) -> "Head":
+        self.logits = inputs_embeds
+        return self
+
+
+def test_divergence_of_two_coins() -> None:
+    p, q = (0.25, 0.75), (0.5, 0.5)
+    states = [torch.tensor(x).log().expand(2, 3, 2) for x in (q, p)]
+    expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert divergence(Head(), *states) == pytest.approx(expected, rel=1e-6)
+    assert divergence(Head(), states[0], states[0]) == 0
+
+
+@pytest.mark.parametrize("fuse", ["channels", "average"])
+def test_groups_with_an_idle_layer_cost_nothing(fuse: str, tmp_path: Path) -> None:
+    """Layer 2 does nothing: layer 1 need not change, and in its own place layer 3 fits whole."""
+    walk = idle(tmp_path / "model", (2,))
+    build = channels_error(walk, torch.float32) if fuse == "channels" else average_error(walk, None)
+    candidates = [(start, 2) for start in range(1, 5)]
+    costs = measure_groups(walk, random_tokens(32), 0, candidates, build, Progress(quiet=True))
+    assert sorted(costs) == candidates
+    free = [(1, 2), (2, 2)] if fuse == "channels" else [(1, 2)]
+    for group, cost in costs.items():
+        assert cost == pytest.approx(0, abs=1e-6) if group in free else cost > 1e-4, group
+    assert cheapest_groups(costs, 6, 1)[1:3] in ([[1, 2], [3]], [[1], [2, 3]])
