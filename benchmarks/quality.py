@@ -244,7 +244,10 @@ def main() -> None:
         evaluated[name] = load_text(path, tokenizer, seen, options.eval_length, options.eval_sequences)
     bench = Bench(options, source, tokens, evaluated)
     record = describe_run(options, bench)
-    record["rows"], record["failed"] = run(bench, jobs(options.methods, bench.removals, options.bits))
+    chosen = jobs(options.methods, bench.removals, options.bits)
+    if options.finished:
+        chosen = [job for job in chosen if bench.name(job) in bench.finished()]
+    record["rows"], record["failed"] = run(bench, chosen)
     print(write_report(record, options.name))
 
 
@@ -338,6 +341,7 @@ def parse() -> argparse.Namespace:
     add("--bits", type=int, choices=(0, 2, 3, 4, 8), default=4, help="of GPTQ; 0 leaves it out")
     add("--device", default="cpu")
     add("--threads", type=int)
+    add("--finished", action="store_true", help="report the rows that are there, make none")
     add("--name", default="quality", help="of the results")
     add("--work", metavar="DIR", default="runs/benchmarks", help="where checkpoints and rows are kept")
     return parser.parse_args()
