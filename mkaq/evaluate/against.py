@@ -78,6 +78,11 @@ def check_against(
     told: list[str] = []
     if recover_step is None:
         errors = {m.name: m for m in quantize_step.modules} if quantize_step else {}
+        faults += [
+            f"{name} is said to be solved, and writes no hidden state"
+            for name, module in errors.items()
+            if not _is_source(module) and not name.endswith((".o_proj", ".down_proj"))
+        ]
         count, checked = 0, 0
         layers = _known_layers(merge_step, origins, source, dtype)
         total = len(merge_step.layers) if merge_step else source.num_layers
