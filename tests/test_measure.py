@@ -9,6 +9,7 @@ from torch import nn
 
 from mkaq.merge.measure import average_error, channels_error, divergence, measure_groups
 from mkaq.merge.segment import cheapest_groups
+from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
 from tests.test_baselines import idle, random_tokens
 
@@ -41,3 +42,13 @@ def test_groups_with_an_idle_layer_cost_nothing(fuse: str, tmp_path: Path) -> No
     for group, cost in costs.items():
         assert cost == pytest.approx(0, abs=1e-6) if group in free else cost > 1e-4, group
     assert cheapest_groups(costs, 6, 1)[1:3] in ([[1, 2], [3]], [[1], [2, 3]])
+
+
+def test_walks_over_one_checkpoint_do_not_touch_each_other(tmp_path: Path) -> None:
+    """Eager attention in one of them once left the other without its causal mask."""
+    first = idle(tmp_path / "model", ())
+    tokens = random_tokens()
+    before = [states.clone() for _, states in first.hidden_states(tokens)]
+    LayerWalk(first.checkpoint, first.device).use_eager_attention()
+    for expected, (_, states) in zip(before, first.hidden_states(tokens), strict=True):
+        assert torch.equal(states, expected)

@@ -52,7 +52,7 @@ class LayerWalk:
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.skeleton = build_skeleton(checkpoint.hf_config)
+        self.skeleton = build_skeleton(copy.deepcopy(checkpoint.hf_config))
         self._layers = list(self.skeleton.model.layers)
         names = checkpoint.family.linear_names
         self._linears: list[dict[str, Any]] = [
