@@ -32,7 +32,7 @@ COLOURS = dict(
         strict=True,
     )
 )
-WIDE = 5  # a larger ratio of two perplexities needs a logarithmic axis
+WIDE = 4  # what has more than so many times the least perplexity lies above the plot
 Row = dict[str, Any]
 
 
@@ -146,7 +146,7 @@ def plot(rows: list[Row]) -> Figure:
         right.set(xlabel="MB of weights", ylabel=f"perplexity, {text}", title=f"{text}: all")
         for axes in (left, right):
             values = [value for row, value in points if axes is right or not row["bits"]]
-            axes.set_yscale("log" if max(values) > WIDE * min(values) else "linear")
+            axes.set_ylim(0.95 * min(values), 1.05 * min(max(values), WIDE * min(values)))
             axes.grid(alpha=0.3, which="both")
     shown = dict.fromkeys(row["method"] for row in rows)
     lines = [Line2D([], [], color=c, label=LABELS[m]) for m, c in COLOURS.items() if m in shown]
