@@ -155,9 +155,9 @@ class GptqSection(_Model):
     static_groups: bool = False
     """Fix every group's scale before solving, so that a group is `group_size` neighbouring columns
     whatever the order: with `desc_act` the checkpoint's `g_idx` is then trivial and kernels stay fast."""
-    target: Literal["source", "input"] = "source"
-    """What rounding is corrected toward: the hidden states of the model that came in, so that it also
-    mends what merging left (`source`), or those of the model that is quantized (`input`, plain GPTQ)."""
+    target: Literal["input", "source"] = "input"
+    """What rounding is corrected toward: the hidden states of the model that is quantized (`input`, plain
+    GPTQ), or those of the model that came in, so that it also mends what merging left (`source`)."""
     damp_percent: float = Field(default=0.01, gt=0, lt=1)
     """Share of the Hessian's mean diagonal that is added to its diagonal; raised where needed."""
 
