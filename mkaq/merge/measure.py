@@ -50,16 +50,16 @@ def measure_groups(
     hidden_states = walk.embed(sample)
     merged: dict[tuple[int, int], torch.Tensor] = {}
     for index in progress.track(range(walk.num_layers), "measure groups"):
-        with walk.layer(index) as layer:
-            for (start, length), states in merged.items():
-                if start + length <= index:
-                    walk.run_all(layer, index, states)
         for start, length in candidates:
             if start == index:
                 compressed = hidden_states.clone()
                 build(range(start, start + length), hidden_states.clone(), compressed)
                 merged[start, length] = compressed[held].clone()
-        walk.pass_layer(index, hidden_states)
+        with walk.layer(index) as layer:
+            walk.run_all(layer, index, hidden_states)
+            for (start, length), states in merged.items():
+                if start + length <= index:
+                    walk.run_all(layer, index, states)
     with walk.head() as head:
         return {group: divergence(head, states, hidden_states[held]) for group, states in merged.items()}
 
