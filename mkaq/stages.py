@@ -128,7 +128,7 @@ class Stages:
         assert section is not None
 
         def build(folder: Path) -> None:
-            walk = self._walk(self.source)
+            walk = self._walk(self.source, fast=section.fuse == "average")
             merge(self.source, self._tokens(), section, seed, folder, walk=walk, **self._output())
 
         settings = {**section.model_dump(mode="json"), "seed": seed, **self._numerics(), **self._files()}
@@ -164,7 +164,7 @@ class Stages:
                 if section.target == "source" and writes_linearly(self.source):
                     tokens = with_copies(tokens, self.recipe.calibration.seed)
                     target = JointTarget(self._walk(self.source), self._groups(), tokens)
-                walk = self._walk(model)
+                walk = self._walk(model, fast=target is None)
                 modules = list(
                     quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **self._output())
                 )
@@ -266,8 +266,8 @@ class Stages:
     def _tokens(self) -> torch.Tensor:
         return load_file(self.folder / "calibrate" / "calibration.safetensors")["input_ids"]
 
-    def _walk(self, model: Checkpoint) -> LayerWalk:
-        return LayerWalk(model, self.device, compute_dtype(self.source, self.device))
+    def _walk(self, model: Checkpoint, *, fast: bool = False) -> LayerWalk:
+        return LayerWalk(model, self.device, compute_dtype(self.source, self.device), fast=fast)
 
     def _checkpoint(self, done: Handoff) -> Checkpoint:
         return open_checkpoint(done.path, quantized=True)

@@ -8,7 +8,7 @@ its parts and is solved too: it corrects the error that reaches it. The regressi
 by the inverse of its mean square, as the norms of the layers that follow do.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +30,7 @@ from mkaq.merge.parts import (
 )
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.observe import input_of, outputs_of
-from mkaq.model.walk import LayerWalk, batches
+from mkaq.model.walk import LayerWalk, batches, spans
 
 _SELECTION_RIDGE = 1e-2
 
@@ -133,14 +133,14 @@ def fuse(
         return origins.to(torch.int32), solved
 
     moments = pair_of_moments(walk, heads, len(group))
-    for held, states, target, final in batches_of(compressed, attended, original):
-        features = torch.cat([run_to(m, heads.writer, states) for m in modules], -1)
-        add_rows(moments[held], features, _without_bias(target, new, heads), final)
+    for held, rows in halves(compressed):
+        features = torch.cat([run_to(m, heads.writer, compressed[rows]) for m in modules], -1)
+        add_rows(moments[held], features, _without_bias(attended[rows], new, heads), original[rows])
     head_origins, attention = solve(heads, moments)
     module = walk.assemble(group[0], new)
     moments = pair_of_moments(walk, channels, len(group))
-    for held, states, _, final in batches_of(compressed, attended, original):
-        middle = run_to(module, channels.norm, states)
+    for held, rows in halves(compressed):
+        middle, final = run_to(module, channels.norm, compressed[rows]), original[rows]
         normed = module.get_submodule(channels.norm)(middle)
         features = torch.cat([channels_of(m, normed) for m in modules], -1)
         add_rows(moments[held], features, _without_bias(final - middle, new, channels), final)
@@ -200,14 +200,12 @@ def advance(
     return attended
 
 
-def batches_of(*streams: torch.Tensor) -> list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Batches of three streams side by side: 0 to learn from, or 1 held out."""
-    last = len(streams[0]) - held_out_samples(len(streams[0]))
-    result = []
-    for held, span in ((0, slice(None, last)), (1, slice(last, None))):
-        if streams[0][span].numel():
-            result += [(held, *b) for b in zip(*(batches(s[span]) for s in streams), strict=True)]
-    return result
+def halves(states: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """The samples of every batch: 0 to learn from, or 1 held out."""
+    last = len(states) - held_out_samples(len(states))
+    for held, first, end in ((0, 0, last), (1, last, len(states))):
+        for rows in spans(states[first:end]):
+            yield held, slice(first + rows.start, first + rows.stop)
 
 
 def pair_of_moments(walk: LayerWalk, parts: Parts, layers: int) -> tuple[Moments, Moments]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from mkaq.model.gram import add_gram, mirror
+
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)
 NEARLY_BEST = 0.95
 NOTHING = 1e-9
-_STRIPE = 512
 
 
 class Moments:
@@ -47,11 +48,8 @@ class Moments:
         z, r = features.float() * root, targets.float() * root
         self.cross += z.T @ r
         self.energy += float(r.double().square().sum())
-        for start in range(0, z.shape[1], _STRIPE):  # the upper stripes; the rest is their mirror image
-            stripe = z[:, start : start + _STRIPE].T @ z[:, start:]
-            width = stripe.shape[0]
-            self.gram[start : start + width, start:] += stripe
-            self.gram[start + width :, start : start + width] += stripe[:, width:].T
+        add_gram(self.gram, z)
+        mirror(self.gram)
 
     def select(self, columns: torch.Tensor) -> "Moments":
         """The moments of some of the features."""

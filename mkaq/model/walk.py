@@ -19,6 +19,7 @@ from torch import nn
 from mkaq.errors import CheckpointError, UsageError
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.expected import build_skeleton
+from mkaq.model.products import has_fast_bfloat16
 from mkaq.quantize.bnb import dequantize_linear, restore_linear
 from mkaq.quantize.packing import unpack_linear
 
@@ -45,13 +46,21 @@ class LayerWalk:
     Args:
         checkpoint: Plain, GPTQ or bitsandbytes; quantized layers behave as in a runtime.
         device: Where layers run and activations live.
-        dtype: The type that layers compute in.
+        dtype: The type of hidden states, and of what is not a matrix product.
+        fast: Let matrix products be in bfloat16 where a CPU has them (their sums are in float32, as
+            the hidden states are); weights that are stored so then stay so.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        fast: bool = False,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self._fast = fast and device.type == "cpu" and has_fast_bfloat16(device)
         self.skeleton = build_skeleton(copy.deepcopy(checkpoint.hf_config))
         self._layers = list(self.skeleton.model.layers)
         names = checkpoint.family.linear_names
@@ -128,10 +137,15 @@ class LayerWalk:
                     own["bias"] = own["bias"].to(self.dtype)
                 with self._unpacking(f"model.layers.{index}.{name}"):
                     layer.set_submodule(name, restore_linear(own, linear, config, self.device))
-        placed = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
+        placed = {name: self._placed(tensor) for name, tensor in tensors.items()}
         layer.load_state_dict(placed, strict=False, assign=True)
         layer.requires_grad_(False)
         return layer
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the device, in the type that the walk computes in."""
+        stays = self._fast and tensor.dim() == 2 and tensor.dtype == torch.bfloat16
+        return tensor.to(self.device, tensor.dtype if stays else self.dtype)
 
     def assemble(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """A layer of its own, in the place of layer `index`, with weights that are given.
@@ -141,7 +155,7 @@ class LayerWalk:
             tensors: Dense, by their names below the layer.
         """
         layer: nn.Module = copy.deepcopy(self._layers[index])
-        placed = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
+        placed = {name: self._placed(tensor) for name, tensor in tensors.items()}
         layer.load_state_dict(placed, assign=True)
         return layer.requires_grad_(False)
 
@@ -168,7 +182,28 @@ class LayerWalk:
 
     def run(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """One layer on one batch, shape (batch, length, hidden_size), to the same shape."""
-        output: torch.Tensor = layer(hidden_states, **self._layer_arguments(hidden_states.shape[1])[index])
+        arguments = self._layer_arguments(hidden_states.shape[1])[index]
+        with self.products():
+            output: torch.Tensor = layer(hidden_states, **arguments)
+        return output
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Matrix products as the walk makes them, for the time of a `with` block."""
+        if not self._fast:
+            yield
+            return
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            yield
+
+    def checked(self, output: torch.Tensor, index: int) -> torch.Tensor:
+        """The output of layer `index`, if it is finite.
+
+        Raises:
+            CheckpointError: If it is not.
+        """
+        if not bool(torch.isfinite(output).all()):
+            raise CheckpointError(f"layer {index} gives NaN or infinity", where=self.checkpoint.path)
         return output
 
     @torch.no_grad()
@@ -179,9 +214,7 @@ class LayerWalk:
             CheckpointError: If it gives NaN or infinity.
         """
         for batch in batches(hidden_states):
-            batch.copy_(self.run(layer, index, batch))
-            if not bool(torch.isfinite(batch).all()):
-                raise CheckpointError(f"layer {index} gives NaN or infinity", where=self.checkpoint.path)
+            batch.copy_(self.checked(self.run(layer, index, batch), index))
 
     def pass_layer(self, index: int, hidden_states: torch.Tensor) -> None:
         """Places one layer, runs it on all samples in place, and lets it go."""
@@ -269,8 +302,14 @@ def dense_layer(tensors: dict[str, torch.Tensor], config: Any) -> dict[str, torc
 
 def batches(hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
     """Views of consecutive samples, about `TOKENS_PER_BATCH` tokens each."""
+    yield from (hidden_states[rows] for rows in spans(hidden_states))
+
+
+def spans(hidden_states: torch.Tensor) -> Iterator[slice]:
+    """Which samples the batches of `batches` hold."""
     size = max(1, TOKENS_PER_BATCH // hidden_states.shape[1])
-    yield from torch.split(hidden_states, size)
+    samples = len(hidden_states)
+    yield from (slice(start, min(start + size, samples)) for start in range(0, samples, size))
 
 
 def return_freed_memory() -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,8 +11,9 @@ from torch import nn
 from mkaq import __version__
 from mkaq.errors import CheckpointError, UnsupportedError, UsageError
 from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.observe import input_of
-from mkaq.model.walk import LayerWalk, batches
+from mkaq.model.gram import add_gram, mirror
+from mkaq.model.piecewise import Piecewise
+from mkaq.model.walk import LayerWalk, spans
 from mkaq.model.writer import ShardWriter, write_json, write_side_files
 from mkaq.progress import Progress
 from mkaq.quantize.gptq import DampingError, gptq
@@ -106,17 +106,21 @@ def quantize_gptq(
                 writer.add(name, tensor.to(dtype))
             if target is not None:
                 target.enter(index, hidden_states)
-            with walk.layer(index) as layer:
+            writer_of_attention = source.family.linears[1][0]
+            with (
+                walk.layer(index) as layer,
+                Piecewise(walk, layer, index, hidden_states, writer_of_attention) as pieces,
+            ):
                 for group in source.family.linears:
-                    fitted = target and target.solve(walk, layer, index, group[0], hidden_states)
+                    fitted = target and target.solve(pieces, layer, group[0], hidden_states)
                     if fitted and fitted.ridge is not None:
                         set_weight(layer, group[0], fitted.weight)
-                    solved = _solve_group(layer, group, index, hidden_states, section, walk, prefix)
-                    for name, packed, record in solved:
+                    hessian = _hessian(pieces, group[0], hidden_states)
+                    for name, packed, record in _solve_group(layer, group, hessian, section, walk, prefix):
                         modules.append(replace(record, ridge=fitted.ridge) if fitted else record)
                         for part, tensor in packed.items():
                             writer.add(f"{prefix}{name}.{part}", tensor)
-                walk.run_all(layer, index, hidden_states)
+                pieces.finish()
     config = {
         **source.config,
         "dtype": str(dtype).removeprefix("torch."),
@@ -158,15 +162,13 @@ def checkpoint_config(section: GptqSection) -> dict[str, Any]:
 def _solve_group(
     layer: nn.Module,
     group: tuple[str, ...],
-    index: int,
-    hidden_states: torch.Tensor,
+    hessian: torch.Tensor,
     section: GptqSection,
     walk: LayerWalk,
     prefix: str,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor], GptqModule]]:
     """Solves the linear layers that share one input, and puts their quantized weights in place."""
     linears = [cast(nn.Linear, layer.get_submodule(name)) for name in group]
-    hessian = _hessian(layer, linears[0], index, hidden_states, walk)
     if not bool(torch.isfinite(hessian).all()):
         raise CheckpointError(f"the inputs of {prefix}{group[0]} are not finite", where=walk.checkpoint.path)
     weight = torch.cat([linear.weight.float() for linear in linears])
@@ -178,8 +180,7 @@ def _solve_group(
             f"the Hessian of {prefix}{group[0]} is {error}",
             fix="more or more varied calibration text, or a larger quantize.damp_percent",
         ) from None
-    delta = result.weight - weight
-    costs = ((delta @ hessian) * delta).sum(1).double(), ((weight @ hessian) * weight).sum(1).double()
+    costs = result.errors.double(), result.energies.double()
     start = 0
     for name, linear in zip(group, linears, strict=True):
         rows = slice(start, start := start + linear.weight.shape[0])
@@ -204,8 +205,11 @@ def set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:
 
 def relative_error(weight: torch.Tensor, quantized: torch.Tensor) -> float:
     """||W - Q||^2 / ||W||^2, summed in float64."""
-    difference = (weight.double() - quantized.double()).square().sum().item()
-    return _ratio(difference, weight.double().square().sum().item())
+    difference, whole = (
+        torch.linalg.vector_norm(matrix, dtype=torch.float64).square().item()
+        for matrix in (weight.float() - quantized.float(), weight)
+    )
+    return _ratio(difference, whole)
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -213,13 +217,14 @@ def _ratio(part: float, whole: float) -> float:
 
 
 @torch.no_grad()
-def _hessian(
-    layer: nn.Module, linear: nn.Linear, index: int, hidden_states: torch.Tensor, walk: LayerWalk
-) -> torch.Tensor:
-    """X^T X over all calibration tokens, X the inputs of `linear`; float32."""
-    hessian = torch.zeros(linear.in_features, linear.in_features, device=walk.device)
-    for batch in batches(hidden_states):
-        inputs = input_of(linear, partial(walk.run, layer, index, batch))
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        hessian.addmm_(rows.T, rows)
+def _hessian(pieces: Piecewise, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+    """X^T X over all calibration tokens, X the inputs of a linear layer; float32."""
+    hessian: torch.Tensor | None = None
+    for rows in spans(hidden_states):
+        inputs = pieces.input_of(name, rows).flatten(0, -2).float()
+        if hessian is None:
+            hessian = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
+        add_gram(hessian, inputs)
+    assert hessian is not None
+    mirror(hessian)
     return hessian

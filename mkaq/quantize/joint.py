@@ -7,15 +7,14 @@ come back; GPTQ then rounds that weight. For tokens X, target R and W* = argmin 
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import nn
 
-from mkaq.merge.fuse import add_rows, advance, batches_of, pair_of_moments
+from mkaq.merge.fuse import add_rows, advance, halves, pair_of_moments
 from mkaq.merge.least_squares import Fit, fit
 from mkaq.merge.parts import attention_parts, mlp_parts
-from mkaq.model.observe import input_of
+from mkaq.model.piecewise import Piecewise
 from mkaq.model.walk import LayerWalk
 
 
@@ -48,15 +47,13 @@ class JointTarget:
             self._source, self._groups[index], self._heads.writer, self._original, states
         )
 
-    def solve(
-        self, walk: LayerWalk, layer: nn.Module, index: int, name: str, states: torch.Tensor
-    ) -> Fit | None:
+    @torch.no_grad()
+    def solve(self, pieces: Piecewise, layer: nn.Module, name: str, states: torch.Tensor) -> Fit | None:
         """The weight of a linear layer that is best toward the source; None if it writes no hidden state.
 
         Args:
-            walk: Over the model that is quantized.
-            layer: Its layer `index`, with all that is quantized already.
-            index: Its number.
+            pieces: Of the layer, with all that is quantized already.
+            layer: The layer.
             name: The linear layer.
             states: The layer's input.
         """
@@ -65,13 +62,11 @@ class JointTarget:
             return None
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        moments = pair_of_moments(walk, parts, 1)
-        for held, batch, attended, final in batches_of(states, self._attended, self._original):
-            run = partial(walk.run, layer, index, batch)
-            inputs = input_of(linear, run)
-            target = (
-                attended if parts is self._heads else final - input_of(layer.get_submodule(parts.norm), run)
-            )
+        moments = pair_of_moments(self._source, parts, 1)
+        for held, rows in halves(states):
+            inputs, final = pieces.input_of(name, rows), self._original[rows]
+            heads = parts is self._heads
+            target = self._attended[rows] if heads else final - pieces.input_of(parts.norm, rows)
             if linear.bias is not None:
                 target = target - linear.bias
             add_rows(moments[held], inputs, target, final)

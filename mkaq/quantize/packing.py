@@ -24,16 +24,15 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     count, width = codes.shape
     if count % 32:
         raise ValueError(f"{count} codes are not a multiple of 32")
-    lanes = codes.to(torch.int64).reshape(count // 32, 32, width)
-    words = torch.zeros(count // 32, bits, width, dtype=torch.int64, device=codes.device)
+    lanes = codes.reshape(count // 32, 32, width)
+    words = torch.zeros(count // 32, bits, width, dtype=torch.int32, device=codes.device)
     for lane in range(32):
         word, shift = divmod(lane * bits, 32)
-        words[:, word] |= lanes[:, lane] << shift
+        value = lanes[:, lane].to(torch.int32)
+        words[:, word] |= value << shift  # what does not fit is shifted out
         if shift + bits > 32:
-            words[:, word + 1] |= lanes[:, lane] >> (32 - shift)
-    words &= 0xFFFFFFFF
-    words = torch.where(words >= 2**31, words - 2**32, words)
-    return words.to(torch.int32).reshape(count // 32 * bits, width)
+            words[:, word + 1] |= value >> (32 - shift)
+    return words.reshape(count // 32 * bits, width)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:

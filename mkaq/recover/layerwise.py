@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mkaq.merge.hold_out import held_out_samples, mean_relative_error, token_weights
+from mkaq.model.products import has_fast_bfloat16
 from mkaq.model.walk import LayerWalk, batches, return_freed_memory
 from mkaq.model.writer import ShardWriter, write_json, write_side_files
 from mkaq.progress import Progress
@@ -124,7 +125,7 @@ def tune(
         return RecoveredLayer(new, 0.0, 0.0, 0)
     best, found = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
     layer.float().requires_grad_(True)
-    fast = walk.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = has_fast_bfloat16(walk.device)
     speed = 0.25 / inputs.shape[-1] if section.learning_rate == "auto" else section.learning_rate
     optimizer = torch.optim.AdamW(layer.parameters(), speed, (0.9, 0.95), weight_decay=0.0)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, section.steps))
