@@ -34,7 +34,7 @@ PLACES = (
     "evaluate/recover",
     "evaluate/quantize",
 )
-_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "bitsandbytes")
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "numba", "scipy", "bitsandbytes")
 
 
 @dataclass(frozen=True)

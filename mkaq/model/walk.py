@@ -10,6 +10,7 @@ mask of its own type); they are kept per sequence length and used with any batch
 import copy
 import ctypes
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +70,8 @@ class LayerWalk:
         ]
         self.skeleton.model.layers = nn.ModuleList()
         self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._ahead: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
         self.skeleton.model.rotary_emb.to(device)
 
     @property
@@ -111,8 +114,10 @@ class LayerWalk:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """One decoder layer with its weights, for the time of a `with` block."""
+        """One decoder layer with its weights, for a `with` block; the next one is read meanwhile."""
         layer = self.place(index)
+        if index + 1 < self.num_layers:
+            self._ahead = index + 1, self._reader.submit(self._read_layer, index + 1)
         try:
             yield layer
         finally:
@@ -161,6 +166,12 @@ class LayerWalk:
 
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer by their names below it; GPTQ weights are unpacked."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == index:
+            return ahead[1].result()
+        return self._read_layer(index)
+
+    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{index}."
         stored = self.checkpoint.read(self.checkpoint.layer_tensor_names(index))
         tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
