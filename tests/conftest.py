@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,13 @@ import yaml
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from mkaq.cli import main
-from tests.tiny import make_model
-
-
-@dataclass
-class Outcome:
-    """What a command printed and how it ended."""
-
-    code: int
-    out: str
-    err: str
+from tests import runs
+from tests.runs import Mkaq, Outcome
+from tests.tiny import make_model, write_text
 
 
 @pytest.fixture
-def mkaq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+def mkaq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Mkaq:
     """Runs a command line in this process: mkaq("run", path, "--set", "merge.layers=1")."""
 
     def invoke(*arguments: object) -> Outcome:
@@ -38,6 +30,25 @@ def mkaq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         return Outcome(int(stop.value.code or 0), captured.out, captured.err)
 
     return invoke
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for a module's tests: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
+    with runs.one_thread():
+        yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file. Not to be changed: copy it first."""
+    return write_text(tmp_path_factory.mktemp("text") / "topics.txt")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 3-layer Llama. Not to be changed: copy it first."""
+    return make_model(tmp_path_factory.mktemp("small") / "model", layers=3)
 
 
 @pytest.fixture(scope="session")

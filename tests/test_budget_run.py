@@ -12,30 +12,14 @@ from mkaq.budget import Trials
 from mkaq.export.manifest import MANIFEST, manifest_schema, read_manifest
 from mkaq.recipe import Recipe
 from mkaq.units import human
-from tests.conftest import Outcome
-from tests.test_cli import (
-    one_thread,  # noqa: F401 (a fixture)
-    tree,
-    write_recipe,
-    write_text,
-)
-from tests.tiny import make_model
+from tests.runs import Mkaq, Outcome, tree
+from tests.tiny import write_recipe
 
-Mkaq = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "topics.txt")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "model")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def budget(tmp_path: Path, model: Path, text: Path) -> Callable[..., Path]:
+def budget(tmp_path: Path, tiny: Path, text: Path) -> Callable[..., Path]:
     """Writes a recipe with a budget; keyword arguments beside it replace whole sections."""
 
     def write(budget: dict[str, Any], **sections: Any) -> Path:
@@ -44,7 +28,7 @@ def budget(tmp_path: Path, model: Path, text: Path) -> Callable[..., Path]:
             "merge": {"protect": {"first": 1, "last": 0}, "manifold": {"points": 128}},
             "budget": {"bits": [8, 4], **budget},
         }
-        return write_recipe(tmp_path / "recipe.yaml", model, text, **plain | sections)
+        return write_recipe(tmp_path / "recipe.yaml", tiny, text, **plain | sections)
 
     return write
 
@@ -123,7 +107,7 @@ def test_size_without_quantization_forces_the_layers(
 
 
 def test_size_is_met_by_layers_or_bits_whichever_costs_less(
-    budget: Callable[..., Path], options: Any, mkaq: Mkaq, model: Path, tmp_path: Path
+    budget: Callable[..., Path], options: Any, mkaq: Mkaq, tiny: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     sizes = options(budget({"bytes": "1GB"}))
@@ -138,7 +122,7 @@ def test_size_is_met_by_layers_or_bits_whichever_costs_less(
     assert all(trial.bytes == sizes[trial.removed, trial.bits] for trial in found.tried)
     measured = read_manifest(folder / "artifact").evaluation["quantize"]["perplexity"]["perplexity"]
     assert measured == best.perplexity
-    verified = mkaq("verify", folder / "artifact", "--source", model)
+    verified = mkaq("verify", folder / "artifact", "--source", tiny)
     assert verified.code == 0, verified.err
 
 
@@ -227,7 +211,7 @@ def test_budget_of_bits_alone_or_with_fusing(
     budget: Callable[..., Path],
     options: Any,
     mkaq: Mkaq,
-    model: Path,
+    tiny: Path,
     tmp_path: Path,
 ) -> None:
     sections = {"merge": merge and {**merge, "protect": {"first": 1, "last": 1}}}
@@ -242,5 +226,5 @@ def test_budget_of_bits_alone_or_with_fusing(
     assert (chosen.removed, chosen.bits) == (1 if merge else 0, 4)
     kinds = [step.step for step in read_manifest(tmp_path / "run" / "artifact").steps]
     assert kinds == (["merge", "recover", "quantize"] if merge else ["quantize"])
-    verified = mkaq("verify", tmp_path / "run" / "artifact", "--source", model)
+    verified = mkaq("verify", tmp_path / "run" / "artifact", "--source", tiny)
     assert verified.code == 0, verified.err

@@ -6,92 +6,24 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import jsonschema
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mkaq import __version__, pipeline
+from mkaq import __version__
 from mkaq.export.manifest import MANIFEST, manifest_schema, read_manifest
-from mkaq.handoff import digest_of
-from mkaq.progress import Progress
 from mkaq.recipe import Recipe
 from mkaq.recipe_file import load_recipe
-from tests.conftest import Outcome
-from tests.tiny import edit_config, make_model
+from tests.runs import MAIN, ROOT, STAGES, Mkaq, command, forge, run_quietly, told, tree
+from tests.tiny import edit_config, make_model, write_recipe
 
-Mkaq = Callable[..., Outcome]
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
-STAGES = ["evaluate/source", "calibrate", "merge", "evaluate/merge"]
-STAGES += ["quantize", "evaluate/quantize", "artifact"]
-MAIN = "from mkaq.cli import main; main()"
-ONE_THREAD = "import torch; torch.set_num_threads(1)"
-PROTECT = {"protect": {"first": 1, "last": 0}, "manifold": {"points": 128}}
-
-
-def write_text(path: Path) -> Path:
-    """Some English: 70 of Python's help topics."""
-    path.write_text("\n\n".join(topics.topics[name] for name in sorted(topics.topics)[:70]), encoding="utf-8")
-    return path
-
-
-def write_recipe(path: Path, model: Path, text: Path, /, **sections: Any) -> Path:
-    """A small recipe on a text file; keyword arguments replace whole sections."""
-    plain = {"dataset": "text", "path": str(text), "max_seq_length": 32}
-    data: dict[str, Any] = {
-        "version": 1,
-        "name": "test",
-        "model": {"path": str(model)},
-        "calibration": {**plain, "num_samples": 8},
-        "merge": {"layers": 1, **PROTECT},
-        "quantize": {"method": "gptq", "bits": 4, "group_size": 32},
-        "evaluate": {"perplexity": {**plain, "num_samples": 2}},
-    }
-    path.write_text(yaml.safe_dump(data | sections, sort_keys=False))
-    return path
-
-
-def run_quietly(recipe: Path, folder: Path) -> Path:
-    """A run without the command line, for fixtures; returns its folder."""
-    pipeline.run(load_recipe(recipe), folder, torch.device("cpu"), Progress(quiet=True))
-    return folder
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def told(outcome: Outcome) -> dict[str, bool]:
-    """From the lines of a run: each stage, and whether it was kept."""
-    lines = [line.partition(": ") for line in outcome.err.splitlines()]
-    return {stage: text == "unchanged, kept" for stage, _, text in lines if stage in STAGES}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "topics.txt")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("small") / "model", layers=3)
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +42,6 @@ def done(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Path:
 def copy(done: Path, tmp_path: Path) -> Path:
     """A finished run to change; the artifact below it."""
     return shutil.copytree(done, tmp_path / "run")
-
-
-def command(*arguments: object, first: str = "pass") -> list[str]:
-    """A command line for another process, which computes as this one does and runs `first` first."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {ONE_THREAD}; {first}; {MAIN}"
-    return [sys.executable, "-c", code, *map(str, arguments)]
 
 
 def test_help_and_version_are_instant() -> None:
@@ -476,16 +402,6 @@ def test_verify_finds_another_source(
     assert outcome.code == 5 and "model.safetensors has changed" in outcome.err
     outcome = mkaq("verify", done / "artifact", "--source", models["qwen2"])
     assert outcome.code == 5 and "config.json" in outcome.err
-
-
-def forge(artifact: Path, edit: Callable[[Any], Any]) -> None:
-    """Changes a manifest and gives it a digest that fits."""
-    data = json.loads((artifact / MANIFEST).read_text())
-    edit(data)
-    del data["digest"]
-    data["digest"] = digest_of(data)
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    (artifact / MANIFEST).write_bytes(text.encode(errors="surrogatepass"))
 
 
 FORGERIES: dict[str, Callable[[Any], Any]] = {

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.load import generate, whole_model
 from mkaq.model.walk import LayerWalk
-from tests.conftest import Outcome
+from tests.runs import Outcome
 from tests.tiny import FAMILIES, make_model
 
 CPU = torch.device("cpu")

@@ -22,36 +22,27 @@ from mkaq.merge.stage import digest_layer
 from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.observe import outputs_of
 from mkaq.model.walk import LayerWalk
-from tests.conftest import Outcome
-from tests.test_cli import (
-    forge,
-    one_thread,  # noqa: F401 (a fixture)
-    run_quietly,
-    tree,
-    write_recipe,
-    write_text,
-)
+from tests.runs import Mkaq, forge, run_quietly, tree
 from tests.test_families import IDS, walk_logits
-from tests.tiny import FAMILIES, make_model
+from tests.tiny import CHANNELS, FAMILIES, make_model, write_recipe
 
-Mkaq = Callable[..., Outcome]
+pytestmark = pytest.mark.usefixtures("one_thread")
 FUSABLE = [family for family in FAMILIES if family != "gemma2"]
 CPU = torch.device("cpu")
 SINGLE = "model.safetensors"
 TOKENS = torch.randint(2, 4096, (16, 32), generator=torch.Generator().manual_seed(1))
-MERGE = {"layers": 1, "fuse": "channels", "order": "measured", "protect": {"first": 1, "last": 0}}
 
 
 def small_recipe(path: Path, model: Path, text: Path, **sections: Any) -> Path:
     """A recipe that only merges, on 16 samples of 32 tokens."""
     calibration = {"dataset": "text", "path": str(text), "num_samples": 16, "max_seq_length": 32}
-    plain: dict[str, Any] = {"calibration": calibration, "merge": MERGE, "quantize": None, "evaluate": None}
+    plain: dict[str, Any] = {
+        "calibration": calibration,
+        "merge": CHANNELS,
+        "quantize": None,
+        "evaluate": None,
+    }
     return write_recipe(path, model, text, **plain | sections)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "topics.txt")
 
 
 @pytest.fixture(scope="module", params=FUSABLE)
@@ -68,7 +59,9 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def fused(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """The same with a Llama and two layers less. Not to be changed: copy its artifact first."""
     folder = tmp_path_factory.mktemp("fused")
-    recipe = small_recipe(folder / "r.yaml", make_model(folder / "model"), text, merge={**MERGE, "layers": 2})
+    recipe = small_recipe(
+        folder / "r.yaml", make_model(folder / "model"), text, merge={**CHANNELS, "layers": 2}
+    )
     run_quietly(recipe, folder / "run")
     return folder
 

@@ -1,7 +1,6 @@
 """The joint target: what is rounded is first solved toward the source, and mends what merging left."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,15 @@ from mkaq.progress import Progress
 from mkaq.quantize.gptq_stage import GptqModule, quantize_gptq
 from mkaq.quantize.joint import JointTarget
 from mkaq.recipe import GptqSection
-from tests.conftest import Outcome
-from tests.test_cli import (
-    one_thread,  # noqa: F401 (a fixture)
-    write_recipe,
-    write_text,
-)
-from tests.tiny import make_model
+from tests.runs import Mkaq
+from tests.tiny import make_model, write_recipe
 
-Mkaq = Callable[..., Outcome]
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SINGLE = "model.safetensors"
 TOKENS = torch.randint(2, 4096, (16, 32), generator=torch.Generator().manual_seed(1))
 OTHERS = torch.randint(2, 4096, (8, 32), generator=torch.Generator().manual_seed(2))
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "topics.txt")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.load import whole_model
-from tests.conftest import Outcome
+from tests.runs import Outcome
 from tests.tiny import FAMILIES, make_model
 
 ROOT = Path(__file__).parent.parent

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +17,14 @@ from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.walk import LayerWalk
 from mkaq.recipe import LayerwiseSection
 from mkaq.recover.layerwise import RecoveredLayer, layer_error, schedule, shuffled, tune
-from tests.conftest import Outcome
-from tests.test_cli import (
-    forge,
-    one_thread,  # noqa: F401 (a fixture)
-    tree,
-    write_recipe,
-    write_text,
-)
-from tests.tiny import make_model
+from tests.runs import Mkaq, Outcome, forge, tree
+from tests.tiny import make_model, write_recipe
 
-Mkaq = Callable[..., Outcome]
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SINGLE = "model.safetensors"
 TOKENS = torch.randint(2, 4096, (16, 32), generator=torch.Generator().manual_seed(1))
 STAGES = ["calibrate", "merge", "recover", "quantize", "artifact"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "topics.txt")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "model")
 
 
 # --- one layer ---------------------------------------------------------------------------------
@@ -73,8 +55,8 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(model: Path) -> Bench:
-    return Bench(model)
+def bench(tiny: Path) -> Bench:
+    return Bench(tiny)
 
 
 def same(layer: torch.nn.Module, weights: dict[str, torch.Tensor]) -> bool:
@@ -211,11 +193,11 @@ def test_recovered_run(family: str, text: Path, mkaq: Mkaq, tmp_path: Path) -> N
 
 
 def test_changed_settings_redo_the_recovery_and_what_follows(
-    model: Path, text: Path, mkaq: Mkaq, tmp_path: Path
+    tiny: Path, text: Path, mkaq: Mkaq, tmp_path: Path
 ) -> None:
     folder, fresh = tmp_path / "run", tmp_path / "fresh"
     quantize = {"method": "gptq", "bits": 4, "group_size": 32}
-    recipe = tuned_recipe(tmp_path / "r.yaml", model, text, quantize=quantize)
+    recipe = tuned_recipe(tmp_path / "r.yaml", tiny, text, quantize=quantize)
     outcome = mkaq("run", recipe, "--output", folder, "--until", "recover")
     assert told(outcome) == dict.fromkeys(STAGES[:3], False)
     assert outcome.out.splitlines()[-1] == f"stopped after recover: {folder}"
@@ -227,16 +209,16 @@ def test_changed_settings_redo_the_recovery_and_what_follows(
     assert told(mkaq("run", recipe, "--output", fresh, *change)) == dict.fromkeys(STAGES, False)
     assert tree(folder / "artifact") == tree(fresh / "artifact")
     assert [step.step for step in read_manifest(fresh / "artifact").steps] == ["merge", "recover", "quantize"]
-    verified = mkaq("verify", fresh / "artifact", "--source", model)
+    verified = mkaq("verify", fresh / "artifact", "--source", tiny)
     assert verified.code == 0, verified.err
 
 
-def test_fused_layers_are_tuned_or_kept(model: Path, text: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+def test_fused_layers_are_tuned_or_kept(tiny: Path, text: Path, mkaq: Mkaq, tmp_path: Path) -> None:
     """Both records stand side by side: that of the fusion, and what tuning made of it."""
     merge = {"layers": 1, "fuse": "channels", "order": "measured", "protect": {"first": 1, "last": 0}}
     folder = tmp_path / "run"
     assert (
-        mkaq("run", tuned_recipe(tmp_path / "r.yaml", model, text, merge=merge), "--output", folder).code == 0
+        mkaq("run", tuned_recipe(tmp_path / "r.yaml", tiny, text, merge=merge), "--output", folder).code == 0
     )
     merge_step = read_manifest(folder / "artifact").steps[0]
     merged, tuned = load_file(folder / "merge" / SINGLE), load_file(folder / "recover" / SINGLE)
@@ -247,6 +229,6 @@ def test_fused_layers_are_tuned_or_kept(model: Path, text: Path, mkaq: Mkaq, tmp
         assert layer.error == layer.error_before if kept else layer.error < layer.error_before
         if layer.new == 1:  # the layers before it are as the fusion left them
             assert layer.error_before == pytest.approx(fused.fused.residual, rel=0.01, abs=1e-9)
-    verified = mkaq("verify", folder / "artifact", "--source", model)
+    verified = mkaq("verify", folder / "artifact", "--source", tiny)
     assert verified.code == 0, verified.err
     assert "3 layers fused again" in verified.out and "hidden states of 3 layers" in verified.out

@@ -1,16 +1,23 @@
-"""Tiny models made on the fly, one per family: two query heads per key head, grouped to fit 32."""
+"""Tiny models made on the fly, one per family: two query heads per key head, grouped to fit 32.
+
+And the text and the recipes that go with them.
+"""
 
 import json
 import shutil
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mkaq.model.source import BUILTIN
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
+PROTECT = {"protect": {"first": 1, "last": 0}, "manifold": {"points": 128}}
+CHANNELS = {"layers": 1, "fuse": "channels", "order": "measured", "protect": {"first": 1, "last": 0}}
 _SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 64,
@@ -57,3 +64,25 @@ def edit_config(folder: Path, **changes: Any) -> None:
     config = json.loads(path.read_text())
     config.update(changes)
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def write_text(path: Path) -> Path:
+    """Some English: 70 of Python's help topics."""
+    path.write_text("\n\n".join(topics.topics[name] for name in sorted(topics.topics)[:70]), encoding="utf-8")
+    return path
+
+
+def write_recipe(path: Path, model: Path, text: Path, /, **sections: Any) -> Path:
+    """A small recipe on a text file; keyword arguments replace whole sections."""
+    plain = {"dataset": "text", "path": str(text), "max_seq_length": 32}
+    data: dict[str, Any] = {
+        "version": 1,
+        "name": "test",
+        "model": {"path": str(model)},
+        "calibration": {**plain, "num_samples": 8},
+        "merge": {"layers": 1, **PROTECT},
+        "quantize": {"method": "gptq", "bits": 4, "group_size": 32},
+        "evaluate": {"perplexity": {**plain, "num_samples": 2}},
+    }
+    path.write_text(yaml.safe_dump(data | sections, sort_keys=False))
+    return path

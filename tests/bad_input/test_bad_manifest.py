@@ -1,0 +1,166 @@
+"""Artifacts whose manifest or origins are forged or damaged: `verify` finds it."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mkaq.handoff import digest_of
+from tests.runs import Mkaq, forge, one_message, run_quietly, tree
+from tests.tiny import CHANNELS, write_recipe
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) -> Path:
+    """An artifact whose layers were fused and tuned. Not to be changed: copy it first."""
+    folder = tmp_path_factory.mktemp("fused")
+    recover = {"method": "layerwise", "steps": 2, "batch_size": 4}
+    plain: dict[str, Any] = {"merge": CHANNELS, "recover": recover, "quantize": None, "evaluate": None}
+    return run_quietly(write_recipe(folder / "r.yaml", model, text, **plain), folder / "run") / "artifact"
+
+
+def fusion(manifest: Any) -> Any:
+    """What a manifest says of the fused layer."""
+    return manifest["steps"][0]["layers"][1]["fused"]
+
+
+FUSIONS: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
+    "digest of origins": (
+        lambda m: fusion(m).update(origins_sha256="0" * 64),
+        ("layer 1: its origins are not those of the manifest",),
+    ),
+    "residual": (
+        lambda m: fusion(m).update(residual=0.001),
+        ("layer 1 fused again leaves an error of", "says 0.001"),
+    ),
+    "residual of the first": (
+        lambda m: m["steps"][0]["layers"][0]["fused"].update(residual=0.5),
+        ("layer 0 fused again leaves an error of 0,", "says 0.5"),
+    ),
+    "ridge": (lambda m: fusion(m)["mlp"].update(ridge=7.0), ("layer 1: down_proj solved again has",)),
+    "error of o_proj": (
+        lambda m: fusion(m)["attention"].update(error=0.001),
+        ("layer 1: o_proj solved again has",),
+    ),
+    "shares": (
+        lambda m: m["steps"][0]["layers"][1].update({"from": {"1": 0.25, "2": 0.75}}),
+        ("layer 1: its channels do not have the shares that the manifest says",),
+    ),
+    "groups": (
+        lambda m: m["steps"][0]["layers"][1].update({"from": {"1": 1.0}}),
+        ("do not stand for all layers of the source",),
+    ),
+    "not fused": (lambda m: m["steps"][0]["layers"][1].update(fused=None), ("layer 1: its origins",)),
+    "a fused layer less": (lambda m: m["steps"][0]["layers"].pop(), ("has 2 layers, the manifest 1",)),
+    "error of a tuned layer": (
+        lambda m: m["steps"][1]["layers"][1].update(error=0.001),
+        ("layer 1 leaves an error of", "says 0.001"),
+    ),
+    "a tuned layer less": (
+        lambda m: m["steps"][1]["layers"].pop(),
+        ("the recovered layers are not 0 to 1",),
+    ),
+    "a tuned layer more": (
+        lambda m: m["steps"][1]["layers"].append(m["steps"][1]["layers"][0]),
+        ("the recovered layers are not 0 to 1",),
+    ),
+    "tuned for the worse": (
+        lambda m: m["steps"][1]["layers"][1].update(error_before=0.0),
+        ("recovered layer 1 is said to be worse",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FUSIONS)
+def test_forged_fusion(case: str, fused: Path, model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    edit, words = FUSIONS[case]
+    path = shutil.copytree(fused, tmp_path / "artifact")
+    forge(path, edit)
+    assert mkaq("verify", path).code == 0
+    one_message(mkaq("verify", path, "--source", model), 5, str(path), *words)
+
+
+def test_forged_recipe_of_a_fusion(fused: Path, model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path = shutil.copytree(fused, tmp_path / "artifact")
+    forge(path, lambda m: m.update(recipe={}))
+    one_message(mkaq("verify", path, "--source", model), 5, "mkaq-manifest.json", "recipe")
+
+
+def test_forged_budget(fused: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path, chosen = shutil.copytree(fused, tmp_path / "artifact"), {"removed": 7, "bits": None, "bytes": 1}
+    forge(path, lambda m: m.update(budget={"target": {}, "tried": [], "chosen": chosen}))
+    one_message(mkaq("verify", path), 5, str(path), "the budget chose 7 layers")
+
+
+def origins_with(edit: Callable[[Any], object]) -> Callable[[bytes], bytes]:
+    def damage(data: bytes) -> bytes:
+        origins = json.loads(data)
+        edit(origins)
+        return json.dumps(origins).encode()
+
+    return damage
+
+
+ORIGINS: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut short": lambda data: data[: len(data) // 2],
+    "no text": lambda data: b"\xff\xfe" + data,
+    "a number": lambda data: b"5",
+    "a mapping": lambda data: b"{}",
+    "no layers": lambda data: b"[]",
+    "a layer less": origins_with(lambda o: o.pop()),
+    "no heads": origins_with(lambda o: o[1].pop("heads")),
+    "layer x": origins_with(lambda o: o[1].update(heads={"x": [0, 1]})),
+    "channel x": origins_with(lambda o: o[1].update(channels={"1": ["x"]})),
+    "channels are a list": origins_with(lambda o: o[1].update(channels=[0, 1])),
+    "infinity": lambda data: data.replace(b"[0", b"[Infinity", 1),
+    "too deep": lambda data: b"[" * 100_000,
+    "number too long": origins_with(lambda o: o[1].update(heads={"1": [0, 10**30]})),
+}
+
+
+NUMBERS: dict[str, Callable[[Any], object]] = {  # under a digest that fits
+    "a channel that is not there": lambda o: o["channels"].update({"2": [*range(127), 128], "1": []}),
+    "a channel below 0": lambda o: o["channels"].update({"2": [-1, *range(127)], "1": []}),
+    "a channel twice": lambda o: o["channels"].update({"2": [0, *range(127)], "1": []}),
+    "a channel less": lambda o: o["channels"].update({"2": list(range(127)), "1": []}),
+    "another group": lambda o: o["heads"].update({"0": [0, 1], "1": [], "2": []}),
+}
+
+
+@pytest.mark.parametrize("case", [*ORIGINS, *NUMBERS])
+def test_damaged_origins(case: str, fused: Path, model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    """Somebody's mkaq-origins.json with a manifest that fits it is not trusted either."""
+    path = shutil.copytree(fused, tmp_path / "artifact")
+    file = path / "mkaq-origins.json"
+    damage = ORIGINS.get(case) or origins_with(lambda o: NUMBERS[case](o[1]))
+    file.write_bytes(damage(file.read_bytes()))
+    one_message(mkaq("verify", path), 5, "mkaq-origins.json")
+
+    def sign(manifest: Any) -> None:
+        data = file.read_bytes()
+        for entry in manifest["files"]:
+            if entry["path"] == file.name:
+                entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        if case in NUMBERS:
+            fusion(manifest).update(origins_sha256=digest_of(json.loads(data)[1]))
+
+    forge(path, sign)
+    words = ("layer 1: its ",) if case in NUMBERS else ("mkaq-origins.json",)
+    one_message(mkaq("verify", path, "--source", model), 5, str(path), *words)
+
+
+def test_forging_no_fusion_is_no_forgery(fused: Path, model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path = shutil.copytree(fused, tmp_path / "artifact")
+    forge(path, lambda manifest: None)
+    assert tree(path) == tree(fused) and mkaq("verify", path, "--source", model).code == 0
+
+
+def test_folder_that_is_no_artifact(model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    for name in ("verify", "inspect"):
+        one_message(mkaq(name, model), 5, str(model), "no manifest")
+        one_message(mkaq(name, tmp_path / "nowhere"), 5, "nowhere", "no manifest")
