@@ -61,7 +61,9 @@ def settle(recipe: Recipe, option: Option) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def plan_budget(recipe: Recipe, source: Checkpoint, device: torch.device) -> tuple[list[Option], RunPlan]:
+def plan_budget(
+    recipe: Recipe, source: Checkpoint, device: torch.device, limit: int | None = None
+) -> tuple[list[Option], RunPlan]:
     """Every option of a recipe, none if it has no budget, and the plan that has room for each.
 
     Raises:
@@ -69,14 +71,17 @@ def plan_budget(recipe: Recipe, source: Checkpoint, device: torch.device) -> tup
         UnsupportedError: As `plan_run`.
     """
     if recipe.budget is None:
-        return [], plan_run(recipe, source, device)
+        return [], plan_run(recipe, source, device, limit)
     options = options_of(recipe, source)
     if not options:
         raise UsageError("no layer may be merged and nothing is quantized", where="budget")
-    plans = [plan_run(settle(recipe, option), source, device) for option in options]
+    plans = [plan_run(settle(recipe, option), source, device, limit) for option in options]
     largest = max(plans, key=lambda plan: plan.sizes[-1].bytes)
-    memory, disk = max(plan.memory_bytes for plan in plans), max(plan.disk_bytes for plan in plans)
-    return options, replace(largest, memory_bytes=memory, disk_bytes=disk)
+    memory = {
+        stage: max(p.memory.get(stage, 0) for p in plans) for stage in set().union(*(p.memory for p in plans))
+    }
+    disk, spill = max(plan.disk_bytes for plan in plans), any(plan.spill for plan in plans)
+    return options, replace(largest, memory=memory, disk_bytes=disk, spill=spill)
 
 
 class Trials:

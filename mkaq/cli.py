@@ -34,6 +34,10 @@ Output = Annotated[
     Path | None, typer.Option("--output", metavar="DIR", help="Folder of the run [runs/NAME].")
 ]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option("--max-memory", metavar="SIZE", help="Use no more memory than this, such as 6GB."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or builtin:tiny-llama.")]
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The artifact's folder.")]
@@ -66,6 +70,7 @@ def run(
     ] = "export",
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage again.")] = False,
     device: Device = "auto",
+    max_memory: MaxMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: calibrate, merge, recover, quantize, export. Finished stages are kept."""
@@ -76,7 +81,15 @@ def run(
     from mkaq.progress import Progress
     from mkaq.report import table_rows
 
-    result = pipeline.run(loaded, folder, pick_device(device), Progress(), until=until, fresh=fresh)
+    result = pipeline.run(
+        loaded,
+        folder,
+        pick_device(device),
+        Progress(),
+        until=until,
+        fresh=fresh,
+        max_memory=_bytes(max_memory),
+    )
     if as_json:
         stages = [vars(size) | result.evaluation.get(size.stage, {}) for size in result.sizes]
         _print_json(
@@ -100,6 +113,7 @@ def plan(
     settings: Setting = [],  # noqa: B006
     output: Output = None,
     device: Device = "auto",
+    max_memory: MaxMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run would do: layers, sizes, memory, disk. Changes nothing."""
@@ -113,7 +127,7 @@ def plan(
     from mkaq.units import human
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
-    options, planned = plan_budget(loaded, source, pick_device(device))
+    options, planned = plan_budget(loaded, source, pick_device(device), _bytes(max_memory))
     if as_json:
         stages = [vars(size) for size in planned.sizes]
         _print_json(
@@ -121,6 +135,8 @@ def plan(
                 "stages": stages,
                 "options": [vars(option) for option in options],
                 "memory_bytes": planned.memory_bytes,
+                "memory": planned.memory,
+                "spill": planned.spill,
                 "disk_bytes": planned.disk_bytes,
                 "run": str(folder),
             }
@@ -132,7 +148,10 @@ def plan(
         print("the run tries these against the budget; at most it needs:")
     rows = [row[:4] for row in table_rows(list(planned.sizes), {})]
     _print_table(("stage", "layers", "parameters", "bytes of weights"), rows)
-    print(f"memory: about {human(planned.memory_bytes)} at the peak")
+    needs = ", ".join(f"{stage} {human(need)}" for stage, need in planned.memory.items())
+    print(f"memory: about {human(planned.memory_bytes)} at the peak ({needs})")
+    if planned.spill:
+        print("        hidden states go to files in the run's folder")
     print(f"disk:   {human(planned.disk_bytes)} in {folder}")
 
 
@@ -365,6 +384,15 @@ def _load(recipe: str, settings: list[str], output: Path | None) -> "tuple[Recip
 
     loaded = load_recipe(find_recipe(recipe), settings)
     return loaded, output or Path("runs") / loaded.name
+
+
+def _bytes(size: str | None) -> int | None:
+    from mkaq.units import parse_size
+
+    try:
+        return None if size is None else parse_size(size)
+    except ValueError as error:
+        raise UsageError(str(error), where="--max-memory") from None
 
 
 def _section(kind: Any, values: dict[str, Any]) -> Any:

@@ -29,6 +29,7 @@ def run(
     *,
     until: Until = "export",
     fresh: bool = False,
+    max_memory: int | None = None,
 ) -> RunResult:
     """Runs a recipe, skipping the stages that are there already.
 
@@ -39,19 +40,20 @@ def run(
         progress: Told what happens.
         until: The last stage to run.
         fresh: Make every stage again.
+        max_memory: Bytes that it may use; all that the device has if None.
 
     Raises:
         MkaqError: Of the kind that fits; earlier stages and artifacts stay as they were.
     """
     source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))
-    options, plan = plan_budget(recipe, source, device)
-    check_resources(plan, folder, device)
+    options, plan = plan_budget(recipe, source, device, max_memory)
+    check_resources(plan, folder, device, max_memory)
     with locked(folder):
         progress.say(f"reading {recipe.model.path}")
         files = describe_files(source.path, source.files)
 
         def stages_of(settled: Recipe) -> Stages:
-            sizes = plan_run(settled, source, device)
+            sizes = plan_run(settled, source, device, max_memory)
             return Stages(settled, folder, device, progress, fresh, source, files, sizes)
 
         budget = None

@@ -1,6 +1,7 @@
 """What a run would do, from the headers alone: sizes after each stage, memory and disk needed."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,17 +10,14 @@ import torch
 
 from mkaq.errors import ResourceError, UsageError
 from mkaq.handoff import PLACES
+from mkaq.memory import peaks, spilled_bytes
 from mkaq.merge.fuse import check_fusable
 from mkaq.merge.plan import layers_to_remove
-from mkaq.merge.segment import longest_group
 from mkaq.model.architecture import keep_layers
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.quantize.gptq_stage import check_gptq
-from mkaq.recipe import BitsandbytesSection, GptqSection, LayerwiseSection, MergeSection, Recipe
+from mkaq.recipe import BitsandbytesSection, GptqSection, Recipe
 from mkaq.units import human, parse_size
-
-_BASE_MEMORY = 700_000_000  # the interpreter with torch and transformers
-_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,21 @@ class RunPlan:
 
     Attributes:
         sizes: The model as it comes and after each stage.
-        memory_bytes: Expected peak on the device where layers run (on a CPU, of the process).
+        memory: Expected peak of each stage, in bytes, on the device where layers run (on a CPU, of the
+            process).
         disk_bytes: Needed in the run's folder, scratch included.
+        spill: Whether hidden states go to files, because the memory is too small for all of them.
     """
 
     sizes: tuple[StageSize, ...]
-    memory_bytes: int
+    memory: Mapping[str, int]
     disk_bytes: int
+    spill: bool = False
+
+    @property
+    def memory_bytes(self) -> int:
+        """The expected peak of the run."""
+        return max(self.memory.values())
 
 
 def output_dtype(recipe: Recipe, source: Checkpoint) -> torch.dtype:
@@ -53,8 +59,14 @@ def output_dtype(recipe: Recipe, source: Checkpoint) -> torch.dtype:
     return named
 
 
-def plan_run(recipe: Recipe, source: Checkpoint, device: torch.device) -> RunPlan:
+def plan_run(recipe: Recipe, source: Checkpoint, device: torch.device, limit: int | None = None) -> RunPlan:
     """Plans a run and checks everything that headers can tell.
+
+    Args:
+        recipe: What is to be done.
+        source: The model.
+        device: Where layers run.
+        limit: Bytes of memory that the run may use; all that the device has if None.
 
     Raises:
         UsageError: If there is nothing to do, or the layers asked for cannot be merged away.
@@ -99,10 +111,15 @@ def plan_run(recipe: Recipe, source: Checkpoint, device: torch.device) -> RunPla
         disk += size
     disk += sizes[-1].bytes + min(parse_size(recipe.export.shard_size), max(s.bytes for s in sizes[1:]))
     disk += 20_000_000 + recipe.calibration.num_samples * length * 4
-    return RunPlan(tuple(sizes), _memory(recipe, source, layer, device), disk)
+    memory = peaks(recipe, source, device)
+    spill = device.type == "cpu" and max(memory.values()) > (limit or memory_of(device))
+    if spill:
+        memory = peaks(recipe, source, device, spill=True)
+        disk += spilled_bytes(recipe, source)
+    return RunPlan(tuple(sizes), memory, disk, spill)
 
 
-def check_resources(plan: RunPlan, folder: Path, device: torch.device) -> None:
+def check_resources(plan: RunPlan, folder: Path, device: torch.device, limit: int | None = None) -> None:
     """Refuses a run that cannot end well.
 
     Raises:
@@ -117,17 +134,32 @@ def check_resources(plan: RunPlan, folder: Path, device: torch.device) -> None:
             where=folder,
             fix="choose another folder with --output",
         )
-    memory = (
-        psutil.virtual_memory().total
-        if device.type == "cpu"
-        else torch.cuda.get_device_properties(device).total_memory
-    )
-    if plan.memory_bytes > memory:
+    allowed = limit or memory_of(device)
+    if plan.memory_bytes > allowed:
+        stage = max(plan.memory, key=lambda name: plan.memory[name])
+        has = f"--max-memory allows {human(allowed)}" if limit else f"{device} has {human(allowed)}"
         raise ResourceError(
-            f"the run is expected to need {human(plan.memory_bytes)} of memory, {device} has {human(memory)}",
-            fix="lower num_samples or max_seq_length of calibration and evaluate.perplexity, or "
-            "recover.batch_size; merge.fuse: average needs less than channels",
+            f"the run is expected to need {human(plan.memory_bytes)} of memory ({stage}), {has}",
+            fix=_what_fits(plan, stage, allowed),
         )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().total)
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def _what_fits(plan: RunPlan, stage: str, allowed: int) -> str:
+    fits = [name for name, need in plan.memory.items() if need <= allowed]
+    remedy = {
+        "merge": "merge.fuse: average needs less than channels",
+        "recover": "lower recover.batch_size or calibration.max_seq_length, or leave recover out",
+        "quantize": "quantize.method: bitsandbytes needs less than gptq",
+        "evaluate": "lower evaluate.perplexity.max_seq_length or num_samples, or leave it out",
+    }.get(stage, "a larger machine")
+    return f"{remedy}; within the limit are: {', '.join(fits) or 'no stage'}"
 
 
 def _parameters(source: Checkpoint, names: list[str]) -> int:
@@ -148,55 +180,3 @@ def _quantized_bytes(rows: int, columns: int, section: GptqSection | Bitsandbyte
     blocks = -(-rows * columns // 64)
     scales = blocks + 4 * -(-blocks // 256) + 1024 if section.double_quant else 4 * blocks
     return (rows * columns + 1) // 2 + scales + 64 + 150
-
-
-def _fusing(section: MergeSection, source: Checkpoint) -> int:
-    """Bytes that fusing a group of layers takes: their tensors, and float64 moments of their channels."""
-    free = source.num_layers - section.protect.first - section.protect.last
-    group = longest_group(free, layers_to_remove(section, source.num_layers))
-    channels = group * int(source.hf_config.intermediate_size)
-    return 8 * 4 * channels**2 + 12 * group * _parameters(source, source.layer_tensor_names(0))
-
-
-def _tuning(recipe: Recipe, section: LayerwiseSection, source: Checkpoint, layer: int) -> int:
-    """Bytes that tuning a layer takes: float32 weights, gradients, optimizer; activations for backward."""
-    config, length = source.hf_config, recipe.calibration.max_seq_length
-    batch = min(section.batch_size, recipe.calibration.num_samples) * length
-    attention = batch * length * int(config.num_attention_heads) * 6
-    kept = 12 * int(config.intermediate_size) + 40 * int(config.hidden_size)
-    return 4 * 6 * layer + batch * kept + attention
-
-
-def _memory(recipe: Recipe, source: Checkpoint, layer: int, device: torch.device) -> int:
-    config = source.hf_config
-    item = 4 if device.type == "cpu" else source.dtype.itemsize
-    hidden, vocabulary = config.hidden_size, config.vocab_size
-    heads = config.num_attention_heads
-    longest = max(recipe.calibration.max_seq_length, 1)
-    batch = max(_BATCH_TOKENS, longest)
-    working = layer * (item + source.dtype.itemsize) + batch * item * (
-        4 * config.intermediate_size + 8 * hidden
-    )
-    working += batch * longest * heads * item * 2 if config.model_type == "gemma2" else 0
-    peaks = [0]
-    if recipe.needs_calibration:
-        activations = recipe.calibration.num_samples * recipe.calibration.max_seq_length * hidden * item
-        solver = 0
-        if isinstance(recipe.quantize, GptqSection):
-            for group in source.family.linears:
-                shapes = [source.tensors[f"model.layers.0.{name}.weight"].shape for name in group]
-                rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-                solver = max(solver, 4 * (6 * columns * columns + 8 * rows * columns))
-        streams = 1
-        if recipe.merge is not None and recipe.merge.fuse == "channels":
-            solver, streams = max(solver, _fusing(recipe.merge, source)), 4
-        if recipe.recover is not None:
-            streams = max(streams, 2)
-            solver = max(solver, _tuning(recipe, recipe.recover, source, layer))
-        peaks.append(streams * activations + working + solver)
-    if recipe.evaluate and (section := recipe.evaluate.perplexity):
-        sequences = section.num_samples or 1024
-        states = sequences * section.max_seq_length * hidden * item
-        head = vocabulary * hidden * item + section.max_seq_length * vocabulary * 12
-        peaks.append(states + max(working, head))
-    return (_BASE_MEMORY if device.type == "cpu" else 500_000_000) + max(peaks)

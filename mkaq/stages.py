@@ -1,8 +1,6 @@
 """The stages of a run, each one call of `publish`: what it reads, what it writes, what it depends on."""
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,6 +22,7 @@ from mkaq.merge.stage import merge
 from mkaq.model.checkpoint import Checkpoint, open_checkpoint
 from mkaq.model.walk import LayerWalk, compute_dtype
 from mkaq.model.writer import write_json
+from mkaq.peak import peak_bytes, reset_peak
 from mkaq.plan import RunPlan, StageSize, output_dtype
 from mkaq.progress import Progress
 from mkaq.quantize.bnb_stage import quantize_bitsandbytes
@@ -219,13 +218,14 @@ class Stages:
 
     def write_log(self) -> None:
         """run.json: clocks and memory, which no digest covers."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = max((stage["peak_memory_bytes"] for stage in self.log), default=0)
         log: dict[str, Any] = {
             "stages": self.log,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
         }
         log |= {"peak_memory_bytes": peak, "expected_memory_bytes": self.plan.memory_bytes}
+        log["expected_memory_by_stage"] = dict(self.plan.memory)
         if self.device.type == "cuda":
             log["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         write_json(self.folder / "run.json", log)
@@ -240,10 +240,12 @@ class Stages:
         inside: bool = True,
     ) -> Handoff:
         began = time.time()
+        reset_peak()
         done = publish(self.folder / stage, stage, section, inputs, build, fresh=self.fresh, inside=inside)
         seconds = time.time() - began
         self.progress.say(f"{stage}: " + ("unchanged, kept" if done.reused else f"done in {seconds:.1f} s"))
-        self.log.append({"stage": stage, "started": began, "seconds": seconds, "reused": done.reused})
+        row = {"stage": stage, "started": began, "seconds": seconds, "reused": done.reused}
+        self.log.append(row | {"peak_memory_bytes": peak_bytes()})
         self._digests[stage] = done.digest
         return done
 
@@ -267,7 +269,8 @@ class Stages:
         return load_file(self.folder / "calibrate" / "calibration.safetensors")["input_ids"]
 
     def _walk(self, model: Checkpoint, *, fast: bool = False) -> LayerWalk:
-        return LayerWalk(model, self.device, compute_dtype(self.source, self.device), fast=fast)
+        dtype, spill = compute_dtype(self.source, self.device), self.folder if self.plan.spill else None
+        return LayerWalk(model, self.device, dtype, fast=fast, spill=spill)
 
     def _checkpoint(self, done: Handoff) -> Checkpoint:
         return open_checkpoint(done.path, quantized=True)

@@ -171,6 +171,10 @@ class Checkpoint:
                 raise CheckpointError(f"tensor {name} holds NaN or infinity", where=self.path)
         return result
 
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """STAND-IN"""
+        return self.read([name])[name][rows]
+
     def each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, with one tensor in memory at a time."""
         for name in names:

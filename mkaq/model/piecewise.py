@@ -51,7 +51,8 @@ class Piecewise:
         found = input_of(self._layer.get_submodule(name), partial(self._run, rows))
         if name == self._writer:
             if self._kept is None:
-                self._kept = found.new_empty(len(self._states), *found.shape[1:])
+                shape = (len(self._states), *found.shape[1:])
+                self._kept = self._walk.activations.empty(shape, found.dtype)
             self._kept[rows] = found
         return found
 
@@ -76,7 +77,7 @@ class Piecewise:
         writer = self._layer.get_submodule(self._writer)
         outputs = self._kept
         if outputs.shape[-1] != self._states.shape[-1]:
-            outputs = outputs.new_empty(self._states.shape)
+            outputs = self._walk.activations.empty(tuple(self._states.shape), outputs.dtype)
         with self._walk.products():
             for rows in spans(self._states):
                 outputs[rows] = writer(self._kept[rows])

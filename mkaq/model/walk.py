@@ -12,12 +12,14 @@ import ctypes
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mkaq.errors import CheckpointError, UsageError
+from mkaq.model.activations import Activations
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.expected import build_skeleton
 from mkaq.model.products import has_fast_bfloat16
@@ -50,6 +52,7 @@ class LayerWalk:
         dtype: The type of hidden states, and of what is not a matrix product.
         fast: Let matrix products be in bfloat16 where a CPU has them (their sums are in float32, as
             the hidden states are); weights that are stored so then stay so.
+        spill: The folder for hidden states that are too many for the memory; None: they are not.
     """
 
     def __init__(
@@ -59,8 +62,10 @@ class LayerWalk:
         dtype: torch.dtype = torch.float32,
         *,
         fast: bool = False,
+        spill: Path | None = None,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.activations = Activations(device, spill)
         self._fast = fast and device.type == "cpu" and has_fast_bfloat16(device)
         self.skeleton = build_skeleton(copy.deepcopy(checkpoint.hf_config))
         self._layers = list(self.skeleton.model.layers)
@@ -102,13 +107,19 @@ class LayerWalk:
             what = f"the tokenizer gives token {int(input_ids.max())}, the model knows {known} tokens"
             raise CheckpointError(what, where=self.checkpoint.path)
         used, position = torch.unique(input_ids.long().cpu(), return_inverse=True)
-        rows = self.checkpoint.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"][used]
+        rows = self.checkpoint.read_rows("model.embed_tokens.weight", used)
         embedding = self.skeleton.model.embed_tokens
         embedding.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
         if hasattr(embedding, "embed_scale"):
             embedding.embed_scale = embedding.embed_scale.to(self.device)
         embedding.padding_idx = None
-        hidden_states: torch.Tensor = embedding(position.to(self.device))
+        size = self.checkpoint.hf_config.hidden_size
+        hidden_states = self.activations.empty((*input_ids.shape, size), self.dtype)
+        for batch, part in zip(
+            batches(hidden_states), position.split(batch_size(hidden_states)), strict=True
+        ):
+            batch.copy_(embedding(part.to(self.device)))
+            self.activations.release()
         embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
         return hidden_states
 
@@ -196,6 +207,7 @@ class LayerWalk:
         arguments = self._layer_arguments(hidden_states.shape[1])[index]
         with self.products():
             output: torch.Tensor = layer(hidden_states, **arguments)
+        self.activations.release()
         return output
 
     @contextmanager
@@ -318,9 +330,13 @@ def batches(hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def spans(hidden_states: torch.Tensor) -> Iterator[slice]:
     """Which samples the batches of `batches` hold."""
-    size = max(1, TOKENS_PER_BATCH // hidden_states.shape[1])
-    samples = len(hidden_states)
+    size, samples = batch_size(hidden_states), len(hidden_states)
     yield from (slice(start, min(start + size, samples)) for start in range(0, samples, size))
+
+
+def batch_size(hidden_states: torch.Tensor) -> int:
+    """Samples in a batch."""
+    return max(1, TOKENS_PER_BATCH // hidden_states.shape[1])
 
 
 def return_freed_memory() -> None:

@@ -1,0 +1,38 @@
+"""Hidden states of all calibration samples: in memory, or in a file where they are too many for it."""
+
+import mmap
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+class Activations:
+    """Makes tensors for hidden states.
+
+    What lies in a file counts as memory only while it is used: `release` gives the pages back to the
+    system's cache, from which they return when they are read.
+
+    Args:
+        device: Where they are.
+        folder: Where the files go, each without a name, so that none is left behind; None: memory.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        self._device, self._folder = device, folder if device.type == "cpu" else None
+        self._maps: list[mmap.mmap] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor with room for hidden states, shape (samples, length, features)."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if self._folder is None or size == 0:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            file.truncate(size)
+            self._maps.append(mmap.mmap(file.fileno(), size))
+        return torch.frombuffer(self._maps[-1], dtype=dtype).reshape(shape)
+
+    def release(self) -> None:
+        """Lets go of the memory of what lies in files; its contents stay."""
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
