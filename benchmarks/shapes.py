@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from mkaq.model.checkpoint import BLOCK
 from mkaq.model.expected import plain_tensors
 from mkaq.model.source import BUILTIN
-from mkaq.model.writer import ShardWriter, TensorSpec, write_json
+from mkaq.model.writer import Layout, ShardWriter, TensorSpec, write_json
 
 SHARD_SIZE = 5 * 10**9
 PERIOD = 16_777_259  # values of the block: a prime, so that no two rows of a matrix are alike
@@ -138,30 +138,31 @@ def write_checkpoint(
         Bytes of its tensors.
     """
     config = CONFIGS[shape] | ({} if layers is None else {"num_hidden_layers": layers}) | changes
-    shapes = plain_tensors(AutoConfig.for_model(**config))
-    layout = {name: TensorSpec(torch.bfloat16, size) for name, size in shapes.items()}
+    layout = layout_of(config)
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(min(PERIOD, max(map(_count, shapes.values()))), generator=generator)
+    values = torch.randn(PERIOD, generator=generator)
     scaled: dict[int, torch.Tensor] = {}
     folder.mkdir(parents=True, exist_ok=True)
     with ShardWriter(folder, SHARD_SIZE, layout) as writer:
-        for name, size in shapes.items():
+        for name, (dtype, size) in layout.items():
             if name.endswith("norm.weight"):
-                writer.add(name, torch.ones(size, dtype=torch.bfloat16))
+                writer.add(name, torch.ones(size, dtype=dtype))
                 continue
             inputs = size[-1]
             if inputs not in scaled:
-                scaled[inputs] = (values * inputs**-0.5).to(torch.bfloat16)
+                scaled[inputs] = (values * inputs**-0.5).to(dtype)
             first = int(torch.randint(len(values), (), generator=generator))
-            writer.put(name, _tiled(scaled[inputs], first, _count(size)))
+            writer.put(name, _tiled(scaled[inputs], first, torch.Size(size).numel()))
     write_json(folder / "config.json", config)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(BUILTIN["builtin:tiny-llama"] / file, folder / file)
     return writer.total_size
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def layout_of(config: dict[str, Any]) -> Layout:
+    """Every tensor that a configuration implies, in the model's own order."""
+    shapes = plain_tensors(AutoConfig.for_model(**config))
+    return {name: TensorSpec(torch.bfloat16, shape) for name, shape in shapes.items()}
 
 
 def _tiled(values: torch.Tensor, first: int, count: int) -> Iterator[torch.Tensor]:
