@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.memory import RESULTS
+from benchmarks.paper_worker import peak_bytes
 from benchmarks.shapes import CONFIGS, write_checkpoint
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--paper", type=Path, help="the published pipeline.py")
     parser.add_argument("--paper-python", default=sys.executable, help="a Python that has its requirements")
     parser.add_argument("--model", default="builtin:tiny-llama", help="for the comparison with the paper")
-    parser.add_argument("--prompts", type=int, default=57, help="as the script takes them by default")
+    parser.add_argument("--prompts", type=int, default=57, help="as many as the script takes (52 or more)")
     parser.add_argument("--length", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--shape", choices=CONFIGS, default="llama3-8b", help="for the merge alone")
     parser.add_argument("--layers", type=int, default=8, help="of the checkpoint for the merge alone")
@@ -227,8 +227,7 @@ def whole(model: str, out: str) -> dict[str, Any]:
 
 
 def taken(began: float) -> dict[str, Any]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": time.perf_counter() - began, "peak_bytes": peak}
+    return {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes()}
 
 
 def machine() -> dict[str, Any]:
@@ -264,8 +263,8 @@ def table(record: dict[str, Any]) -> str:
     found = record["apply"]
     lines += [
         "",
-        f"Merge alone, {found['shape']} with {found['layers']} layers: {found['read_bytes'] / 1e9:.2f} GB read, "
-        f"{found['written_bytes'] / 1e9:.2f} GB written, the page cache warm:",
+        f"Merge alone, {found['shape']} with {found['layers']} layers: {found['read_bytes'] / 1e9:.2f} GB "
+        f"read, {found['written_bytes'] / 1e9:.2f} GB written, the page cache warm:",
         "",
         *rows(found["runs"], found["written_bytes"]),
     ]

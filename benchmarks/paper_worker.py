@@ -9,7 +9,6 @@ import argparse
 import importlib.util
 import json
 import pickle
-import resource
 import time
 from pathlib import Path
 from types import ModuleType
@@ -67,8 +66,14 @@ def merge(script: ModuleType, model_dir: Path, prompts: Path, layers: int, out_d
         "seconds": ended - began,
         "seconds_load": loaded - began,
         "seconds_compare": compared - loaded,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
     }
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process alone; `ru_maxrss` begins with that of the one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
 
 
 def load_script(path: Path) -> ModuleType:
