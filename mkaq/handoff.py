@@ -76,10 +76,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe_files(folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    """Path, bytes and sha256 of files of a folder."""
+def describe_files(
+    folder: Path, names: list[str], known: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Path, bytes and sha256 of files of a folder; what is `known` of the sha256 is not computed again."""
+    digests = known or {}
     return [
-        {"path": n, "bytes": (folder / n).stat().st_size, "sha256": sha256_file(folder / n)} for n in names
+        {"path": n, "bytes": (folder / n).stat().st_size, "sha256": digests.get(n) or sha256_file(folder / n)}
+        for n in names
     ]
 
 
@@ -101,7 +105,7 @@ def publish(
     stage: str,
     section: Any,
     inputs: Mapping[str, str],
-    build: Callable[[Path], None],
+    build: Callable[[Path], Mapping[str, str] | None],
     *,
     fresh: bool = False,
     inside: bool = True,
@@ -113,7 +117,8 @@ def publish(
         stage: Its name.
         section: Its part of the recipe, as plain data.
         inputs: Name and digest of what it reads.
-        build: Writes its files into the folder that it is given.
+        build: Writes its files into the folder that it is given; may return the sha256 of files that it
+            has read back, by path.
         fresh: Make it again in any case.
         inside: Put handoff.json into the folder; the artifact's lies beside it instead, hidden,
             because the folder is for others.
@@ -129,9 +134,9 @@ def publish(
     _remove(scratch)
     scratch.mkdir(parents=True)
     try:
-        build(scratch)
+        known = build(scratch)
         names = sorted(str(p.relative_to(scratch)) for p in scratch.rglob("*") if p.is_file())
-        files = describe_files(scratch, names)
+        files = describe_files(scratch, names, known)
         handoff = {"stage": stage, "fingerprint": fingerprint, "inputs": dict(inputs), "files": files}
         if inside:
             write_json(scratch / HANDOFF, handoff)

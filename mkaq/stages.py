@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,9 @@ class Stages:
         section, seed = self.recipe.merge, self.recipe.calibration.seed
         assert section is not None
 
-        def build(folder: Path) -> None:
+        def build(folder: Path) -> dict[str, str]:
             walk = self._walk(self.source, fast=section.fuse == "average")
-            merge(self.source, self._tokens(), section, seed, folder, walk=walk, **self._output())
+            return merge(self.source, self._tokens(), section, seed, folder, walk=walk, **self._output())
 
         settings = {**section.model_dump(mode="json"), "seed": seed, **self._numerics(), **self._files()}
         return self._checkpoint(self._publish("merge", settings, self._inputs("source", "calibrate"), build))
@@ -210,8 +210,8 @@ class Stages:
         fused = self.recipe.merge is not None and self.recipe.merge.fuse == "channels"
         origins = self.folder / "merge" / ORIGINS if fused else None
 
-        def build(folder: Path) -> None:
-            write_artifact(model, manifest, folder, origins)
+        def build(folder: Path) -> dict[str, str]:
+            return write_artifact(model, manifest, folder, origins)
 
         done = self._publish("artifact", settings, inputs, build, inside=False)
         self.result.artifact = done.path
@@ -235,7 +235,7 @@ class Stages:
         stage: str,
         section: Any,
         inputs: dict[str, str],
-        build: Callable[[Path], None],
+        build: Callable[[Path], Mapping[str, str] | None],
         *,
         inside: bool = True,
     ) -> Handoff:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from mkaq.errors import CheckpointError
 from mkaq.merge.apply import merge_layers, weighted_sum
 from mkaq.merge.plan import MergePlan
-from mkaq.merge.stage import merged_layers
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.merge.stage import averaged_blocks, averaged_layers, digest_layer, merged_layers, write_merged
+from mkaq.model import checkpoint
+from mkaq.model.checkpoint import Checkpoint, open_checkpoint
 from tests.tiny import make_model
 
 WEIGHTS = (0.83 * 0.41, 0.17 * 0.41, 0.59)
@@ -82,8 +84,12 @@ def test_layers_are_added_in_the_order_of_the_weights() -> None:
     assert not torch.equal(forward, backward)
 
 
+@pytest.mark.parametrize("block", [64, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_checkpoint_merges_norms_and_biases_and_keeps_lone_layers(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_checkpoint_merges_norms_and_biases_and_keeps_lone_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int
+) -> None:
+    monkeypatch.setattr(checkpoint, "BLOCK", block)
     source = open_checkpoint(make_model(tmp_path / "model", "qwen2", layers=3))
     plan = MergePlan((), ({0: 1.0}, {1: 0.3, 2: 0.7}))
     lone, merged = merged_layers(source, plan, dtype)
@@ -94,3 +100,59 @@ def test_checkpoint_merges_norms_and_biases_and_keeps_lone_layers(tmp_path: Path
         expected = (first.float() * 0.3 + second.float() * 0.7).to(dtype)
         assert torch.equal(merged[name], expected) and not torch.equal(expected, first.to(dtype))
         assert lone[name].dtype == dtype and torch.equal(lone[name], old[0][f"model.layers.0.{name}"])
+
+
+def merged(source: Checkpoint, weights: list[dict[int, float]], folder: Path) -> list[dict[str, object]]:
+    """Writes the average that `weights` say; returns the rows of merge_plan.json."""
+    folder.mkdir()
+    plan = MergePlan((), tuple(weights))
+    layers = averaged_layers(source, plan, source.dtype)
+    return write_merged(source, layers, plan.kept, folder, source.dtype, 200_000)[0]
+
+
+def test_pieces_of_a_group_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the group and large the tensor: one piece of each layer is in memory."""
+    source = open_checkpoint(make_model(tmp_path / "model"))
+    read, monkeypatched = [], checkpoint._read_at
+
+    def noted(handle: int, start: int, tensor: torch.Tensor, where: Path) -> None:
+        read.append((start, tensor.nbytes))
+        monkeypatched(handle, start, tensor, where)
+
+    monkeypatch.setattr(checkpoint, "BLOCK", 4096)
+    monkeypatch.setattr(checkpoint, "_read_at", noted)
+    name, weights = "mlp.up_proj.weight", {1: 0.5, 2: 0.3, 3: 0.2}
+    starts = [source.tensors[f"model.layers.{index}.{name}"].start for index in weights]
+    for number, _ in enumerate(averaged_blocks(source, name, weights, torch.bfloat16)):
+        assert read[-3:] == [(start + 4096 * number, 4096) for start in starts]
+        assert len(read) == 3 * (number + 1)
+    assert len(read) == 3 * 4
+
+
+def test_merged_checkpoint_holds_the_outer_tensors_and_the_layers(tmp_path: Path) -> None:
+    source = open_checkpoint(make_model(tmp_path / "model"))
+    weights = [{0: 1.0}, {1: 0.25, 2: 0.75}, {3: 1.0}]
+    rows = merged(source, weights, tmp_path / "out")
+    out = open_checkpoint(tmp_path / "out")
+    assert len(out.weight_files) > 1 and out.num_layers == 3
+    expected = list(merged_layers(source, MergePlan((), tuple(weights)), source.dtype))
+    for new, layer in enumerate(expected):
+        stored = out.read(out.layer_tensor_names(new))
+        assert {f"model.layers.{new}.{name}" for name in layer} == stored.keys()
+        for name, tensor in layer.items():
+            assert torch.equal(stored[f"model.layers.{new}.{name}"], tensor)
+        assert rows[new]["sha256"] == digest_layer(layer)
+    assert out.outer_tensor_names == source.outer_tensor_names
+    for name in source.outer_tensor_names:
+        assert torch.equal(out.read([name])[name], source.read([name])[name])
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_what_no_walk_reads_is_checked_too(tmp_path: Path, name: str) -> None:
+    source = open_checkpoint(make_model(tmp_path / "model"))
+    info = source.tensors[name]
+    with (source.path / info.file).open("r+b") as file:
+        file.seek(info.start + info.nbytes - 2)
+        file.write(b"\x80\x7f")  # infinity in bfloat16
+    with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
+        merged(source, [{index: 1.0} for index in range(4)], tmp_path / "out")

@@ -64,6 +64,19 @@ def test_handoff_lists_every_file_with_its_digest(tmp_path: Path) -> None:
     assert (recorded["fingerprint"], done.reused) == (done.fingerprint, False)
 
 
+def test_digests_that_the_build_knows_are_not_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(folder: Path) -> dict[str, str]:
+        writes("one")(folder)
+        return {"a.txt": "known"}
+
+    hashed = []
+    monkeypatch.setattr(handoff, "sha256_file", lambda path: hashed.append(path.name) or "computed")
+    done = publish(tmp_path / "stage", "stage", 1, {}, build)
+    assert [file["sha256"] for file in done.files] == ["known", "computed"] and hashed == ["b.txt"]
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_unchanged_stage_is_reused(tmp_path: Path, inside: bool) -> None:
     first = make(tmp_path / "stage", inside=inside)

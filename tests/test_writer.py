@@ -1,7 +1,9 @@
 """The safetensors writer: the library's own bytes, shards, and what happens when something fails."""
 
+import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mkaq.errors import VerificationError
 from mkaq.model import writer
-from mkaq.model.writer import ShardWriter
+from mkaq.model.writer import ShardWriter, TensorSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -29,9 +31,15 @@ def mixed() -> dict[str, torch.Tensor]:
     }
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], shard_size: int = 10**9) -> Path:
+def layout_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write(
+    folder: Path, tensors: dict[str, torch.Tensor], shard_size: int = 10**9, declared: bool = False
+) -> Path:
     folder.mkdir(exist_ok=True)
-    with ShardWriter(folder, shard_size) as output:
+    with ShardWriter(folder, shard_size, layout_of(tensors) if declared else None) as output:
         for name, tensor in tensors.items():
             output.add(name, tensor)
     return folder
@@ -46,9 +54,10 @@ def numbered(count: int) -> dict[str, torch.Tensor]:
     return {f"t{i}": torch.full((10,), float(i)) for i in range(count)}
 
 
-def test_bytes_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
+@pytest.mark.parametrize("declared", [False, True])
+def test_bytes_are_those_of_the_safetensors_library(tmp_path: Path, declared: bool) -> None:
     save_file(mixed(), tmp_path / "expected", metadata={"format": "pt"})
-    written = bytes_of(write(tmp_path / "out", mixed()))
+    written = bytes_of(write(tmp_path / "out", mixed(), declared=declared))
     assert written == {SINGLE: (tmp_path / "expected").read_bytes()}
 
 
@@ -74,8 +83,9 @@ def test_strided_tensors_are_written_as_they_look(tmp_path: Path) -> None:
     assert torch.equal(loaded["t"], tensor.T) and torch.equal(loaded["part"], tensor[:, 1])
 
 
-def test_shards_are_filled_in_order_and_indexed(tmp_path: Path) -> None:
-    folder = write(tmp_path / "out", numbered(5), shard_size=80)
+@pytest.mark.parametrize("declared", [False, True])
+def test_shards_are_filled_in_order_and_indexed(tmp_path: Path, declared: bool) -> None:
+    folder = write(tmp_path / "out", numbered(5), shard_size=80, declared=declared)
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert sorted(bytes_of(folder)) == [*names, INDEX]
     expected = dict(
@@ -91,9 +101,10 @@ def test_shards_are_filled_in_order_and_indexed(tmp_path: Path) -> None:
         assert (folder / name).read_bytes() == (tmp_path / "expected").read_bytes()
 
 
-def test_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("declared", [False, True])
+def test_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path, declared: bool) -> None:
     tensors = {"big": torch.ones(100), "a": torch.zeros(10), "huge": torch.ones(200)}
-    folder = write(tmp_path / "out", tensors, shard_size=80)
+    folder = write(tmp_path / "out", tensors, shard_size=80, declared=declared)
     held = [sorted(load_file(folder / f"model-0000{i}-of-00003.safetensors")) for i in (1, 2, 3)]
     assert held == [["big"], ["a"], ["huge"]]
 
@@ -103,16 +114,40 @@ def test_shard_that_is_just_full_stays_single(tmp_path: Path) -> None:
     assert len(bytes_of(write(tmp_path / "more", numbered(2), shard_size=79))) == 3
 
 
+@pytest.mark.parametrize("declared", [False, True])
 @pytest.mark.parametrize("shard_size", [80, 10**9])
+@pytest.mark.parametrize(("place", "what"), [(-1, r"tensor t\d"), (9, "the header")])
 def test_disk_that_changes_a_byte_is_found_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shard_size: int,
+    declared: bool,
+    place: int,
+    what: str,
 ) -> None:
     def corrupt(handle: int) -> None:
-        os.pwrite(handle, b"\x11", os.fstat(handle).st_size - 1)
+        os.pwrite(handle, b"\x11", place % os.fstat(handle).st_size)
 
     monkeypatch.setattr(writer.os, "fsync", corrupt)
-    with pytest.raises(VerificationError, match=r"model.*tensor t\d reads back changed"):
-        write(tmp_path / "out", numbered(4), shard_size)
+    with pytest.raises(VerificationError, match=rf"model.*{what} reads back changed"):
+        write(tmp_path / "out", numbered(4), shard_size, declared)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_disk_that_cuts_a_file_short_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer.os, "fsync", lambda handle: os.truncate(handle, os.fstat(handle).st_size - 1))
+    with pytest.raises(VerificationError, match=r"tensor t3 reads back changed"):
+        write(tmp_path / "out", numbered(4), declared=True)
+
+
+def test_disk_that_is_full_at_the_sync_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "out", numbered(4), 80, declared=True)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_exception_takes_the_spool_away_and_passes_on(tmp_path: Path) -> None:
@@ -124,3 +159,79 @@ def test_exception_takes_the_spool_away_and_passes_on(tmp_path: Path) -> None:
     left = bytes_of(tmp_path)
     assert ".spool" not in left and INDEX not in left
     assert not [name for name in left if name.endswith(".safetensors")]
+
+
+def test_layout_lets_tensors_come_in_any_order_and_in_pieces(tmp_path: Path) -> None:
+    expected = bytes_of(write(tmp_path / "expected", numbered(5), shard_size=80))
+    (tmp_path / "out").mkdir()
+    with ShardWriter(tmp_path / "out", 80, layout_of(numbered(5))) as output:
+        for name, tensor in reversed(numbered(5).items()):
+            output.put(name, torch.split(tensor, 3))
+    assert bytes_of(tmp_path / "out") == expected
+
+
+def test_layout_needs_no_scratch_file(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, 10**9, layout_of(mixed())) as output:
+        for name, tensor in mixed().items():
+            output.add(name, tensor)
+            assert [path.name for path in tmp_path.iterdir()] == [".part-0"]
+        assert (tmp_path / ".part-0").read_bytes()[8:].startswith(b'{"__metadata__"')
+
+
+def test_tensors_must_come_as_the_layout_says(tmp_path: Path) -> None:
+    layout = layout_of(numbered(2))
+    with pytest.raises(ValueError, match="1 tensors of the layout never came, such as t1"):
+        write_parts(tmp_path, layout, {"t0": [torch.zeros(10)]})
+    with pytest.raises(ValueError, match="t2 is not in the layout"):
+        write_parts(tmp_path, layout, {"t2": [torch.zeros(10)]})
+    for pieces, bytes_more in (([torch.zeros(9)], "-4"), ([torch.zeros(6), torch.zeros(6)], r"\+8")):
+        with pytest.raises(ValueError, match=f"{bytes_more} bytes more than the layout says"):
+            write_parts(tmp_path, layout, {"t0": pieces})
+    for tensor in (torch.zeros(5, 2), torch.zeros(10, dtype=torch.int32), torch.zeros(11)):
+        with (
+            pytest.raises(ValueError, match="unlike in the layout"),
+            ShardWriter(tmp_path, 99, layout) as out,
+        ):
+            out.add("t0", tensor)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def write_parts(folder: Path, layout: dict[str, TensorSpec], parts: dict[str, list[torch.Tensor]]) -> None:
+    with ShardWriter(folder, 10**9, layout) as output:
+        for name, pieces in parts.items():
+            output.put(name, pieces)
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_tensor_that_comes_twice_is_refused(tmp_path: Path, declared: bool) -> None:
+    layout = layout_of(numbered(1)) if declared else None
+    with pytest.raises(ValueError, match="t0 is written twice"), ShardWriter(tmp_path, 99, layout) as output:
+        output.add("t0", torch.zeros(10))
+        output.add("t0", torch.zeros(10))
+
+
+@pytest.mark.parametrize("shard_size", [80, 10**9])
+def test_digests_are_those_of_the_files(tmp_path: Path, shard_size: int) -> None:
+    with ShardWriter(tmp_path, shard_size, layout_of(numbered(5))) as output:
+        for name, tensor in numbered(5).items():
+            output.add(name, tensor)
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.glob("*tensors")}
+    assert output.digests == files and len(files) == (3 if shard_size == 80 else 1)
+
+
+def test_full_shard_is_checked_beside_while_the_next_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = threading.Event(), os.fsync
+
+    def sync(handle: int) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        fsync(handle)
+        synced.set()
+
+    monkeypatch.setattr(writer.os, "fsync", sync)
+    with ShardWriter(tmp_path, 80, layout_of(numbered(3))) as output:
+        output.add("t0", torch.zeros(10))
+        output.add("t1", torch.zeros(10))
+        assert synced.wait(30)
+        output.add("t2", torch.zeros(10))

@@ -9,7 +9,9 @@ from mkaq.handoff import describe_files
 from mkaq.model.checkpoint import Checkpoint
 
 
-def write_artifact(checkpoint: Checkpoint, manifest: Manifest, folder: Path, origins: Path | None) -> None:
+def write_artifact(
+    checkpoint: Checkpoint, manifest: Manifest, folder: Path, origins: Path | None
+) -> dict[str, str]:
     """Writes what the user ships.
 
     Args:
@@ -17,6 +19,9 @@ def write_artifact(checkpoint: Checkpoint, manifest: Manifest, folder: Path, ori
         manifest: Complete but for `files`.
         folder: Empty.
         origins: The file that says where heads and channels came from, if layers were fused.
+
+    Returns:
+        sha256 of the files by name, but for the manifest's.
     """
     beside = [checkpoint.path / name for name in [*checkpoint.files, "quantize_config.json"]]
     for path in [*beside, *([origins] if origins else [])]:
@@ -26,3 +31,4 @@ def write_artifact(checkpoint: Checkpoint, manifest: Manifest, folder: Path, ori
     names = sorted(path.name for path in folder.iterdir())
     files = [FileEntry(**entry) for entry in describe_files(folder, names)]
     write_manifest(folder / MANIFEST, manifest.model_copy(update={"files": files}))
+    return {file.path: file.sha256 for file in files}

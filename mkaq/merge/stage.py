@@ -1,7 +1,8 @@
 """The merge stage: choose the groups of layers, make one layer of each, write the smaller checkpoint."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ from safetensors.numpy import save_file
 from mkaq.calibrate.tokens import with_copies
 from mkaq.errors import UnsupportedError
 from mkaq.handoff import digest_of
-from mkaq.merge.apply import merge_layers
+from mkaq.merge.apply import weighted_sum
 from mkaq.merge.choose import choose_groups
 from mkaq.merge.fuse import check_fusable, fuse
 from mkaq.merge.least_squares import Fit
 from mkaq.merge.origins import ORIGINS, Origins, origins_of, shares, write_origins
 from mkaq.merge.plan import MergePlan
-from mkaq.model.architecture import keep_layers
+from mkaq.model.architecture import LAYER_PREFIX, keep_layers
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk, return_freed_memory
-from mkaq.model.writer import ShardWriter, tensor_bytes, write_json, write_side_files
+from mkaq.model.writer import ShardWriter, layout_like, tensor_bytes, write_json, write_side_files
 from mkaq.progress import Progress
 from mkaq.recipe import MergeSection
 
@@ -37,7 +38,7 @@ def merge(
     dtype: torch.dtype,
     shard_size: int,
     progress: Progress,
-) -> None:
+) -> dict[str, str]:
     """Writes the merged checkpoint, merge_plan.json and what led to it.
 
     Args:
@@ -50,29 +51,22 @@ def merge(
         dtype: Of the merged checkpoint.
         shard_size: Bytes per file.
         progress: Told of every layer.
+
+    Returns:
+        sha256 of the weight files by name.
     """
     if section.fuse == "channels":
         check_fusable(source, len(tokens))
     choice = choose_groups(walk, tokens, section, seed, dtype, progress)
+    plan = choice.plan
     if section.fuse == "channels":
-        made = fused_layers(walk, with_copies(tokens, seed), choice.plan.groups, dtype)
+        made = fused_layers(walk, with_copies(tokens, seed), plan.groups, dtype)
         merges = []
     else:
-        made = averaged_layers(source, choice.plan, dtype)
-        merges = choice.plan.as_json()["merges"]
-    rows: list[dict[str, Any]] = []
-    origins: list[Origins] = []
-    with ShardWriter(folder, shard_size) as writer:
-        for name, tensor in source.each(source.outer_tensor_names):
-            writer.add(name, cast(tensor, dtype, name))
-        for layer in progress.track(made, "merge", len(choice.plan.layers)):
-            rows.append({"new": len(rows), **layer.record, "sha256": digest_layer(layer.tensors)})
-            origins += [layer.origins] if layer.origins else []
-            for name, tensor in layer.tensors.items():
-                writer.add(f"model.layers.{rows[-1]['new']}.{name}", tensor)
-            return_freed_memory()
-    write_json(folder / "config.json", merged_config(source, choice.plan.kept, dtype))
-    write_side_files(source, folder)
+        made = averaged_layers(source, plan, dtype)
+        merges = plan.as_json()["merges"]
+    layers = progress.track(made, "merge", len(plan.layers))
+    rows, origins, digests = write_merged(source, layers, plan.kept, folder, dtype, shard_size)
     if origins:
         write_origins(folder / ORIGINS, origins)
     measured = [{"first": k, "layers": n, "error": error} for (k, n), error in choice.errors.items()]
@@ -80,6 +74,7 @@ def merge(
     if choice.similarity is not None:
         arrays = {"npib": choice.similarity.matrix, "coordinates": choice.similarity.coordinates}
         save_file(arrays, folder / "similarity.safetensors")
+    return digests
 
 
 @dataclass(frozen=True)
@@ -87,19 +82,76 @@ class NewLayer:
     """A layer of the merged model.
 
     Attributes:
-        tensors: By their names below the layer.
+        tensors: By their names below the layer, each in pieces: flat, in order.
         record: What the plan says of it: `from`, the share of each old layer, and how it was fused.
         origins: Which head and channel came from where, if it was fused.
     """
 
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, Iterable[torch.Tensor]]
     record: dict[str, Any]
     origins: Origins | None = None
 
 
+def write_merged(
+    source: Checkpoint,
+    layers: Iterable[NewLayer],
+    kept: Sequence[int],
+    folder: Path,
+    dtype: torch.dtype,
+    shard_size: int,
+) -> tuple[list[dict[str, Any]], list[Origins], dict[str, str]]:
+    """Writes the merged checkpoint: the outer tensors of the source, and new layers.
+
+    Args:
+        source: The checkpoint that is merged.
+        layers: The new layers, in turn.
+        kept: For each new layer the old layer whose place in the configuration it takes.
+        folder: Where the checkpoint goes.
+        dtype: Of its tensors.
+        shard_size: Bytes per file.
+
+    Returns:
+        The rows of merge_plan.json, the origins of fused layers, and sha256 of the weight files by name.
+    """
+    rows: list[dict[str, Any]] = []
+    origins: list[Origins] = []
+    with ShardWriter(folder, shard_size, layout_like(source, kept, dtype)) as writer:
+        for name in source.outer_tensor_names:
+            writer.put(name, (cast(block, dtype, name) for block in source.blocks(name)))
+        for new, layer in enumerate(layers):
+            rows.append({"new": new, **layer.record, "sha256": write_layer(writer, new, layer.tensors)})
+            origins += [layer.origins] if layer.origins else []
+            return_freed_memory()
+    write_json(folder / "config.json", merged_config(source, kept, dtype))
+    write_side_files(source, folder)
+    return rows, origins, writer.digests
+
+
+def write_layer(writer: ShardWriter, new: int, tensors: Mapping[str, Iterable[torch.Tensor]]) -> str:
+    """Writes a layer piece by piece, and computes what `digest_layer` gives in a thread beside."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as beside:
+
+        def digested(pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+            last: Future[None] | None = None
+            for piece in pieces:
+                if last is not None:
+                    last.result()
+                last = beside.submit(digest.update, tensor_bytes(piece))
+                yield piece
+
+        for name in sorted(tensors):
+            beside.submit(digest.update, name.encode() + b"\0").result()
+            writer.put(f"{LAYER_PREFIX}{new}.{name}", digested(tensors[name]))
+    return digest.hexdigest()
+
+
 def averaged_layers(source: Checkpoint, plan: MergePlan, dtype: torch.dtype) -> Iterator[NewLayer]:
     """The new layers of an average, in turn."""
-    for weights, tensors in zip(plan.layers, merged_layers(source, plan, dtype), strict=True):
+    for weights in plan.layers:
+        tensors = {
+            name: averaged_blocks(source, name, weights, dtype) for name in names_below(source, min(weights))
+        }
         yield NewLayer(tensors, {"from": {str(old): weight for old, weight in weights.items()}})
 
 
@@ -111,8 +163,7 @@ def fused_layers(
     compressed = original.clone()
     for group in groups:
         layer = fuse(walk, group, original, compressed, dtype)
-        for name, tensor in layer.tensors.items():
-            cast(tensor, dtype, name)
+        pieces = {name: [cast(tensor, dtype, name)] for name, tensor in layer.tensors.items()}
         origins = origins_of(layer)
         record = {
             "origins_sha256": digest_of(origins),
@@ -121,7 +172,7 @@ def fused_layers(
             "residual": layer.residual,
         }
         share = {str(old): share for old, share in shares(layer).items()}
-        yield NewLayer(layer.tensors, {"from": share, "fused": record}, origins)
+        yield NewLayer(pieces, {"from": share, "fused": record}, origins)
 
 
 def _solved(fit: Fit) -> dict[str, float | None]:
@@ -140,23 +191,38 @@ def merged_config(source: Checkpoint, kept: Sequence[int], dtype: torch.dtype) -
 def merged_layers(
     source: Checkpoint, plan: MergePlan, dtype: torch.dtype
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of every new layer in turn, by their names below the layer.
+    """The tensors of every new layer of an average in turn, whole, by their names below the layer."""
+    for weights, layer in zip(plan.layers, averaged_layers(source, plan, dtype), strict=True):
+        shapes = {
+            name: source.tensors[f"{LAYER_PREFIX}{min(weights)}.{name}"].shape for name in layer.tensors
+        }
+        yield {name: torch.cat(list(p)).reshape(shapes[name]) for name, p in layer.tensors.items()}
 
-    The sum is taken in float32 and cast once, to the checkpoint's type; only the layers of one
-    group are in memory.
+
+def names_below(source: Checkpoint, layer: int) -> list[str]:
+    """The names of the tensors of a layer, below it."""
+    prefix = f"{LAYER_PREFIX}{layer}."
+    return [name.removeprefix(prefix) for name in source.layer_tensor_names(layer)]
+
+
+def averaged_blocks(
+    source: Checkpoint, name: str, weights: Mapping[int, float], dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """One tensor of a new layer, in pieces.
+
+    The sum is taken in float32 and cast once, to the checkpoint's type; one piece of each old layer is
+    in memory. A lone layer is handed on as it is.
+
+    Args:
+        source: The checkpoint that is merged.
+        name: Below the layer.
+        weights: For each old layer its weight.
+        dtype: Of the result.
     """
-    for weights in plan.layers:
-        group = {}
-        for old in weights:
-            prefix = f"model.layers.{old}."
-            tensors = source.read(source.layer_tensor_names(old))
-            group[old] = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        lone = len(group) == 1
-        if not lone:
-            group = {
-                old: {name: tensor.float() for name, tensor in layer.items()} for old, layer in group.items()
-            }
-        yield {name: cast(tensor, dtype, name) for name, tensor in merge_layers(group, weights).items()}
+    streams = [source.blocks(f"{LAYER_PREFIX}{old}.{name}") for old in weights]
+    for parts in zip(*streams, strict=True):
+        terms = parts if len(parts) == 1 else [part.float() for part in parts]
+        yield cast(weighted_sum(terms, list(weights.values())), dtype, name)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

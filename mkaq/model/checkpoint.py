@@ -1,8 +1,10 @@
 """Reading a checkpoint in Hugging Face format: safetensors only, complete, and checked before use."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,15 +48,17 @@ _SIZES = {
 }
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+BLOCK = 1 << 20  # bytes of a piece of a tensor: few enough for a processor's cache
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a file's header describes it."""
+    """A tensor as a file's header describes it; its bytes begin at byte `start` of the file."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
     @property
     def nbytes(self) -> int:
@@ -155,9 +159,7 @@ class Checkpoint:
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
-            if name not in self.tensors:
-                raise CheckpointError(f"tensor {name} is missing", where=self.path)
-            by_file.setdefault(self.tensors[name].file, []).append(name)
+            by_file.setdefault(self._info(name).file, []).append(name)
         result: dict[str, torch.Tensor] = {}
         for file, wanted in by_file.items():
             try:
@@ -167,13 +169,74 @@ class Checkpoint:
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"cannot be read: {error}", where=self.path / file) from None
         for name, tensor in result.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"tensor {name} holds NaN or infinity", where=self.path)
+            self._check_finite(name, tensor)
         return result
 
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """A floating-point tensor in pieces, flat and in order, each checked to be finite.
+
+        Pieces hold `BLOCK` bytes but for the last; a tensor without values is one piece without values.
+
+        Raises:
+            CheckpointError: If it cannot be read or holds NaN or infinity.
+        """
+        info = self._info(name)
+        item = DTYPES[info.dtype].itemsize
+        with self._opened(info) as handle:
+            for at in range(0, max(info.nbytes, 1), BLOCK):
+                block = torch.empty(min(BLOCK, info.nbytes - at) // item, dtype=DTYPES[info.dtype])
+                _read_at(handle, info.start + at, block, self.path / info.file)
+                self._check_finite(name, block)
+                yield block
+
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """STAND-IN"""
-        return self.read([name])[name][rows]
+        """Some rows of a floating-point matrix, checked to be finite; no other row is read.
+
+        Args:
+            name: Of a tensor of shape (rows, columns).
+            rows: Row numbers, shape (n,).
+
+        Returns:
+            Shape (n, columns), of the tensor's own type.
+
+        Raises:
+            CheckpointError: If it cannot be read or holds NaN or infinity.
+            IndexError: If there is no such row.
+        """
+        info = self._info(name)
+        count, columns = info.shape
+        result = torch.empty(len(rows), columns, dtype=DTYPES[info.dtype])
+        with self._opened(info) as handle:
+            for place, row in zip(result, rows.tolist(), strict=True):
+                if not 0 <= row < count:
+                    raise IndexError(f"{name} has {count} rows, and no row {row}")
+                start = info.start + row * columns * result.itemsize
+                _read_at(handle, start, place, self.path / info.file)
+        self._check_finite(name, result)
+        return result
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise CheckpointError(f"tensor {name} is missing", where=self.path)
+        return self.tensors[name]
+
+    @contextmanager
+    def _opened(self, info: TensorInfo) -> Iterator[int]:
+        try:
+            handle = os.open(self.path / info.file, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error}", where=self.path / info.file) from None
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+    def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        extremes = torch.stack(torch.aminmax(tensor))  # both are NaN if any value is
+        if not bool(torch.isfinite(extremes).all()):
+            raise CheckpointError(f"tensor {name} holds NaN or infinity", where=self.path)
 
     def each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, with one tensor in memory at a time."""
@@ -315,12 +378,37 @@ def _check_links(path: Path, weight_files: list[str]) -> None:
 
 def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
     try:
-        with safe_open(path / file, framework="pt") as handle:
+        with safe_open(path / file, framework="pt") as handle:  # checks the header as a whole
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
-            return {k: TensorInfo(file, str(s.get_dtype()), tuple(s.get_shape())) for k, s in slices.items()}
+        with (path / file).open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(size))
+        return {
+            name: TensorInfo(
+                file,
+                str(part.get_dtype()),
+                tuple(part.get_shape()),
+                8 + size + header[name]["data_offsets"][0],
+            )
+            for name, part in slices.items()
+        }
     except (OSError, SafetensorError) as error:
         reason = "the file is empty or cut short" if (path / file).stat().st_size < 8 else str(error)
         raise CheckpointError(f"is not a whole safetensors file: {reason}", where=path / file) from None
+
+
+def _read_at(handle: int, start: int, tensor: torch.Tensor, where: Path) -> None:
+    """Fills a tensor, contiguous, with the bytes of a file from byte `start` on."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    left = memoryview(flat)
+    try:
+        while left:
+            count = os.preadv(handle, [left], start)
+            if count == 0:
+                raise CheckpointError("is cut short", where=where)
+            left, start = left[count:], start + count
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error}", where=where) from None
 
 
 def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:

@@ -1,17 +1,20 @@
-"""Writing a checkpoint: a streaming safetensors writer, deterministic to the byte."""
+"""Writing a checkpoint: safetensors files, deterministic to the byte, every tensor straight to its place."""
 
+import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from mkaq.errors import VerificationError
-from mkaq.model.checkpoint import INDEX, SINGLE, Checkpoint
+from mkaq.model.architecture import LAYER_PREFIX
+from mkaq.model.checkpoint import BLOCK, INDEX, SIDE_FILES, SINGLE, Checkpoint
 
 _NAMES = {  # in the order in which the safetensors library lays types: aligned, the largest first
     torch.int64: "I64",
@@ -26,45 +29,90 @@ _NAMES = {  # in the order in which the safetensors library lays types: aligned,
 _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 
 
-class ShardWriter:
-    """Writes tensors to safetensors files as they come, with one tensor in memory at a time.
+class TensorSpec(NamedTuple):
+    """Type and shape of a tensor that is to be written."""
 
-    Data is spooled to a scratch file beside the shard and given its header when the shard is
-    full. Within a shard tensors lie as the safetensors library lays them (by type, the
-    largest first, then by name), so that each is aligned. On leaving the `with` block every tensor is read
-    back and compared.
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+Layout = Mapping[str, TensorSpec]
+
+
+class ShardWriter:
+    """Writes tensors to safetensors files as they come, with no more than one in memory.
+
+    With a layout every file's header is written first and every tensor goes straight to its place, in
+    any order and in pieces if need be. Without one, tensors are spooled to a scratch file until a shard
+    is full. Within a shard tensors lie as the safetensors library lays them (by type, the largest
+    first, then by name), so that each is aligned. A full shard is synced to disk and read back, in a
+    thread beside, while the next one is written: every tensor must have the checksum that it had in
+    memory, or leaving the `with` block fails. The same reading gives the digests of the files.
 
     Args:
         folder: Where the files go.
         shard_size: Largest number of data bytes of one file; a larger tensor gets its own.
+        layout: Every tensor that will come, in the order in which shards are filled.
+
+    Attributes:
+        total_size: Data bytes written.
+        digests: sha256 of every weight file by name, once the `with` block is left.
+
+    Raises:
+        ValueError: If tensors do not come as the layout says.
+        VerificationError: If a file reads back changed.
     """
 
-    def __init__(self, folder: Path, shard_size: int) -> None:
+    def __init__(self, folder: Path, shard_size: int, layout: Layout | None = None) -> None:
         self.folder, self.shard_size = folder, shard_size
         self.total_size = 0
-        self._shards: list[list[str]] = []
-        self._checksums: dict[str, int] = {}
-        self._pending: dict[str, tuple[torch.dtype, list[int], int, int]] = {}
-        self._spool_path = folder / ".spool"
-        self._spool = self._spool_path.open("w+b")
+        self.digests: dict[str, str] = {}
+        self._names: set[str] = set()
+        self._shards: list[_Shard] = []
+        self._checks: dict[_Shard, Future[tuple[str, str | None]]] = {}
+        self._beside = ThreadPoolExecutor(1)
+        self._spool = None if layout is not None else (folder / ".spool").open("w+b")
+        self._pending: dict[str, tuple[TensorSpec, int]] = {}
+        for specs in fill_shards(layout or {}, shard_size):
+            self._new_shard(specs)
+        self._shard_of = {name: shard for shard in self._shards for name in shard.specs}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Adds one tensor (any device; its own type).
 
         Raises:
-            ValueError: If there is one of that name already.
+            ValueError: If there is one of that name already, or the layout has another or none.
         """
-        if name in self._checksums:
-            raise ValueError(f"tensor {name} is written twice")
-        data = tensor_bytes(tensor)
-        start = self._spool.tell()
-        if self._pending and start + data.nbytes > self.shard_size:
-            self._close_shard()
-            start = 0
-        self._spool.write(data)
-        self._pending[name] = (tensor.dtype, list(tensor.shape), start, data.nbytes)
-        self._checksums[name] = zlib.crc32(data)
-        self.total_size += data.nbytes
+        spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
+        if self._spool is None:
+            if name in self._shard_of and self._shard_of[name].specs[name] != spec:
+                raise ValueError(f"tensor {name} is {spec}, unlike in the layout")
+            self.put(name, [tensor])
+            return
+        self._note(name, spec)
+        if self._pending and self._spool.tell() + spec.nbytes > self.shard_size:
+            self._close_spool()
+        self._pending[name] = (spec, self._spool.tell())
+        self._spool.write(tensor_bytes(tensor))
+
+    def put(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
+        """Writes one tensor of the layout, given in pieces: flat, in order, of its own type.
+
+        Raises:
+            ValueError: If it is there already, or the layout has another or none.
+        """
+        shard = self._shard_of.get(name)
+        if shard is None:
+            raise ValueError(f"tensor {name} is not in the layout")
+        self._note(name, shard.specs[name])
+        shard.write(name, (tensor_bytes(piece) for piece in pieces))
+        if shard.is_full:
+            self._check(shard)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -74,67 +122,150 @@ class ShardWriter:
     ) -> None:
         try:
             if kind is None and self._pending:
-                self._close_shard()
+                self._close_spool()
+            if kind is None and (missing := sorted(self._shard_of.keys() - self._names)):
+                raise ValueError(f"{len(missing)} tensors of the layout never came, such as {missing[0]}")
         finally:
-            self._spool.close()
-            self._spool_path.unlink(missing_ok=True)
+            self._beside.shutdown(cancel_futures=kind is not None)
+            for shard in self._shards:
+                shard.close()
+            if self._spool is not None:
+                self._spool.close()
+                (self.folder / ".spool").unlink()
         if kind is None:
-            self._name_shards()
-            self._compare()
+            self._publish()
 
-    def _close_shard(self) -> None:
-        order = sorted(self._pending, key=lambda name: (_RANK[self._pending[name][0]], name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in order:
-            dtype, shape, _, size = self._pending[name]
-            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
-            offset += size
-        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        with self._part(len(self._shards)).open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name in order:
-                _, _, start, size = self._pending[name]
-                self._spool.seek(start)
-                while size:
-                    block = self._spool.read(min(size, 16 << 20))
-                    file.write(block)
-                    size -= len(block)
-            file.flush()
-            os.fsync(file.fileno())
-        self._shards.append(order)
+    def _note(self, name: str, spec: TensorSpec) -> None:
+        if name in self._names:
+            raise ValueError(f"tensor {name} is written twice")
+        self._names.add(name)
+        self.total_size += spec.nbytes
+
+    def _new_shard(self, specs: Layout) -> "_Shard":
+        self._shards.append(_Shard(self.folder / f".part-{len(self._shards)}", specs))
+        return self._shards[-1]
+
+    def _check(self, shard: "_Shard") -> None:
+        self._checks[shard] = self._beside.submit(shard.check)
+
+    def _close_spool(self) -> None:
+        assert self._spool is not None
+        self._spool.flush()
+        shard = self._new_shard({name: spec for name, (spec, _) in self._pending.items()})
+        for name, (spec, start) in self._pending.items():
+            shard.write(name, _read(self._spool.fileno(), start, spec.nbytes))
+        self._check(shard)
         self._pending.clear()
         self._spool.seek(0)
         self._spool.truncate()
 
-    def _part(self, number: int) -> Path:
-        return self.folder / f".part-{number}"
-
-    def _name_shards(self) -> None:
+    def _publish(self) -> None:
+        """Fails if a file was read back changed; then gives all their names."""
         count = len(self._shards)
         names = (
             [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         )
-        for number, name in enumerate(names):
-            self._part(number).rename(self.folder / name)
+        for file, shard in zip(names, self._shards, strict=True):
+            self.digests[file], changed = self._checks[shard].result()
+            if changed:
+                raise VerificationError(f"{changed} reads back changed: the disk is failing", where=file)
+        for file, shard in zip(names, self._shards, strict=True):
+            shard.path.rename(self.folder / file)
         if count > 1:
-            weight_map = {t: names[i] for i, shard in enumerate(self._shards) for t in shard}
+            weight_map = {t: file for file, s in zip(names, self._shards, strict=True) for t in s.specs}
             index = {
                 "metadata": {"total_size": self.total_size},
                 "weight_map": dict(sorted(weight_map.items())),
             }
             write_json(self.folder / INDEX, index)
-        self._files = dict(zip(names, self._shards, strict=True))
 
-    def _compare(self) -> None:
-        for file, shard in self._files.items():
-            with safe_open(self.folder / file, framework="pt") as handle:
-                for name in shard:
-                    if zlib.crc32(tensor_bytes(handle.get_tensor(name))) != self._checksums[name]:
-                        raise VerificationError(
-                            f"tensor {name} reads back changed: the disk is failing", where=file
-                        )
+
+class _Shard:
+    """One safetensors file under way; it is opened, and its header written, with the first tensor."""
+
+    def __init__(self, path: Path, specs: Layout) -> None:
+        self.path, self.specs = path, specs
+        self._order = sorted(specs, key=lambda name: (_RANK[specs[name].dtype], name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        places, end = {}, 0
+        for name in self._order:
+            dtype, shape = specs[name]
+            places[name], end = end, end + specs[name].nbytes
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [places[name], end]}
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._header = len(encoded).to_bytes(8, "little") + encoded
+        self._start = {name: len(self._header) + place for name, place in places.items()}
+        self._checksums: dict[str, int] = {}
+        self._handle: int | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every tensor is there."""
+        return len(self._checksums) == len(self.specs)
+
+    def write(self, name: str, blocks: Iterable[memoryview]) -> None:
+        """Writes the data of a tensor to its place."""
+        if self._handle is None:
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            _write(self._handle, 0, memoryview(self._header))
+        place, checksum = self._start[name], 0
+        end = place + self.specs[name].nbytes
+        for block in blocks:
+            if place + block.nbytes <= end:
+                _write(self._handle, place, block)
+            checksum = zlib.crc32(block, checksum)
+            place += block.nbytes
+        if place != end:
+            raise ValueError(f"tensor {name} has {place - end:+} bytes more than the layout says")
+        self._checksums[name] = checksum
+
+    def check(self) -> tuple[str, str | None]:
+        """Syncs the file and reads it back: its sha256, and what has changed, if anything has."""
+        assert self._handle is not None
+        os.fsync(self._handle)
+        header = b"".join(_read(self._handle, 0, len(self._header)))
+        digest, changed = hashlib.sha256(header), None
+        if header != self._header:
+            changed = "the header"
+        for name in self._order:
+            checksum = 0
+            for block in _read(self._handle, self._start[name], self.specs[name].nbytes):
+                digest.update(block)
+                checksum = zlib.crc32(block, checksum)
+            if checksum != self._checksums[name]:
+                changed = changed or f"tensor {name}"
+        self.close()
+        return digest.hexdigest(), changed
+
+    def close(self) -> None:
+        """Closes the file, if it is open."""
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = None
+
+
+def fill_shards(layout: Layout, shard_size: int) -> list[dict[str, TensorSpec]]:
+    """Splits tensors, in their order, into files of at most `shard_size` data bytes (or one tensor)."""
+    shards: list[dict[str, TensorSpec]] = []
+    room = 0
+    for name, spec in layout.items():
+        if not shards or spec.nbytes > room:
+            shards.append({})
+            room = shard_size
+        shards[-1][name] = spec
+        room -= spec.nbytes
+    return shards
+
+
+def layout_like(source: Checkpoint, layers: Iterable[int], dtype: torch.dtype) -> Layout:
+    """The layout of the outer tensors of `source` and of new layers, each shaped like one of its `layers`."""
+    layout = {name: TensorSpec(dtype, source.tensors[name].shape) for name in source.outer_tensor_names}
+    for new, old in enumerate(layers):
+        for name in source.layer_tensor_names(old):
+            below = name.removeprefix(f"{LAYER_PREFIX}{old}.")
+            layout[f"{LAYER_PREFIX}{new}.{below}"] = TensorSpec(dtype, source.tensors[name].shape)
+    return layout
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -150,8 +281,20 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_side_files(source: Checkpoint, folder: Path) -> None:
     """Copies the tokenizer, the generation settings and the chat template of a checkpoint."""
-    from mkaq.model.checkpoint import SIDE_FILES
-
     for name in SIDE_FILES:
         if (source.path / name).is_file():
             (folder / name).write_bytes((source.path / name).read_bytes())
+
+
+def _write(handle: int, place: int, data: memoryview) -> None:
+    while data:
+        count = os.pwrite(handle, data, place)
+        data, place = data[count:], place + count
+
+
+def _read(handle: int, place: int, size: int) -> Iterator[memoryview]:
+    """Bytes of a file in blocks; one that is cut short gives fewer."""
+    buffer = memoryview(bytearray(min(size, BLOCK)))
+    while size and (count := os.preadv(handle, [buffer[: min(size, BLOCK)]], place)):
+        yield buffer[:count]
+        place, size = place + count, size - count

@@ -17,7 +17,7 @@ from torch import nn
 from mkaq.merge.hold_out import held_out_samples, mean_relative_error, token_weights
 from mkaq.model.products import has_fast_bfloat16
 from mkaq.model.walk import LayerWalk, batches, return_freed_memory
-from mkaq.model.writer import ShardWriter, write_json, write_side_files
+from mkaq.model.writer import ShardWriter, layout_like, write_json, write_side_files
 from mkaq.progress import Progress
 from mkaq.recipe import LayerwiseSection
 
@@ -74,9 +74,10 @@ def recover(
         source.use_eager_attention()
     original, states = source.embed(tokens), walk.embed(tokens)
     records = []
-    with ShardWriter(folder, shard_size) as writer:
+    layout = layout_like(compressed, range(compressed.num_layers), dtype)
+    with ShardWriter(folder, shard_size, layout) as writer:
         for name, tensor in compressed.each(compressed.outer_tensor_names):
-            writer.add(name, tensor)
+            writer.add(name, tensor.to(dtype))
         for new, group in enumerate(progress.track(groups, "recover (layerwise)")):
             for index in group:
                 source.pass_layer(index, original)

@@ -183,7 +183,7 @@ def test_memory_that_runs_out(
     def out(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("mkaq.merge.stage.digest_layer", out)
+    monkeypatch.setattr("mkaq.merge.stage.write_layer", out)
     one_message(mkaq("run", recipe(), "--output", folder), 6, "out of memory")
     assert tree(folder / "merge") == tree(earlier / "merge")
 
@@ -207,7 +207,7 @@ def test_damaged_handoff(
 # The stage in which it happens; the function after whose n-th call it happens.
 POINTS = [
     ("calibrate", "mkaq.stages.save_file", 1),
-    ("merge", "mkaq.merge.stage.digest_layer", 2),
+    ("merge", "mkaq.merge.stage.write_layer", 2),
     ("merge", "mkaq.merge.stage.write_side_files", 1),
     ("evaluate/merge", "mkaq.stages.write_json", 1),
     ("quantize", "mkaq.quantize.gptq_stage.pack_linear", 9),
@@ -322,7 +322,7 @@ def test_signal_stops_a_process(
 ) -> None:
     """A real process, in the middle of a stage: it says where it is, and waits for the signal there."""
     wait = "print('here', file=sys.stderr, flush=True), time.sleep(60)"
-    hold = f"import time, mkaq.merge.stage; mkaq.merge.stage.digest_layer = lambda tensors: ({wait})"
+    hold = f"import time, mkaq.merge.stage; mkaq.merge.stage.write_layer = lambda *_: ({wait})"
     process = subprocess.Popen(
         command("run", recipe(), "--output", folder, first=hold),
         stdout=subprocess.PIPE,
@@ -338,7 +338,7 @@ def test_signal_stops_a_process(
         lines = []
         while not lines or lines[-1] not in ("here\n", ""):
             lines.append(process.stderr.readline())
-        assert (folder / ".merge.partial" / ".spool").exists()
+        assert (folder / ".merge.partial" / ".part-0").exists()
         os.kill(process.pid, sent)
         out, err = process.communicate(timeout=60)
     outcome = Outcome(process.returncode, out, "".join(lines) + err)
