@@ -79,17 +79,17 @@ def run(
     from mkaq import pipeline
     from mkaq.model.walk import pick_device
     from mkaq.progress import Progress
+    from mkaq.ranks import joined
     from mkaq.report import table_rows
 
-    result = pipeline.run(
-        loaded,
-        folder,
-        pick_device(device),
-        Progress(),
-        until=until,
-        fresh=fresh,
-        max_memory=_bytes(max_memory),
-    )
+    limit = _bytes(max_memory)
+    with joined(pick_device(device)) as (ranks, place):
+        progress = Progress(quiet=not ranks.main)
+        result = pipeline.run(
+            loaded, folder, place, progress, until=until, fresh=fresh, max_memory=limit, ranks=ranks
+        )
+    if not ranks.main:
+        return
     if as_json:
         stages = [vars(size) | result.evaluation.get(size.stage, {}) for size in result.sizes]
         _print_json(

@@ -152,6 +152,16 @@ def publish(
     return Handoff(folder, fingerprint, tuple(files), reused=False)
 
 
+def find_published(folder: Path, *, inside: bool = True) -> Handoff:
+    """A stage that another process has just published.
+
+    Raises:
+        VerificationError: If its handoff.json is missing or damaged.
+    """
+    data = read_handoff(_handoff_place(folder, inside))
+    return Handoff(folder, data["fingerprint"], tuple(data["files"]), reused=True)
+
+
 def read_handoff(where: Path) -> dict[str, Any]:
     """A handoff.json.
 

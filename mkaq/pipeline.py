@@ -3,17 +3,20 @@
 A stage reads a folder and publishes a folder; nothing else passes between stages.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from mkaq.budget import Trials, meet_budget, plan_budget
+from mkaq.errors import UsageError
 from mkaq.handoff import describe_files, locked
 from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.source import resolve_model
 from mkaq.plan import check_resources, plan_run
 from mkaq.progress import Progress
+from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import Recipe
 from mkaq.report import write_report
 from mkaq.stages import RunResult, Stages
@@ -30,6 +33,7 @@ def run(
     until: Until = "export",
     fresh: bool = False,
     max_memory: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Runs a recipe, skipping the stages that are there already.
 
@@ -41,6 +45,7 @@ def run(
         until: The last stage to run.
         fresh: Make every stage again.
         max_memory: Bytes that it may use; all that the device has if None.
+        ranks: The processes that share the calibration samples.
 
     Raises:
         MkaqError: Of the kind that fits; earlier stages and artifacts stay as they were.
@@ -48,13 +53,16 @@ def run(
     source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))
     options, plan = plan_budget(recipe, source, device, max_memory)
     check_resources(plan, folder, device, max_memory)
-    with locked(folder):
+    if ranks.size > 1 and recipe.budget is not None:
+        raise UsageError("a budget is searched by one process", where="budget", fix="run it without torchrun")
+    with locked(folder) if ranks.main else nullcontext():
         progress.say(f"reading {recipe.model.path}")
-        files = describe_files(source.path, source.files)
+        files = describe_files(source.path, source.files) if ranks.main else []
+        ranks.wait()
 
         def stages_of(settled: Recipe) -> Stages:
             sizes = plan_run(settled, source, device, max_memory)
-            return Stages(settled, folder, device, progress, fresh, source, files, sizes)
+            return Stages(settled, folder, device, progress, fresh, source, files, sizes, ranks)
 
         budget = None
         if recipe.budget is not None:
@@ -71,7 +79,8 @@ def run(
         try:
             return _run(stages, until)
         finally:
-            stages.write_log()
+            if ranks.main:
+                stages.write_log()
 
 
 def _run(stages: Stages, until: Until) -> RunResult:
@@ -90,5 +99,6 @@ def _run(stages: Stages, until: Until) -> RunResult:
         stages.evaluate("quantize", model)
     if until == "export":
         stages.export(model)
-        write_report(stages.result, stages.log)
+        if stages.ranks.main:
+            write_report(stages.result, stages.log)
     return stages.result

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,9 @@ class Ranks:
         self.tell()
 
 
+ALONE = Ranks()
+
+
 def _device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
@@ -122,7 +126,7 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks(), device
+        yield ALONE, device
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
@@ -134,7 +138,8 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))  # the first one may write for long
     try:
         yield Ranks(dist.get_rank(), size), device
     finally:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load
 from mkaq.evaluate.perplexity import perplexity
 from mkaq.export.artifact import write_artifact
 from mkaq.export.record import Published, build_manifest
-from mkaq.handoff import Handoff, digest_of, publish
+from mkaq.handoff import Handoff, digest_of, find_published, publish
 from mkaq.merge.fuse import writes_linearly
+from mkaq.merge.hold_out import held_out_samples
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import merge
 from mkaq.model.checkpoint import Checkpoint, open_checkpoint
@@ -28,6 +30,7 @@ from mkaq.progress import Progress
 from mkaq.quantize.bnb_stage import quantize_bitsandbytes
 from mkaq.quantize.gptq_stage import quantize_gptq
 from mkaq.quantize.joint import JointTarget
+from mkaq.ranks import Ranks
 from mkaq.recipe import BitsandbytesSection, Recipe
 from mkaq.recover.layerwise import recover
 from mkaq.units import parse_size
@@ -72,6 +75,7 @@ class Stages:
         source: The model that goes in.
         source_files: Path, bytes and sha256 of its files.
         plan: Its sizes.
+        ranks: The processes that share the samples; the first one writes.
 
     Attributes:
         budget: What the search for a budget tried and chose, for the manifest.
@@ -87,6 +91,7 @@ class Stages:
         source: Checkpoint,
         source_files: list[dict[str, Any]],
         plan: RunPlan,
+        ranks: Ranks,
     ) -> None:
         self.recipe, self.folder, self.device, self.progress, self.fresh = (
             recipe,
@@ -95,12 +100,13 @@ class Stages:
             progress,
             fresh,
         )
-        self.source, self.plan = source, plan
+        self.source, self.plan, self.ranks = source, plan, ranks
         self.result = RunResult(folder, [plan.sizes[0]])
         self._dtype = output_dtype(recipe, source)
         self.log: list[dict[str, Any]] = []
         self.budget: dict[str, Any] | None = None
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        if ranks.main:
+            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         self._source_files = source_files
         self._digests = {"source": digest_of(self._source_files)}
 
@@ -119,6 +125,7 @@ class Stages:
             section.model_dump(mode="json"),
             {**self._inputs("source"), "text": text_digest(section)},
             build,
+            alone=True,
         )
 
     def merge(self) -> Checkpoint:
@@ -139,7 +146,7 @@ class Stages:
         assert section is not None
 
         def build(folder: Path) -> None:
-            tokens = with_copies(self._tokens(), seed)
+            tokens = self._shared(with_copies(self._tokens(), seed))
             source, walk = self._walk(self.source), self._walk(model)
             recover(source, walk, self._groups(), tokens, section, seed, folder, **self._output())
 
@@ -161,8 +168,10 @@ class Stages:
             else:
                 tokens, target = self._tokens(), None
                 if section.target == "source" and writes_linearly(self.source):
-                    tokens = with_copies(tokens, self.recipe.calibration.seed)
+                    tokens = self._shared(with_copies(tokens, self.recipe.calibration.seed))
                     target = JointTarget(self._walk(self.source), self._groups(), tokens)
+                else:
+                    tokens = self.ranks.samples(tokens)
                 walk = self._walk(model, fast=target is None)
                 modules = list(
                     quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **self._output())
@@ -173,7 +182,8 @@ class Stages:
         if not isinstance(section, BitsandbytesSection):
             inputs |= self._inputs("source", "calibrate")
         settings = {**section.model_dump(mode="json"), **self._numerics(), **self._files()}
-        return self._checkpoint(self._publish("quantize", settings, inputs, build))
+        alone = isinstance(section, BitsandbytesSection)
+        return self._checkpoint(self._publish("quantize", settings, inputs, build, alone=alone))
 
     def evaluate(self, stage: str, model: Checkpoint) -> None:
         """Notes the size of a stage's model and, where the recipe asks for it, measures it."""
@@ -213,13 +223,14 @@ class Stages:
         def build(folder: Path) -> dict[str, str]:
             return write_artifact(model, manifest, folder, origins)
 
-        done = self._publish("artifact", settings, inputs, build, inside=False)
+        done = self._publish("artifact", settings, inputs, build, inside=False, alone=True)
         self.result.artifact = done.path
 
     def write_log(self) -> None:
         """run.json: clocks and memory, which no digest covers."""
         peak = max((stage["peak_memory_bytes"] for stage in self.log), default=0)
         log: dict[str, Any] = {
+            "processes": self.ranks.size,
             "stages": self.log,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
@@ -238,10 +249,27 @@ class Stages:
         build: Callable[[Path], Mapping[str, str] | None],
         *,
         inside: bool = True,
+        alone: bool = False,
     ) -> Handoff:
-        began = time.time()
+        """Makes a stage, or finds it made; unless the first process does it `alone`, all of them build."""
+        began, folder = time.time(), self.folder / stage
         reset_peak()
-        done = publish(self.folder / stage, stage, section, inputs, build, fresh=self.fresh, inside=inside)
+        if self.ranks.main:
+
+            def call_all(scratch: Path) -> Mapping[str, str] | None:
+                self.ranks.tell(not alone)
+                return build(scratch)
+
+            done = publish(folder, stage, section, inputs, call_all, fresh=self.fresh, inside=inside)
+            if done.reused:
+                self.ranks.tell(False)
+            self.ranks.wait()
+        else:
+            if self.ranks.tell():
+                with TemporaryDirectory() as scratch:
+                    build(Path(scratch))
+            self.ranks.wait()
+            done = find_published(folder, inside=inside)
         seconds = time.time() - began
         self.progress.say(f"{stage}: " + ("unchanged, kept" if done.reused else f"done in {seconds:.1f} s"))
         row = {"stage": stage, "started": began, "seconds": seconds, "reused": done.reused}
@@ -270,7 +298,11 @@ class Stages:
 
     def _walk(self, model: Checkpoint, *, fast: bool = False) -> LayerWalk:
         dtype, spill = compute_dtype(self.source, self.device), self.folder if self.plan.spill else None
-        return LayerWalk(model, self.device, dtype, fast=fast, spill=spill)
+        return LayerWalk(model, self.device, dtype, fast=fast, spill=spill, ranks=self.ranks)
+
+    def _shared(self, tokens: torch.Tensor) -> torch.Tensor:
+        """This process's part of the samples, those that are held out shared too."""
+        return self.ranks.samples(tokens, held_out_samples(len(tokens)))
 
     def _checkpoint(self, done: Handoff) -> Checkpoint:
         return open_checkpoint(done.path, quantized=True)
@@ -287,4 +319,5 @@ class Stages:
 
     def _numerics(self) -> dict[str, Any]:
         """What changes the last bits of a computation."""
-        return {"device": self.device.type, "threads": torch.get_num_threads()}
+        numerics = {"device": self.device.type, "threads": torch.get_num_threads()}
+        return numerics | ({"processes": self.ranks.size} if self.ranks.size > 1 else {})

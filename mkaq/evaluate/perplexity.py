@@ -43,7 +43,8 @@ def perplexity(
         progress: Told of every layer.
         what: What the progress is called.
     """
-    length = len(sequences[0])
+    length, total = len(sequences[0]), len(sequences)
+    sequences = sequences[walk.ranks.share(total)]
     groups = [[s for s in sequences if len(s) == length], [s for s in sequences if len(s) != length]]
     states = [(torch.tensor(group), walk.embed(torch.tensor(group))) for group in groups if group]
     for index in progress.track(range(walk.num_layers), what):
@@ -58,6 +59,8 @@ def perplexity(
                 targets = row[1:].to(logits.device)
                 losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item())
                 counts.append(len(targets))
+    joined = walk.ranks.join(torch.tensor([losses, counts], dtype=torch.float64, device=walk.device).T, total)
+    losses, counts = joined[:, 0].tolist(), joined[:, 1].long().tolist()
     return summarize(losses, counts)
 
 

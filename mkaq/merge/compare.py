@@ -34,7 +34,7 @@ def compare_layers(
 
     Args:
         walk: The model.
-        tokens: Calibration token ids, shape (samples, length).
+        tokens: Calibration token ids, shape (samples, length), for every process all.
         section: Points, coordinates and bins.
         seed: Chooses the token positions.
         progress: Told of every layer.
@@ -43,14 +43,15 @@ def compare_layers(
     inner = np.flatnonzero(np.arange(tokens.numel()) % length)  # first tokens are unlike all others
     count = min(section.points, len(inner))
     chosen = np.sort(np.random.default_rng(seed).choice(inner, count, replace=False))
-    samples = np.unique(chosen // length)
-    rows = torch.from_numpy(np.searchsorted(samples, chosen // length) * length + chosen % length)
+    own = chosen[walk.ranks.share(count)]
+    samples = np.unique(own // length)
+    rows = torch.from_numpy(np.searchsorted(samples, own // length) * length + own % length)
     bandwidth = None if section.bandwidth == "median" else float(section.bandwidth)
     maps = []
     walked = walk.hidden_states(tokens[torch.from_numpy(samples)])
     for index, hidden_states in progress.track(walked, "compare layers", walk.num_layers):
         states = hidden_states.reshape(-1, hidden_states.shape[-1])[rows.to(hidden_states.device)]
-        points = states.float().cpu().numpy()
+        points = walk.ranks.join(states.float(), count).cpu().numpy()
         try:
             maps.append(diffusion_map(points, section.dimensions, bandwidth, section.alpha, section.time))
         except ValueError as error:

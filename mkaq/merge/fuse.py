@@ -31,6 +31,7 @@ from mkaq.merge.parts import (
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.observe import input_of, outputs_of
 from mkaq.model.walk import LayerWalk, batches, spans
+from mkaq.ranks import Ranks
 
 _SELECTION_RIDGE = 1e-2
 
@@ -136,6 +137,7 @@ def fuse(
     for held, rows in halves(compressed):
         features = torch.cat([run_to(m, heads.writer, compressed[rows]) for m in modules], -1)
         add_rows(moments[held], features, _without_bias(attended[rows], new, heads), original[rows])
+    add_up(walk.ranks, *moments)
     head_origins, attention = solve(heads, moments)
     module = walk.assemble(group[0], new)
     moments = pair_of_moments(walk, channels, len(group))
@@ -144,11 +146,12 @@ def fuse(
         normed = module.get_submodule(channels.norm)(middle)
         features = torch.cat([channels_of(m, normed) for m in modules], -1)
         add_rows(moments[held], features, _without_bias(final - middle, new, channels), final)
+    add_up(walk.ranks, *moments)
     channel_origins, mlp = solve(channels, moments)
     del modules
     module = walk.assemble(group[0], new)
     walk.run_all(module, group[0], compressed)
-    residual = held_out_error(compressed, original)
+    residual = walk.ranks.mean(held_out_error(compressed, original))
     return FusedLayer(tuple(group), new, head_origins, channel_origins, attention, mlp, residual)
 
 
@@ -217,6 +220,14 @@ def pair_of_moments(walk: LayerWalk, parts: Parts, layers: int) -> tuple[Moments
 def add_rows(moments: Moments, features: torch.Tensor, target: torch.Tensor, final: torch.Tensor) -> None:
     """Adds tokens to moments, each weighted by the inverse mean square of its hidden state, `final`."""
     moments.add(features.flatten(0, -2), target.flatten(0, -2), token_weights(final).reshape(-1))
+
+
+def add_up(ranks: Ranks, *moments: Moments) -> None:
+    """Adds the moments of all processes, so that each has those of all tokens."""
+    for sums in moments:
+        energy = torch.tensor([sums.energy], dtype=torch.float64, device=sums.gram.device)
+        ranks.add(sums.gram, sums.cross, energy)
+        sums.energy = float(energy)
 
 
 def _without_bias(target: torch.Tensor, new: Mapping[str, torch.Tensor], parts: Parts) -> torch.Tensor:

@@ -46,6 +46,7 @@ def measure_groups(
         source's over held-out tokens, in nats.
     """
     sample = with_copies(tokens[:: max(1, min(SHARE, len(tokens) // 16))], seed)
+    sample = walk.ranks.samples(sample, held_out_samples(len(sample)))
     held = slice(len(sample) - held_out_samples(len(sample)), None)
     hidden_states = walk.embed(sample)
     merged: dict[tuple[int, int], torch.Tensor] = {}
@@ -61,7 +62,10 @@ def measure_groups(
                 if start + length <= index:
                     walk.run_all(layer, index, states)
     with walk.head() as head:
-        return {group: divergence(head, states, hidden_states[held]) for group, states in merged.items()}
+        return {
+            group: walk.ranks.mean(divergence(head, states, hidden_states[held]))
+            for group, states in merged.items()
+        }
 
 
 @torch.no_grad()
@@ -124,7 +128,7 @@ def best_average(
         states = compressed.clone()
         module = walk.assemble(group[0], merge_layers(layers, chain_weights(group, share)))
         walk.run_all(module, group[0], states)
-        error = held_out_error(states, original)
+        error = walk.ranks.mean(held_out_error(states, original))
         if best is None or error < best[1]:
             best = (share, error, states)
     assert best is not None

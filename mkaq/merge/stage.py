@@ -16,14 +16,16 @@ from mkaq.handoff import digest_of
 from mkaq.merge.apply import weighted_sum
 from mkaq.merge.choose import choose_groups
 from mkaq.merge.fuse import check_fusable, fuse
+from mkaq.merge.hold_out import held_out_samples
 from mkaq.merge.least_squares import Fit
 from mkaq.merge.origins import ORIGINS, Origins, origins_of, shares, write_origins
 from mkaq.merge.plan import MergePlan
 from mkaq.model.architecture import LAYER_PREFIX, keep_layers
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk, return_freed_memory
-from mkaq.model.writer import ShardWriter, layout_like, tensor_bytes, write_json, write_side_files
+from mkaq.model.writer import Writer, layout_like, tensor_bytes, write_json, write_side_files, writer_of
 from mkaq.progress import Progress
+from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import MergeSection
 
 
@@ -60,13 +62,14 @@ def merge(
     choice = choose_groups(walk, tokens, section, seed, dtype, progress)
     plan = choice.plan
     if section.fuse == "channels":
-        made = fused_layers(walk, with_copies(tokens, seed), plan.groups, dtype)
+        samples = walk.ranks.samples(with_copies(tokens, seed), held_out_samples(len(tokens)))
+        made = fused_layers(walk, samples, plan.groups, dtype)
         merges = []
     else:
         made = averaged_layers(source, plan, dtype)
         merges = plan.as_json()["merges"]
     layers = progress.track(made, "merge", len(plan.layers))
-    rows, origins, digests = write_merged(source, layers, plan.kept, folder, dtype, shard_size)
+    rows, origins, digests = write_merged(source, layers, plan.kept, folder, dtype, shard_size, walk.ranks)
     if origins:
         write_origins(folder / ORIGINS, origins)
     measured = [{"first": k, "layers": n, "error": error} for (k, n), error in choice.errors.items()]
@@ -99,6 +102,7 @@ def write_merged(
     folder: Path,
     dtype: torch.dtype,
     shard_size: int,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[dict[str, Any]], list[Origins], dict[str, str]]:
     """Writes the merged checkpoint: the outer tensors of the source, and new layers.
 
@@ -109,13 +113,14 @@ def write_merged(
         folder: Where the checkpoint goes.
         dtype: Of its tensors.
         shard_size: Bytes per file.
+        ranks: Of several processes the first one writes.
 
     Returns:
         The rows of merge_plan.json, the origins of fused layers, and sha256 of the weight files by name.
     """
     rows: list[dict[str, Any]] = []
     origins: list[Origins] = []
-    with ShardWriter(folder, shard_size, layout_like(source, kept, dtype)) as writer:
+    with writer_of(ranks, folder, shard_size, layout_like(source, kept, dtype)) as writer:
         for name in source.outer_tensor_names:
             writer.put(name, (cast(block, dtype, name) for block in source.blocks(name)))
         for new, layer in enumerate(layers):
@@ -124,10 +129,10 @@ def write_merged(
             return_freed_memory()
     write_json(folder / "config.json", merged_config(source, kept, dtype))
     write_side_files(source, folder)
-    return rows, origins, writer.digests
+    return rows, origins, dict(writer.digests)
 
 
-def write_layer(writer: ShardWriter, new: int, tensors: Mapping[str, Iterable[torch.Tensor]]) -> str:
+def write_layer(writer: Writer, new: int, tensors: Mapping[str, Iterable[torch.Tensor]]) -> str:
     """Writes a layer piece by piece, and computes what `digest_layer` gives in a thread beside."""
     digest = hashlib.sha256()
     with ThreadPoolExecutor(1) as beside:

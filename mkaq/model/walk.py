@@ -25,6 +25,7 @@ from mkaq.model.expected import build_skeleton
 from mkaq.model.products import has_fast_bfloat16
 from mkaq.quantize.bnb import dequantize_linear, restore_linear
 from mkaq.quantize.packing import unpack_linear
+from mkaq.ranks import ALONE, Ranks
 
 TOKENS_PER_BATCH = 4096
 
@@ -53,6 +54,7 @@ class LayerWalk:
         fast: Let matrix products be in bfloat16 where a CPU has them (their sums are in float32, as
             the hidden states are); weights that are stored so then stay so.
         spill: The folder for hidden states that are too many for the memory; None: they are not.
+        ranks: The processes among which the samples are shared.
     """
 
     def __init__(
@@ -63,9 +65,10 @@ class LayerWalk:
         *,
         fast: bool = False,
         spill: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.activations = Activations(device, spill)
+        self.activations, self.ranks = Activations(device, spill), ranks
         self._fast = fast and device.type == "cpu" and has_fast_bfloat16(device)
         self.skeleton = build_skeleton(copy.deepcopy(checkpoint.hf_config))
         self._layers = list(self.skeleton.model.layers)

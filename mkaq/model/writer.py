@@ -15,6 +15,7 @@ import torch
 from mkaq.errors import VerificationError
 from mkaq.model.architecture import LAYER_PREFIX
 from mkaq.model.checkpoint import BLOCK, INDEX, SIDE_FILES, SINGLE, Checkpoint
+from mkaq.ranks import Ranks
 
 _NAMES = {  # in the order in which the safetensors library lays types: aligned, the largest first
     torch.int64: "I64",
@@ -178,6 +179,31 @@ class ShardWriter:
                 "weight_map": dict(sorted(weight_map.items())),
             }
             write_json(self.folder / INDEX, index)
+
+
+class Discard:
+    """Takes tensors as `ShardWriter` does and writes nothing, as all processes but the first do."""
+
+    digests: Mapping[str, str] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Lets go of a tensor."""
+
+    def put(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
+        """Lets go of a tensor; its pieces are not even made."""
+
+    def __enter__(self) -> "Discard":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+Writer = ShardWriter | Discard
+
+
+def writer_of(ranks: Ranks, folder: Path, shard_size: int, layout: Layout | None = None) -> Writer:
+    """What a process of a group writes with."""
+    return ShardWriter(folder, shard_size, layout) if ranks.main else Discard()
 
 
 class _Shard:

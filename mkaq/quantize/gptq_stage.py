@@ -1,6 +1,6 @@
 """GPTQ over a whole checkpoint: the solver inside the walk, layer by layer, true sequential."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +14,12 @@ from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.gram import add_gram, mirror
 from mkaq.model.piecewise import Piecewise
 from mkaq.model.walk import LayerWalk, spans
-from mkaq.model.writer import ShardWriter, write_json, write_side_files
+from mkaq.model.writer import write_json, write_side_files, writer_of
 from mkaq.progress import Progress
-from mkaq.quantize.gptq import DampingError, gptq
+from mkaq.quantize.gptq import DampingError, GptqResult, gptq
 from mkaq.quantize.joint import JointTarget
 from mkaq.quantize.packing import pack_linear
+from mkaq.ranks import Ranks
 from mkaq.recipe import GptqSection
 
 
@@ -81,7 +82,7 @@ def quantize_gptq(
 
     Args:
         source: The checkpoint to quantize.
-        tokens: Calibration token ids, shape (samples, length).
+        tokens: Calibration token ids, shape (samples, length); of several processes each has its own.
         section: The recipe's quantize section.
         folder: Where the checkpoint goes.
         walk: A walk over `source`.
@@ -96,7 +97,7 @@ def quantize_gptq(
     check_gptq(source, section)
     modules: list[GptqModule] = []
     hidden_states = walk.embed(tokens)
-    with ShardWriter(folder, shard_size) as writer:
+    with writer_of(walk.ranks, folder, shard_size) as writer:
         for name, tensor in source.each(source.outer_tensor_names):
             writer.add(name, tensor.to(dtype))
         for index in progress.track(range(walk.num_layers), "quantize (gptq)"):
@@ -116,6 +117,7 @@ def quantize_gptq(
                     if fitted and fitted.ridge is not None:
                         set_weight(layer, group[0], fitted.weight)
                     hessian = _hessian(pieces, group[0], hidden_states)
+                    walk.ranks.add(hessian)
                     for name, packed, record in _solve_group(layer, group, hessian, section, walk, prefix):
                         modules.append(replace(record, ridge=fitted.ridge) if fitted else record)
                         for part, tensor in packed.items():
@@ -174,7 +176,7 @@ def _solve_group(
     weight = torch.cat([linear.weight.float() for linear in linears])
     options = section.model_dump(exclude={"method", "target"})
     try:
-        result = gptq(weight, hessian, **options)
+        result = _solve(weight, hessian, walk.ranks, options)
     except DampingError as error:
         raise UsageError(
             f"the Hessian of {prefix}{group[0]} is {error}",
@@ -195,6 +197,23 @@ def _solve_group(
         )
         set_weight(layer, name, result.weight[rows].to(walk.dtype))
         yield name, packed, record
+
+
+def _solve(
+    weight: torch.Tensor, hessian: torch.Tensor, ranks: Ranks, options: Mapping[str, Any]
+) -> GptqResult:
+    """`gptq`, of several processes each for its share of the rows."""
+    rows = len(weight)
+    own = gptq(weight[ranks.share(rows)], hessian, **options)
+    return replace(
+        own,
+        codes=ranks.join(own.codes, rows),
+        scales=ranks.join(own.scales, rows),
+        zeros=ranks.join(own.zeros, rows),
+        weight=ranks.join(own.weight, rows),
+        errors=ranks.join(own.errors, rows),
+        energies=ranks.join(own.energies, rows),
+    )
 
 
 def set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from mkaq.merge.fuse import add_rows, advance, halves, pair_of_moments
+from mkaq.merge.fuse import add_rows, add_up, advance, halves, pair_of_moments
 from mkaq.merge.least_squares import Fit, fit
 from mkaq.merge.parts import attention_parts, mlp_parts
 from mkaq.model.piecewise import Piecewise
@@ -70,4 +70,5 @@ class JointTarget:
             if linear.bias is not None:
                 target = target - linear.bias
             add_rows(moments[held], inputs, target, final)
+        add_up(self._source.ranks, *moments)
         return fit(*moments, linear.weight)

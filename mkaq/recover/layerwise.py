@@ -17,7 +17,7 @@ from torch import nn
 from mkaq.merge.hold_out import held_out_samples, mean_relative_error, token_weights
 from mkaq.model.products import has_fast_bfloat16
 from mkaq.model.walk import LayerWalk, batches, return_freed_memory
-from mkaq.model.writer import ShardWriter, layout_like, write_json, write_side_files
+from mkaq.model.writer import layout_like, write_json, write_side_files, writer_of
 from mkaq.progress import Progress
 from mkaq.recipe import LayerwiseSection
 
@@ -75,7 +75,7 @@ def recover(
     original, states = source.embed(tokens), walk.embed(tokens)
     records = []
     layout = layout_like(compressed, range(compressed.num_layers), dtype)
-    with ShardWriter(folder, shard_size, layout) as writer:
+    with writer_of(walk.ranks, folder, shard_size, layout) as writer:
         for name, tensor in compressed.each(compressed.outer_tensor_names):
             writer.add(name, tensor.to(dtype))
         for new, group in enumerate(progress.track(groups, "recover (layerwise)")):
@@ -130,13 +130,17 @@ def tune(
     speed = 0.25 / inputs.shape[-1] if section.learning_rate == "auto" else section.learning_rate
     optimizer = torch.optim.AdamW(layer.parameters(), speed, (0.9, 0.95), weight_decay=0.0)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, section.steps))
-    samples = shuffled(len(inputs) - held_out_samples(len(inputs)), section.batch_size, seed)
+    own = math.ceil(section.batch_size / walk.ranks.size)
+    samples = shuffled(len(inputs) - held_out_samples(len(inputs)), own, seed)
     for step, chosen in zip(range(1, section.steps + 1), samples, strict=False):
         with torch.autocast(walk.device.type, torch.bfloat16, enabled=fast):
             output = walk.run(layer, new, inputs[chosen])
         target = targets[chosen].float()
         loss = ((output.float() - target).square().mean(-1) * token_weights(target)).mean()
         loss.backward()  # type: ignore[no-untyped-call]
+        for parameter in layer.parameters():
+            if parameter.grad is not None:
+                walk.ranks.add(parameter.grad.div_(walk.ranks.size))
         nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
         optimizer.step()
         rate.step()
@@ -158,7 +162,7 @@ def layer_error(
     """Mean of |output - target|^2 / |target|^2 over the tokens of the held-out samples."""
     held = slice(len(inputs) - held_out_samples(len(inputs)), None)
     outputs = torch.cat([walk.run(layer, new, batch) for batch in batches(inputs[held])])
-    return mean_relative_error(outputs, targets[held])
+    return walk.ranks.mean(mean_relative_error(outputs, targets[held]))
 
 
 def with_weights(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:

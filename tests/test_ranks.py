@@ -1,0 +1,119 @@
+"""Two processes on one machine, over gloo: the same plan, and all but a few of the same codes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mkaq.errors import UsageError
+from mkaq.quantize.packing import unpack
+from mkaq.ranks import ALONE, Ranks
+from tests.runs import Outcome
+
+AVERAGE = {"layers": 1, "fuse": "average", "manifold": {"points": 128}}
+CHANNELS = {"layers": 1, "fuse": "channels", "order": "measured"}
+RECOVER = {"method": "layerwise", "steps": 5, "batch_size": 4}
+EVALUATE = {"perplexity": {"dataset": "builtin", "num_samples": 4, "max_seq_length": 32}}
+
+
+def torchrun(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """`torchrun --standalone --nproc-per-node 2 -m mkaq ...`, with one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", "-m", "mkaq", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
+    )
+
+
+def codes(folder: Path) -> torch.Tensor:
+    tensors = load_file(folder / "quantize" / "model.safetensors")
+    return torch.cat([unpack(t, 4).flatten() for n, t in sorted(tensors.items()) if n.endswith(".qweight")])
+
+
+@pytest.mark.parametrize(
+    ("merge", "recover", "target", "differing"),
+    [
+        (AVERAGE, None, "input", 1e-3),
+        (CHANNELS, None, "source", 6e-2),  # solved on few tokens: the last bits of sums go far
+        (CHANNELS, RECOVER, "input", 1e-1),  # whose batches are made of other samples
+    ],
+    ids=["paper", "fused", "tuned"],
+)
+def test_two_processes_do_what_one_does(
+    merge: dict[str, Any],
+    recover: dict[str, Any] | None,
+    target: str,
+    differing: float,
+    recipe: Callable[..., Path],
+    mkaq: Callable[..., Outcome],
+    tmp_path: Path,
+) -> None:
+    quantize = {"method": "gptq", "bits": 4, "group_size": 32, "target": target}
+    calibration = {"dataset": "builtin", "num_samples": 32, "max_seq_length": 32}
+    written = recipe(
+        merge=merge, recover=recover, quantize=quantize, calibration=calibration, evaluate=EVALUATE
+    )
+    one, two = tmp_path / "one", tmp_path / "two"
+    torch.set_num_threads(1)
+    assert mkaq("run", written, "--output", one).code == 0
+    done = torchrun("run", written, "--output", two, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)  # printed once
+    assert told["artifact"] == str(two / "artifact")
+
+    plans = [json.loads((folder / "merge" / "merge_plan.json").read_text()) for folder in (one, two)]
+    groups = [[list(layer["from"]) for layer in plan["layers"]] for plan in plans]
+    assert groups[0] == groups[1]
+    share = float((codes(one) != codes(two)).float().mean())
+    print("share of codes that differ:", share)
+    assert share < differing
+    measured = [
+        json.loads((f / "evaluate/quantize/evaluation.json").read_text())["perplexity"] for f in (one, two)
+    ]
+    assert measured[0]["tokens"] == measured[1]["tokens"]
+    assert measured[0]["perplexity"] == pytest.approx(measured[1]["perplexity"], rel=2e-3)
+    assert mkaq("verify", two / "artifact").code == 0
+    log = json.loads((two / "run.json").read_text())
+    assert log["processes"] == 2 and not any(row["reused"] for row in log["stages"])
+
+
+def test_a_run_of_two_processes_is_kept_and_goes_on(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    calibration = {"dataset": "builtin", "num_samples": 16, "max_seq_length": 32}
+    written = recipe(merge=AVERAGE, calibration=calibration)
+    assert torchrun("run", written, "--output", tmp_path / "r", "--until", "merge").returncode == 0
+    done = torchrun("run", written, "--output", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    log = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert [row["stage"] for row in log["stages"] if row["reused"]] == ["calibrate", "merge"]
+
+
+def test_too_few_samples_for_everyone(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    done = torchrun(
+        "run", recipe(calibration={"num_samples": 1, "max_seq_length": 32}), "--output", tmp_path / "r"
+    )
+    assert done.returncode != 0
+    assert "1 samples cannot be shared by 2 processes" in done.stderr
+    assert "multiple of 16" in done.stderr
+
+
+@pytest.mark.parametrize(("count", "size"), [(7, 2), (8, 3), (3, 3), (100, 7)])
+def test_shares_hold_everything_once_in_order(count: int, size: int) -> None:
+    shares = [list(range(count))[Ranks(rank, size).share(count)] for rank in range(size)]
+    assert [number for share in shares for number in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_held_out_samples_are_shared_apart() -> None:
+    tokens = torch.arange(32)[:, None]
+    parts = [Ranks(rank, 2).samples(tokens, held_out=4).flatten().tolist() for rank in (0, 1)]
+    assert parts == [[*range(14), 28, 29], [*range(14, 28), 30, 31]]
+    assert ALONE.samples(tokens, held_out=4) is tokens
+    with pytest.raises(UsageError, match="30 samples cannot be shared by 2 processes"):
+        Ranks(0, 2).samples(tokens[:30], held_out=3)
