@@ -53,7 +53,7 @@ from mkaq.recipe import CalibrationSection
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent
-WARM_UP, TOKENS_AT_ONCE, TOLERANCE = 8, 4096, 1e-3
+WARM_UP, TOKENS_AT_ONCE, TOLERANCE = 8, 4096, 1e-5
 MKAQ = [sys.executable, "-c", "from mkaq.cli import main; main()", "run"]
 
 
@@ -173,7 +173,7 @@ def products_of(options: argparse.Namespace, model: Path) -> tuple[list[Product]
     if python := options.gptqmodel_python:
         arguments = [*plain, *columns]
         as_it_comes = worker(python, "gptqmodel", *arguments)
-        products.append(Product("GPTQModel", as_it_comes, "bfloat16, finished layers to disk: its defaults"))
+        products.append(Product("GPTQModel", as_it_comes, "bfloat16 and offload_to_disk, its defaults"))
         for dtype in ("bfloat16", "float32"):
             command = worker(python, "gptqmodel", *arguments, "--no-offload", "--dtype", dtype)
             products.append(Product(f"GPTQModel {dtype}", command, f"{dtype}, offload_to_disk=False"))
@@ -204,7 +204,8 @@ def run_all(
     """Seconds and peak memory of every product in every round; keeps what the last round wrote.
 
     Raises:
-        SystemExit: If a product fails, or mkaq chose other tokens.
+        SystemExit: If a product fails, or runs with another number of threads.
+        AssertionError: If mkaq chose other tokens.
     """
     rows: list[dict[str, Any]] = [{"product": p.name, "settings": p.settings, "runs": []} for p in products]
     for turn in range(options.repeats + 1):
@@ -218,6 +219,8 @@ def run_all(
             told = product.told(run, out)
             if product.is_mkaq and (chosen := out / "calibrate" / "calibration.safetensors").exists():
                 assert torch.equal(load_file(chosen)["input_ids"], part), "mkaq calibrates on other tokens"
+            if told["threads"] != options.threads:
+                sys.exit(f"{product.name}: ran with {told['threads']} threads")
             if turn:
                 row["told"] = told
                 row["runs"].append(

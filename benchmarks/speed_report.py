@@ -33,13 +33,17 @@ def table(record: dict[str, Any]) -> str:
     tokens = ", ".join(f"{rows[0]['texts'][name]['tokens']:,} tokens of {name}" for name in names)
     repeats, calibrating = len(rows[1]["runs"]), rows[1]["told"]["stages"]["calibrate"]
     head = ["product", "whole process, s", "quantizing, s", "peak, GB", "weights, MB"]
-    order = "by falling activation" if settings["act_order"] else "no activation order"
+    order = (
+        "falling activation first (GPTQModel: within groups)"
+        if settings["act_order"]
+        else "no activation order"
+    )
     lines = [
         f"`{record['command']}`: {record['model']['name']}, 4 bits, symmetric, group size "
         f"{settings['group_size']}, {order}, damping 0.01, the same {count} x {length} calibration tokens, "
-        f"{record['calibration']['rows_at_once']} rows at a time. {here['processor']}, {here['cores']} cores, "
-        f"threads: {here['threads']}. Medians of {repeats} runs, least and most in parentheses. "
-        f"Perplexity over {tokens}.",
+        f"{record['calibration']['rows_at_once']} rows at a time. {here['processor']}, cores: "
+        f"{here['cores']}, threads: {here['threads']}. Medians of {repeats} runs, "
+        f"least and most in parentheses. Perplexity over {tokens}.",
         "",
         f"| {' | '.join(head + [f'perplexity {name}' for name in names])} |",
         "|---" * (len(head) + len(names)) + "|",
@@ -52,10 +56,10 @@ def table(record: dict[str, Any]) -> str:
     lines += [
         "",
         "Quantizing: for mkaq the stage as run.json has it, which reads the model and writes the checkpoint "
-        "as it goes; for the others what lies between loading and saving. The whole process of mkaq also reads "
-        f"and tokenizes the calibration text ({calibrating:.1f} s), which the others are given as tokens. "
-        "Peak: all processes of a run. "
-        "Where nothing else is said a product keeps its own defaults, such as how it chooses scales.",
+        "as it goes; for the others what lies between loading and saving. The whole process of mkaq also "
+        f"reads and tokenizes the calibration text ({calibrating:.1f} s), which the others get as tokens. "
+        "Peak: all processes of a run together. Where nothing else is said a product keeps its own defaults, "
+        "such as how it chooses scales.",
         "",
     ]
     lines += [f"- {row['product']}: {row['settings']}; {versions(row, record)}" for row in rows[1:]]
