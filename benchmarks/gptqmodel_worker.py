@@ -2,8 +2,9 @@
 
 Run it with the Python of an environment where GPTQModel is installed. GPTQModel logs to standard
 output; the last line there is a JSON object that says what happened. GPTQModel keeps its own
-defaults (dampening, column order and so on) but for one: its group-aware column order, which it
-refuses to combine with one group per row, is off with ``--group-size -1``.
+defaults (dampening, column order and so on) where no option says otherwise, but for one: its
+group-aware column order, which it refuses to combine with one group per row, is off with
+``--group-size -1``.
 """
 
 import argparse
@@ -20,6 +21,7 @@ def quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     # Read by GPTQModel when imported: its default, but never the 1 thread that makes it fail.
     threads = min(12, max(2, ((os.cpu_count() or 1) + 1) // 2))
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(threads))
+    import torch
     from gptqmodel import GPTQModel, QuantizeConfig
     from safetensors.torch import load_file
 
@@ -30,16 +32,19 @@ def quantize(arguments: argparse.Namespace) -> dict[str, Any]:
         group_size=arguments.group_size,
         sym=not arguments.asym,
         desc_act=arguments.desc_act,
-        **({"act_group_aware": False} if arguments.group_size == -1 else {}),
+        damp_percent=arguments.damp_percent,
+        offload_to_disk=not arguments.no_offload,
+        **({"act_group_aware": False} if arguments.no_group_aware or arguments.group_size == -1 else {}),
     )
+    dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)  # a name is not heeded
     started = time.perf_counter()
-    model = GPTQModel.load(str(arguments.model_dir), config, device="cpu")
+    model = GPTQModel.load(str(arguments.model_dir), config, device="cpu", dtype=dtype)
     loaded = time.perf_counter()
-    model.quantize(  # Rows one at a time, in the given order: nothing joined, sorted or padded.
+    model.quantize(  # Rows in the given order: nothing joined, sorted or, being of one length, padded.
         [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows],
         calibration_concat_size=None,
         calibration_sort=None,
-        batch_size=1,
+        batch_size=arguments.batch_size,
     )
     quantized = time.perf_counter()
     log = {f"{entry['layer']}.{entry['module']}": entry for entry in model.quant_log}
@@ -61,6 +66,7 @@ def quantize(arguments: argparse.Namespace) -> dict[str, Any]:
         "calibration_tokens": tokens,
         "fallback_modules": words,
         "zero_loss_modules": zeros,
+        "threads": torch.get_num_threads(),
         "damp_percent": sorted({float(entry["damp"]) for entry in log.values()}),
         "versions": {name: version(name) for name in ("gptqmodel", "torch", "transformers")},
     }
@@ -75,4 +81,9 @@ if __name__ == "__main__":
     parser.add_argument("--group-size", type=int, default=128, help="-1: one group per row")
     parser.add_argument("--asym", action="store_true", help="asymmetric: free zero points")
     parser.add_argument("--desc-act", action="store_true", help="columns by falling activation")
+    parser.add_argument("--damp-percent", type=float, help="GPTQModel's own if absent")
+    parser.add_argument("--no-group-aware", action="store_true", help="columns as they come within groups")
+    parser.add_argument("--no-offload", action="store_true", help="keep finished layers in memory: faster")
+    parser.add_argument("--batch-size", type=int, default=1, help="rows at a time")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     print(json.dumps(quantize(parser.parse_args())), flush=True)
