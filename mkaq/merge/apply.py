@@ -5,22 +5,27 @@ from collections.abc import Mapping, Sequence
 import torch
 
 
-def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """The weighted sum of tensors of one shape, in float32, cast back once at the end.
+def weighted_sum(
+    tensors: Sequence[torch.Tensor], weights: Sequence[float], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The weighted sum of tensors of one shape, in float32, cast once at the end.
 
-    A lone tensor of weight 1 is returned as it is. Terms are added in the given order with one
-    rounding for each product and each sum, so that the same inputs give the same bits.
+    A lone tensor of weight 1 is cast as it is. Terms are added in the given order with one rounding
+    for each product and each sum, so that the same inputs give the same bits.
 
     Args:
-        tensors: All of one shape and type.
+        tensors: All of one shape.
         weights: One for each.
+        dtype: Of the result; the first tensor's if None.
     """
+    dtype = dtype or tensors[0].dtype
     if len(tensors) == 1 and weights[0] == 1.0:
-        return tensors[0]
+        return tensors[0].to(dtype)
     total = tensors[0].float() * weights[0]
+    term = torch.empty_like(total)
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total += tensor.float() * weight
-    return total.to(tensors[0].dtype)
+        total += term.copy_(tensor).mul_(weight)
+    return total.to(dtype)
 
 
 def merge_layers(

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,9 @@ def write_merged(
     rows: list[dict[str, Any]] = []
     origins: list[Origins] = []
     with writer_of(ranks, folder, shard_size, layout_like(source, kept, dtype)) as writer:
-        for name in source.outer_tensor_names:
-            writer.put(name, (cast(block, dtype, name) for block in source.blocks(name)))
+        with one_thread():
+            for name in source.outer_tensor_names:
+                writer.put(name, (cast(block, dtype, name) for block in source.blocks(name)))
         for new, layer in enumerate(layers):
             rows.append({"new": new, **layer.record, "sha256": write_layer(writer, new, layer.tensors)})
             origins += [layer.origins] if layer.origins else []
@@ -135,7 +137,7 @@ def write_merged(
 def write_layer(writer: Writer, new: int, tensors: Mapping[str, Iterable[torch.Tensor]]) -> str:
     """Writes a layer piece by piece, and computes what `digest_layer` gives in a thread beside."""
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as beside, one_thread():
 
         def digested(pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
             last: Future[None] | None = None
@@ -198,10 +200,24 @@ def merged_layers(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors of every new layer of an average in turn, whole, by their names below the layer."""
     for weights, layer in zip(plan.layers, averaged_layers(source, plan, dtype), strict=True):
-        shapes = {
-            name: source.tensors[f"{LAYER_PREFIX}{min(weights)}.{name}"].shape for name in layer.tensors
-        }
-        yield {name: torch.cat(list(p)).reshape(shapes[name]) for name, p in layer.tensors.items()}
+        infos = {name: source.tensors[f"{LAYER_PREFIX}{min(weights)}.{name}"] for name in layer.tensors}
+        with one_thread():
+            whole = {name: torch.cat(list(pieces)) for name, pieces in layer.tensors.items()}
+        yield {name: tensor.reshape(infos[name].shape) for name, tensor in whole.items()}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps torch from sharing out each operation on a piece, which costs more than it gains.
+
+    Threads that wait for one another a thousand times a second stand still on a busy machine.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def names_below(source: Checkpoint, layer: int) -> list[str]:
@@ -226,8 +242,7 @@ def averaged_blocks(
     """
     streams = [source.blocks(f"{LAYER_PREFIX}{old}.{name}") for old in weights]
     for parts in zip(*streams, strict=True):
-        terms = parts if len(parts) == 1 else [part.float() for part in parts]
-        yield cast(weighted_sum(terms, list(weights.values())), dtype, name)
+        yield cast(weighted_sum(parts, list(weights.values()), dtype), dtype, name)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
