@@ -1,8 +1,10 @@
 """Gram matrices X^T X, summed over batches: half of one is computed, the rest is its mirror image."""
 
+from collections.abc import Iterator
+
 import torch
 
-_STRIPE = 1024
+_STRIPES = 8
 
 
 def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
@@ -13,9 +15,8 @@ def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
             read before `mirror`.
         rows: X, shape (tokens, features), float32.
     """
-    for start in range(0, rows.shape[1], _STRIPE):
-        stripe = rows[:, start : start + _STRIPE]
-        part = gram[start : start + _STRIPE, start:]
+    for start, stop in _stripes(rows.shape[1]):
+        stripe, part = rows[:, start:stop], gram[start:stop, start:]
         if gram.dtype == rows.dtype:
             part.addmm_(stripe.T, rows[:, start:])
         else:
@@ -24,6 +25,13 @@ def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
 
 def mirror(gram: torch.Tensor) -> None:
     """Fills the lower triangle of a Gram matrix from the upper one, in place."""
-    for start in range(0, len(gram), _STRIPE):
-        stop = min(start + _STRIPE, len(gram))
+    for start, stop in _stripes(len(gram)):
         gram[stop:, start:stop] = gram[start:stop, stop:].T
+        block = gram[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).T)
+
+
+def _stripes(features: int) -> Iterator[tuple[int, int]]:
+    """Where the stripes begin and end: an eighth each, as far as that fills a matrix product."""
+    width = max(128, -(-features // _STRIPES))
+    return ((start, min(start + width, features)) for start in range(0, features, width))

@@ -1,4 +1,4 @@
-"""A decoder layer run in pieces: what its attention gave is not computed again for what follows it."""
+"""A decoder layer run in pieces: what a part of it gave is not computed again for what follows it."""
 
 from functools import partial
 from types import TracebackType
@@ -9,32 +9,38 @@ from torch import nn
 from mkaq.model.observe import input_of
 from mkaq.model.walk import LayerWalk, spans
 
-ATTENTION = "self_attn"
+_BEFORE = {"self_attn": "input_layernorm"}  # what only the part itself reads
 
 
 class Piecewise:
     """One layer on all samples, for work on its linear layers in the order in which it reaches them.
 
-    The inputs of the linear layer that ends the attention are kept when they are asked for. When
-    something after the attention is, its outputs are computed from them, with the weights of that
-    moment, and the attention is not run any more. Leaving the `with` block gives the layer its
-    attention back.
+    The attention and the MLP each end in a linear layer, the part's writer. Its inputs are kept when they
+    are asked for. When something after the part is, the part's outputs are computed from them, with the
+    weights of that moment, and the part is not run any more: every linear layer is run once. Leaving the
+    `with` block makes the layer whole again.
 
     Args:
         walk: That the layer belongs to.
         layer: Placed.
         index: Its number.
         hidden_states: Its input, shape (samples, length, hidden_size).
-        writer: The name of the linear layer that ends the attention.
+        writers: The names of the linear layers that end the parts, in order.
     """
 
     def __init__(
-        self, walk: LayerWalk, layer: nn.Module, index: int, hidden_states: torch.Tensor, writer: str
+        self,
+        walk: LayerWalk,
+        layer: nn.Module,
+        index: int,
+        hidden_states: torch.Tensor,
+        writers: tuple[str, ...],
     ) -> None:
         self._walk, self._layer, self._index, self._states = walk, layer, index, hidden_states
-        self._writer, self._attention = writer, layer.get_submodule(ATTENTION)
-        self._kept: torch.Tensor | None = None
-        self._replay: _Replay | None = None
+        self._writers = writers
+        self._whole: dict[str, nn.Module] = {}
+        self._kept: dict[str, torch.Tensor] = {}
+        self._replays: list[_Replay] = []
 
     def __enter__(self) -> "Piecewise":
         return self
@@ -42,18 +48,23 @@ class Piecewise:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._layer.set_submodule(ATTENTION, self._attention)
+        for name, module in self._whole.items():
+            self._layer.set_submodule(name, module)
 
     def input_of(self, name: str, rows: slice) -> torch.Tensor:
-        """What a submodule reads for some samples, shape (rows, length, features)."""
-        if not name.startswith(f"{ATTENTION}."):
-            self._end_attention()
+        """What a submodule reads for some samples, shape (rows, length, features).
+
+        What is in neither part comes after the attention and before the end of the MLP.
+        """
+        parts = [writer.partition(".")[0] for writer in self._writers]
+        part = name.partition(".")[0]
+        self._end_parts(parts.index(part) if part in parts else len(parts) - 1)
         found = input_of(self._layer.get_submodule(name), partial(self._run, rows))
-        if name == self._writer:
-            if self._kept is None:
+        if name in self._writers:
+            if name not in self._kept:
                 shape = (len(self._states), *found.shape[1:])
-                self._kept = self._walk.activations.empty(shape, found.dtype)
-            self._kept[rows] = found
+                self._kept[name] = self._walk.activations.empty(shape, found.dtype)
+            self._kept[name][rows] = found
         return found
 
     def finish(self) -> None:
@@ -62,35 +73,44 @@ class Piecewise:
         Raises:
             CheckpointError: If it gives NaN or infinity.
         """
-        self._end_attention()
+        self._end_parts(len(self._writers))
         for rows in spans(self._states):
             self._states[rows] = self._walk.checked(self._run(rows), self._index)
 
     def _run(self, rows: slice) -> torch.Tensor:
-        if self._replay is not None:
-            self._replay.rows = rows
+        for replay in self._replays:
+            replay.rows = rows
         return self._walk.run(self._layer, self._index, self._states[rows])
 
-    def _end_attention(self) -> None:
-        if self._kept is None or self._replay is not None:
-            return
-        writer = self._layer.get_submodule(self._writer)
-        outputs = self._kept
-        if outputs.shape[-1] != self._states.shape[-1]:
-            outputs = self._walk.activations.empty(tuple(self._states.shape), outputs.dtype)
-        with self._walk.products():
-            for rows in spans(self._states):
-                outputs[rows] = writer(self._kept[rows])
-        self._kept, self._replay = outputs, _Replay(outputs)
-        self._layer.set_submodule(ATTENTION, self._replay)
+    def _end_parts(self, count: int) -> None:
+        """Replays the first parts from now on, if the inputs of their writers are kept."""
+        for name in [name for name in self._writers[:count] if name in self._kept]:
+            part = name.partition(".")[0]
+            writer, inputs = self._layer.get_submodule(name), self._kept.pop(name)
+            outputs = inputs
+            if inputs.shape[-1] != self._states.shape[-1]:
+                outputs = self._walk.activations.empty(tuple(self._states.shape), inputs.dtype)
+            with self._walk.products():
+                for rows in spans(self._states):
+                    outputs[rows] = writer(inputs[rows])
+                    self._walk.activations.release()
+            self._replays.append(_Replay(outputs, alone=part == "mlp"))
+            self._replace(part, self._replays[-1])
+            if part in _BEFORE:
+                self._replace(_BEFORE[part], nn.Identity())
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        self._whole[name] = self._layer.get_submodule(name)
+        self._layer.set_submodule(name, module)
 
 
 class _Replay(nn.Module):
-    """Stands for an attention: gives what that one gave."""
+    """Stands for a part of a layer: gives what that one gave."""
 
-    def __init__(self, outputs: torch.Tensor) -> None:
+    def __init__(self, outputs: torch.Tensor, alone: bool) -> None:
         super().__init__()
-        self._outputs, self.rows = outputs, slice(0)
+        self._outputs, self._alone, self.rows = outputs, alone, slice(0)
 
-    def forward(self, *_: object, **__: object) -> tuple[torch.Tensor, None]:
-        return self._outputs[self.rows], None
+    def forward(self, *_: object, **__: object) -> torch.Tensor | tuple[torch.Tensor, None]:
+        found = self._outputs[self.rows]
+        return found if self._alone else (found, None)  # an attention also gives its weights, or None

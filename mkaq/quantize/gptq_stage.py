@@ -97,6 +97,7 @@ def quantize_gptq(
     check_gptq(source, section)
     modules: list[GptqModule] = []
     hidden_states = walk.embed(tokens)
+    writers = source.family.linears[1][0], source.family.linears[3][0]
     with writer_of(walk.ranks, folder, shard_size) as writer:
         for name, tensor in source.each(source.outer_tensor_names):
             writer.add(name, tensor.to(dtype))
@@ -107,11 +108,7 @@ def quantize_gptq(
                 writer.add(name, tensor.to(dtype))
             if target is not None:
                 target.enter(index, hidden_states)
-            writer_of_attention = source.family.linears[1][0]
-            with (
-                walk.layer(index) as layer,
-                Piecewise(walk, layer, index, hidden_states, writer_of_attention) as pieces,
-            ):
+            with walk.layer(index) as layer, Piecewise(walk, layer, index, hidden_states, writers) as pieces:
                 for group in source.family.linears:
                     fitted = target and target.solve(pieces, layer, group[0], hidden_states)
                     if fitted and fitted.ridge is not None:

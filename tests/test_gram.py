@@ -1,0 +1,27 @@
+"""Gram matrices are X^T X, whatever the type, the size and the number of batches."""
+
+import pytest
+import torch
+
+from mkaq.model.gram import add_gram, mirror
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [1, 64, 1024, 1500])
+def test_sum_over_batches_is_the_direct_product(dtype: torch.dtype, features: int) -> None:
+    rows = torch.randn(300, features, generator=torch.Generator().manual_seed(0))
+    gram = torch.zeros(features, features, dtype=dtype)
+    for batch in rows.split(128):
+        add_gram(gram, batch)
+    mirror(gram)
+    expected = rows.double().T @ rows.double()
+    assert torch.equal(gram, gram.T)
+    assert torch.allclose(gram.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_of_any_layout_are_added() -> None:
+    rows = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).T  # not contiguous
+    gram = torch.zeros(64, 64)
+    add_gram(gram, rows)
+    mirror(gram)
+    assert torch.allclose(gram, rows.T @ rows, rtol=1e-4, atol=1e-3)
