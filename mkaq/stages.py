@@ -297,8 +297,9 @@ class Stages:
         return load_file(self.folder / "calibrate" / "calibration.safetensors")["input_ids"]
 
     def _walk(self, model: Checkpoint, *, fast: bool = False) -> LayerWalk:
-        dtype, spill = compute_dtype(self.source, self.device), self.folder if self.plan.spill else None
-        return LayerWalk(model, self.device, dtype, fast=fast, spill=spill, ranks=self.ranks)
+        dtype = compute_dtype(self.source, self.device, fast=fast)
+        spill = self.folder if self.plan.spill else None
+        return LayerWalk(model, self.device, dtype, spill=spill, ranks=self.ranks)
 
     def _shared(self, tokens: torch.Tensor) -> torch.Tensor:
         """This process's part of the samples, those that are held out shared too."""

@@ -43,7 +43,11 @@ def test_pieces_are_those_of_the_whole_layer_whose_weights_change_on_the_way(
     family: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mkaq.model.walk.TOKENS_PER_BATCH", 64)  # three batches
-    walk = LayerWalk(open_checkpoint(make_model(tmp_path, family)), torch.device("cpu"), fast=fast)
+    walk = LayerWalk(
+        open_checkpoint(make_model(tmp_path, family)),
+        torch.device("cpu"),
+        torch.bfloat16 if fast else torch.float32,
+    )
     states = walk.embed(TOKENS)
     untouched, close = states.clone(), 2e-2 if fast else 1e-4
     with walk.layer(1) as layer:

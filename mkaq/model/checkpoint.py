@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from mkaq.errors import CheckpointError, UnsupportedError
 from mkaq.model.architecture import LAYER_PREFIX, Family, family_of, layer_count
 from mkaq.model.expected import expected_tensors, plain_tensors
+from mkaq.model.finite import all_finite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -232,10 +233,7 @@ class Checkpoint:
             os.close(handle)
 
     def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
-        if not tensor.is_floating_point() or not tensor.numel():
-            return
-        extremes = torch.stack(torch.aminmax(tensor))  # both are NaN if any value is
-        if not bool(torch.isfinite(extremes).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise CheckpointError(f"tensor {name} holds NaN or infinity", where=self.path)
 
     def each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

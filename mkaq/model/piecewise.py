@@ -90,10 +90,9 @@ class Piecewise:
             outputs = inputs
             if inputs.shape[-1] != self._states.shape[-1]:
                 outputs = self._walk.activations.empty(tuple(self._states.shape), inputs.dtype)
-            with self._walk.products():
-                for rows in spans(self._states):
-                    outputs[rows] = writer(inputs[rows])
-                    self._walk.activations.release()
+            for rows in spans(self._states):
+                outputs[rows] = writer(inputs[rows])
+                self._walk.activations.release()
             self._replays.append(_Replay(outputs, alone=part == "mlp"))
             self._replace(part, self._replays[-1])
             if part in _BEFORE:

@@ -22,6 +22,7 @@ from mkaq.errors import CheckpointError, UsageError
 from mkaq.model.activations import Activations
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.expected import build_skeleton
+from mkaq.model.finite import all_finite
 from mkaq.model.products import has_fast_bfloat16
 from mkaq.quantize.bnb import dequantize_linear, restore_linear
 from mkaq.quantize.packing import unpack_linear
@@ -50,9 +51,7 @@ class LayerWalk:
     Args:
         checkpoint: Plain, GPTQ or bitsandbytes; quantized layers behave as in a runtime.
         device: Where layers run and activations live.
-        dtype: The type of hidden states, and of what is not a matrix product.
-        fast: Let matrix products be in bfloat16 where a CPU has them (their sums are in float32, as
-            the hidden states are); weights that are stored so then stay so.
+        dtype: The type that layers compute in.
         spill: The folder for hidden states that are too many for the memory; None: they are not.
         ranks: The processes among which the samples are shared.
     """
@@ -63,13 +62,11 @@ class LayerWalk:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         *,
-        fast: bool = False,
         spill: Path | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.activations, self.ranks = Activations(device, spill), ranks
-        self._fast = fast and device.type == "cpu" and has_fast_bfloat16(device)
         self.skeleton = build_skeleton(copy.deepcopy(checkpoint.hf_config))
         self._layers = list(self.skeleton.model.layers)
         names = checkpoint.family.linear_names
@@ -156,15 +153,10 @@ class LayerWalk:
                     own["bias"] = own["bias"].to(self.dtype)
                 with self._unpacking(f"model.layers.{index}.{name}"):
                     layer.set_submodule(name, restore_linear(own, linear, config, self.device))
-        placed = {name: self._placed(tensor) for name, tensor in tensors.items()}
+        placed = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
         layer.load_state_dict(placed, strict=False, assign=True)
         layer.requires_grad_(False)
         return layer
-
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor on the device, in the type that the walk computes in."""
-        stays = self._fast and tensor.dim() == 2 and tensor.dtype == torch.bfloat16
-        return tensor.to(self.device, tensor.dtype if stays else self.dtype)
 
     def assemble(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         """A layer of its own, in the place of layer `index`, with weights that are given.
@@ -174,7 +166,7 @@ class LayerWalk:
             tensors: Dense, by their names below the layer.
         """
         layer: nn.Module = copy.deepcopy(self._layers[index])
-        placed = {name: self._placed(tensor) for name, tensor in tensors.items()}
+        placed = {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
         layer.load_state_dict(placed, assign=True)
         return layer.requires_grad_(False)
 
@@ -208,19 +200,9 @@ class LayerWalk:
     def run(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """One layer on one batch, shape (batch, length, hidden_size), to the same shape."""
         arguments = self._layer_arguments(hidden_states.shape[1])[index]
-        with self.products():
-            output: torch.Tensor = layer(hidden_states, **arguments)
+        output: torch.Tensor = layer(hidden_states, **arguments)
         self.activations.release()
         return output
-
-    @contextmanager
-    def products(self) -> Iterator[None]:
-        """Matrix products as the walk makes them, for the time of a `with` block."""
-        if not self._fast:
-            yield
-            return
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            yield
 
     def checked(self, output: torch.Tensor, index: int) -> torch.Tensor:
         """The output of layer `index`, if it is finite.
@@ -228,7 +210,7 @@ class LayerWalk:
         Raises:
             CheckpointError: If it is not.
         """
-        if not bool(torch.isfinite(output).all()):
+        if not all_finite(output):
             raise CheckpointError(f"layer {index} gives NaN or infinity", where=self.checkpoint.path)
         return output
 
@@ -371,6 +353,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The type that a walk computes in: float32 on a CPU, the checkpoint's own on a GPU."""
-    return torch.float32 if device.type == "cpu" else checkpoint.dtype
+def compute_dtype(checkpoint: Checkpoint, device: torch.device, *, fast: bool = False) -> torch.dtype:
+    """The type that a walk computes in.
+
+    Args:
+        checkpoint: The model.
+        device: Where layers run.
+        fast: Speed counts for more than the last digits.
+
+    Returns:
+        On a GPU the checkpoint's own; on a CPU float32, or bfloat16 if that is the checkpoint's own and
+        the CPU multiplies in it.
+    """
+    if device.type == "cpu" and not (
+        fast and checkpoint.dtype == torch.bfloat16 and has_fast_bfloat16(device)
+    ):
+        return torch.float32
+    return checkpoint.dtype
