@@ -11,8 +11,7 @@ import torch
 from mkaq.merge.plan import layers_to_remove
 from mkaq.merge.segment import longest_group
 from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.products import has_fast_bfloat16
-from mkaq.model.walk import TOKENS_PER_BATCH
+from mkaq.model.walk import TOKENS_PER_BATCH, compute_dtype
 from mkaq.recipe import GptqSection, LayerwiseSection, MergeSection, PerplexitySection, Recipe
 
 _INTERPRETER = {"cpu": 600_000_000, "cuda": 500_000_000}  # with torch and transformers
@@ -21,7 +20,7 @@ _BLOCK = 64 << 20
 
 @dataclass(frozen=True)
 class _Shape:
-    """Sizes of a model, and bytes of a number in a walk over it."""
+    """Sizes of a model; bytes of a number as it is stored, in a fast walk, and in an exact one."""
 
     layer: int  # weights of a decoder layer
     hidden: int
@@ -29,19 +28,16 @@ class _Shape:
     vocabulary: int
     heads: int
     stored: int
-    computed: int
-    fast: bool
+    fast: int
+    exact: int
 
-    def walked(self, fast: bool) -> int:
+    def walked(self, item: int) -> int:
         """A layer as it is stored, the next one, and the one that computes, if it is another."""
-        shared = self.stored == self.computed or (fast and self.fast and self.stored == 2)
-        return self.layer * (2 * self.stored + (0 if shared else self.computed))
+        return self.layer * (2 * self.stored + (0 if item == self.stored else item))
 
-    def batch(self, length: int, fast: bool) -> int:
+    def batch(self, length: int, item: int) -> int:
         """What a batch of tokens leaves in a layer while it runs."""
-        tokens = max(TOKENS_PER_BATCH, length)
-        item = 2 if fast and self.fast else self.computed
-        return tokens * (3 * item * self.intermediate + 6 * self.computed * self.hidden)
+        return max(TOKENS_PER_BATCH, length) * item * (3 * self.intermediate + 6 * self.hidden)
 
 
 def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, *, spill: bool = False) -> dict[str, int]:
@@ -55,15 +51,16 @@ def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, *, spill: bo
     """
     shape, calibration = _shape(source, device), recipe.calibration
     length = calibration.max_seq_length
-    states = 0 if spill else calibration.num_samples * length * shape.hidden * shape.computed
+    tokens = 0 if spill else calibration.num_samples * length
     found = {"export": _BLOCK}
     if recipe.merge is not None:
-        found["merge"] = _merging(recipe.merge, source, shape, states, length)
+        found["merge"] = _merging(recipe.merge, source, shape, tokens, length)
     if recipe.recover is not None:
-        found["recover"] = 2 * states + shape.walked(False) + _tuning(recipe, recipe.recover, shape)
+        states = 2 * tokens * shape.hidden * shape.exact
+        found["recover"] = states + shape.walked(shape.exact) + _tuning(recipe, recipe.recover, shape)
     if isinstance(recipe.quantize, GptqSection):
         joint = recipe.quantize.target == "source"
-        found["quantize"] = _gptq(recipe.quantize, source, shape, states, length, joint)
+        found["quantize"] = _gptq(recipe.quantize, source, shape, tokens, length, joint)
     elif recipe.quantize is not None:
         found["quantize"] = max(
             shape.layer * (2 * shape.stored + 4), shape.vocabulary * shape.hidden * shape.stored
@@ -76,7 +73,8 @@ def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, *, spill: bo
 def spilled_bytes(recipe: Recipe, source: Checkpoint) -> int:
     """Bytes of the files in which hidden states lie, at most, when they are spilled (on a CPU)."""
     calibration, hidden = recipe.calibration, int(source.hf_config.hidden_size)
-    streams = 4 * calibration.num_samples * calibration.max_seq_length
+    streams = calibration.num_samples * calibration.max_seq_length
+    streams *= 4 + int(source.hf_config.intermediate_size) // hidden
     section = recipe.evaluate.perplexity if recipe.evaluate else None
     measured = (section.num_samples or 1024) * section.max_seq_length if section else 0
     return 4 * hidden * max(streams, measured)
@@ -92,23 +90,25 @@ def _shape(source: Checkpoint, device: torch.device) -> _Shape:
         vocabulary=int(config.vocab_size),
         heads=int(config.num_attention_heads),
         stored=source.dtype.itemsize,
-        computed=4 if device.type == "cpu" else source.dtype.itemsize,
-        fast=device.type == "cpu" and has_fast_bfloat16(device),
+        fast=compute_dtype(source, device, fast=True).itemsize,
+        exact=compute_dtype(source, device).itemsize,
     )
 
 
-def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, states: int, length: int) -> int:
+def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, tokens: int, length: int) -> int:
     points = 8 * 6 * section.manifold.points**2
     if section.fuse == "average":
         measured = 3 if section.order == "measured" or section.coefficient == "measured" else 1
-        walk = measured * (states + shape.walked(True)) + shape.batch(length, True)
+        states = tokens * shape.hidden * shape.fast
+        walk = measured * (states + shape.walked(shape.fast)) + shape.batch(length, shape.fast)
         return max(walk + points, 3 * _BLOCK)
+    states = tokens * shape.hidden * shape.exact
     group = _longest(section, source)
     channels = group * shape.intermediate
     moments = 8 * (4 * channels**2 + 2 * channels * shape.hidden)
-    modules = group * shape.layer * (shape.stored + 2 * shape.computed)
+    modules = group * shape.layer * (shape.stored + 2 * shape.exact)
     features = max(TOKENS_PER_BATCH, length) * channels * 12
-    return 4 * states + shape.walked(False) + modules + features + moments
+    return 4 * states + shape.walked(shape.exact) + modules + features + moments
 
 
 def _longest(section: MergeSection, source: Checkpoint) -> int:
@@ -125,7 +125,7 @@ def _tuning(recipe: Recipe, section: LayerwiseSection, shape: _Shape) -> int:
 
 
 def _gptq(
-    section: GptqSection, source: Checkpoint, shape: _Shape, states: int, length: int, joint: bool
+    section: GptqSection, source: Checkpoint, shape: _Shape, tokens: int, length: int, joint: bool
 ) -> int:
     """The Hessian and its factor; the stacked weight, what was rounded, its error and codes."""
     solving = 0
@@ -136,15 +136,17 @@ def _gptq(
         solving = max(solving, 4 * copies * columns**2 + rows * columns * (4 + 4 + 1 + 2 + 1))
         if joint:
             solving = max(solving, 8 * 4 * columns**2)
-    batch = shape.batch(length, not joint)
-    kept = states // shape.computed * (2 if shape.fast else shape.computed)
-    streams = states + kept + (2 * states if joint else 0)
-    return streams + shape.walked(not joint) + max(solving, batch + solving // 3)
+    item = shape.exact if joint else shape.fast
+    streams = tokens * item * ((4 if joint else 2) * shape.hidden + shape.intermediate)
+    hessian = max(
+        4 * source.tensors[f"model.layers.0.{n}.weight"].shape[1] ** 2 for n in source.family.linear_names
+    )
+    return streams + shape.walked(item) + max(solving, shape.batch(length, item) + hessian)
 
 
 def _perplexity(section: PerplexitySection, shape: _Shape, spill: bool) -> int:
     sequences = section.num_samples or 1024
-    states = 0 if spill else sequences * section.max_seq_length * shape.hidden * shape.computed
-    head = shape.vocabulary * shape.hidden * (shape.computed + shape.stored)
-    head += section.max_seq_length * shape.vocabulary * 12
-    return states + max(shape.walked(False) + shape.batch(section.max_seq_length, False), head)
+    length, item = section.max_seq_length, shape.exact
+    states = 0 if spill else sequences * length * shape.hidden * item
+    head = shape.vocabulary * shape.hidden * (item + shape.stored) + length * shape.vocabulary * 12
+    return states + max(shape.walked(item) + shape.batch(length, item), head)
