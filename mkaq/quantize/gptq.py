@@ -69,10 +69,10 @@ def reversed_factor(hessian: torch.Tensor, damp_percent: float) -> tuple[torch.T
     """
     mean = hessian.diagonal().mean()
     while True:
-        damped = hessian.flip(0, 1)
+        damped = hessian.flip(0, 1).mT  # symmetric, and in the order that LAPACK factorizes in place
         damped.diagonal().add_(damp_percent * mean)
         failed = torch.empty((), dtype=torch.int32, device=damped.device)
-        factor, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))  # in place
+        factor, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))
         if not int(failed) and bool(torch.isfinite(factor.diagonal()).all()):
             return factor, damp_percent
         if damp_percent >= _MAX_DAMP:
