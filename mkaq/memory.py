@@ -105,7 +105,7 @@ def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, tokens: i
     states = tokens * shape.hidden * shape.exact
     group = _longest(section, source)
     channels = group * shape.intermediate
-    moments = 8 * (4 * channels**2 + 2 * channels * shape.hidden)
+    moments = 8 * (2 * channels**2 + 3 * channels * shape.hidden)  # the Gram matrix and its inverse
     modules = group * shape.layer * (shape.stored + 2 * shape.exact)
     features = max(TOKENS_PER_BATCH, length) * channels * 12
     return 4 * states + shape.walked(shape.exact) + modules + features + moments

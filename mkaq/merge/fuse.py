@@ -8,7 +8,7 @@ its parts and is solved too: it corrects the error that reaches it. The regressi
 by the inverse of its mean square, as the norms of the layers that follow do.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +34,9 @@ from mkaq.model.walk import LayerWalk, batches, spans
 from mkaq.ranks import Ranks
 
 _SELECTION_RIDGE = 1e-2
+
+Rows = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
+"""Features and target of some samples."""
 
 
 @dataclass(frozen=True)
@@ -120,35 +123,42 @@ def fuse(
     def channels_of(module: nn.Module, normed: torch.Tensor) -> torch.Tensor:
         return input_of(module.get_submodule(channels.writer), partial(module.get_submodule("mlp"), normed))
 
-    def solve(parts: Parts, moments: tuple[Moments, Moments]) -> tuple[torch.Tensor, Fit]:
+    def heads_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        features = torch.cat([run_to(m, heads.writer, compressed[rows]) for m in modules], -1)
+        return features, _without_bias(attended[rows], new, heads)
+
+    def channels_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        middle = run_to(attentive, channels.norm, compressed[rows])
+        normed = attentive.get_submodule(channels.norm)(middle)
+        features = torch.cat([channels_of(m, normed) for m in modules], -1)
+        return features, _without_bias(original[rows] - middle, new, channels)
+
+    def solve(parts: Parts, rows_at: Rows) -> tuple[torch.Tensor, Fit]:
+        moments = moments_of(walk, parts, len(group))
+        for _, rows in halves(compressed, 0):
+            add_rows(moments, *rows_at(rows), original[rows])
+        add_up(walk.ranks, moments)
         origins = all_parts(len(group), parts)
         if len(group) > 1:
-            chosen = keep_columns(moments[0], parts.count, _SELECTION_RIDGE, parts.width)
+            chosen = keep_columns(moments, parts.count, _SELECTION_RIDGE, parts.width)
             origins = origins[chosen.cpu()]
         columns = part_columns(parts, origins).to(walk.device)
+        moments, held_out = moments.select(columns), moments_of(walk, parts, 1)
+        for _, rows in halves(compressed, 1):
+            features, target = rows_at(rows)
+            add_rows(held_out, features[..., columns], target, original[rows])
+        add_up(walk.ranks, held_out)
         prior = take_columns(layers, parts, origins).to(walk.device)
-        solved = fit(moments[0].select(columns), moments[1].select(columns), prior)
+        solved = fit(moments, held_out, prior)
         new.update(take_parts(candidates, parts, origins))
         new[f"{parts.writer}.weight"] = solved.weight.cpu().to(dtype)
         origins[:, 0] += group[0]
         return origins.to(torch.int32), solved
 
-    moments = pair_of_moments(walk, heads, len(group))
-    for held, rows in halves(compressed):
-        features = torch.cat([run_to(m, heads.writer, compressed[rows]) for m in modules], -1)
-        add_rows(moments[held], features, _without_bias(attended[rows], new, heads), original[rows])
-    add_up(walk.ranks, *moments)
-    head_origins, attention = solve(heads, moments)
-    module = walk.assemble(group[0], new)
-    moments = pair_of_moments(walk, channels, len(group))
-    for held, rows in halves(compressed):
-        middle, final = run_to(module, channels.norm, compressed[rows]), original[rows]
-        normed = module.get_submodule(channels.norm)(middle)
-        features = torch.cat([channels_of(m, normed) for m in modules], -1)
-        add_rows(moments[held], features, _without_bias(final - middle, new, channels), final)
-    add_up(walk.ranks, *moments)
-    channel_origins, mlp = solve(channels, moments)
-    del modules
+    head_origins, attention = solve(heads, heads_at)
+    attentive = walk.assemble(group[0], new)
+    channel_origins, mlp = solve(channels, channels_at)
+    modules.clear()
     module = walk.assemble(group[0], new)
     walk.run_all(module, group[0], compressed)
     residual = walk.ranks.mean(held_out_error(compressed, original))
@@ -203,18 +213,19 @@ def advance(
     return attended
 
 
-def halves(states: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """The samples of every batch: 0 to learn from, or 1 held out."""
+def halves(states: torch.Tensor, *wanted: int) -> Iterator[tuple[int, slice]]:
+    """The samples of every batch: 0 to learn from, or 1 held out; of both unless one is `wanted`."""
     last = len(states) - held_out_samples(len(states))
-    for held, first, end in ((0, 0, last), (1, last, len(states))):
+    for held, (first, end) in enumerate(((0, last), (last, len(states)))):
+        if wanted and held not in wanted:
+            continue
         for rows in spans(states[first:end]):
             yield held, slice(first + rows.start, first + rows.stop)
 
 
-def pair_of_moments(walk: LayerWalk, parts: Parts, layers: int) -> tuple[Moments, Moments]:
-    """Empty moments of the writer of some layers side by side: to learn from, and held out."""
-    sizes = layers * parts.count * parts.width, walk.checkpoint.hf_config.hidden_size
-    return Moments(*sizes, walk.device), Moments(*sizes, walk.device)
+def moments_of(walk: LayerWalk, parts: Parts, layers: int) -> Moments:
+    """Empty moments of the writers of some layers side by side."""
+    return Moments(layers * parts.count * parts.width, walk.checkpoint.hf_config.hidden_size, walk.device)
 
 
 def add_rows(moments: Moments, features: torch.Tensor, target: torch.Tensor, final: torch.Tensor) -> None:

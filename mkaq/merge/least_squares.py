@@ -96,8 +96,8 @@ def solve_ridge(moments: Moments, prior: torch.Tensor, ridge: float) -> torch.Te
         Shape (targets, features), float64; None if the damped Gram matrix is not positive definite.
     """
     w0 = prior.double()
-    factor, failed = torch.linalg.cholesky_ex(_damped(moments.gram, ridge))
-    if int(failed):
+    factor = _factor(moments.gram, ridge)
+    if factor is None:
         return None
     return w0 + torch.cholesky_solve(moments.cross - moments.gram @ w0.T, factor).T
 
@@ -116,16 +116,18 @@ def fit(moments: Moments, held_out: Moments, prior: torch.Tensor) -> Fit:
         prior: The weight as it was, shape (targets, features).
     """
     before = held_out.error(prior)
-    solved = [(ridge, solve_ridge(moments, prior, ridge)) for ridge in RIDGES]
-    fits = [
-        Fit(weight.float(), ridge, held_out.error(weight), before)
-        for ridge, weight in solved
-        if weight is not None
-    ]
-    gain = before - min((fit.error for fit in fits), default=before)
+    errors: dict[float, float] = {}
+    for ridge in RIDGES:  # one weight in memory at a time
+        weight = solve_ridge(moments, prior, ridge)
+        if weight is not None:
+            errors[ridge] = held_out.error(weight)
+    gain = before - min(errors.values(), default=before)
     if gain <= NOTHING:
         return Fit(prior.float(), None, before, before)
-    return next(fit for fit in reversed(fits) if before - fit.error >= NEARLY_BEST * gain)
+    ridge = max(ridge for ridge, error in errors.items() if before - error >= NEARLY_BEST * gain)
+    weight = solve_ridge(moments, prior, ridge)
+    assert weight is not None
+    return Fit(weight.float(), ridge, errors[ridge], before)
 
 
 def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> torch.Tensor:
@@ -145,7 +147,10 @@ def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> t
     Returns:
         The kept blocks' numbers, rising, shape (keep,).
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(moments.gram, ridge)))
+    factor = _factor(moments.gram, ridge)
+    if factor is None:
+        raise ArithmeticError("the damped Gram matrix is not positive definite")
+    inverse = torch.cholesky_inverse(factor, out=factor)
     weight = inverse @ moments.cross
     count = len(inverse) // group
     alive = torch.ones(count, dtype=torch.bool, device=inverse.device)
@@ -168,7 +173,10 @@ def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> t
     return alive.nonzero()[:, 0]
 
 
-def _damped(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    damped = gram.clone()
+def _factor(gram: torch.Tensor, ridge: float) -> torch.Tensor | None:
+    """The lower Cholesky factor of a damped Gram matrix, made in one copy; None if there is none."""
+    damped = gram.clone().mT  # symmetric, and in the order that LAPACK factorizes in place
     damped.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-30))
-    return damped
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))
+    return None if int(failed) else factor

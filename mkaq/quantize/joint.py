@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from mkaq.merge.fuse import add_rows, add_up, advance, halves, pair_of_moments
+from mkaq.merge.fuse import add_rows, add_up, advance, halves, moments_of
 from mkaq.merge.least_squares import Fit, fit
 from mkaq.merge.parts import attention_parts, mlp_parts
 from mkaq.model.piecewise import Piecewise
@@ -62,7 +62,7 @@ class JointTarget:
             return None
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        moments = pair_of_moments(self._source, parts, 1)
+        moments = moments_of(self._source, parts, 1), moments_of(self._source, parts, 1)
         for held, rows in halves(states):
             inputs, final = pieces.input_of(name, rows), self._original[rows]
             heads = parts is self._heads
