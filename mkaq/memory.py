@@ -15,7 +15,6 @@ from mkaq.model.walk import TOKENS_PER_BATCH, compute_dtype
 from mkaq.recipe import GptqSection, LayerwiseSection, MergeSection, PerplexitySection, Recipe
 
 _INTERPRETER = {"cpu": 600_000_000, "cuda": 500_000_000}  # with torch and transformers
-_BLOCK = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, *, spill: bo
     shape, calibration = _shape(source, device), recipe.calibration
     length = calibration.max_seq_length
     tokens = 0 if spill else calibration.num_samples * length
-    found = {"export": _BLOCK}
+    found = {"export": 0}
     if recipe.merge is not None:
         found["merge"] = _merging(recipe.merge, source, shape, tokens, length)
     if recipe.recover is not None:
@@ -100,8 +99,7 @@ def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, tokens: i
     if section.fuse == "average":
         measured = 3 if section.order == "measured" or section.coefficient == "measured" else 1
         states = tokens * shape.hidden * shape.fast
-        walk = measured * (states + shape.walked(shape.fast)) + shape.batch(length, shape.fast)
-        return max(walk + points, 3 * _BLOCK)
+        return measured * (states + shape.walked(shape.fast)) + shape.batch(length, shape.fast) + points
     states = tokens * shape.hidden * shape.exact
     group = _longest(section, source)
     channels = group * shape.intermediate

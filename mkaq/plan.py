@@ -19,6 +19,13 @@ from mkaq.quantize.gptq_stage import check_gptq
 from mkaq.recipe import BitsandbytesSection, GptqSection, Recipe
 from mkaq.units import human, parse_size
 
+_LESS = {
+    "merge": "merge.fuse: average, which needs less than channels",
+    "recover": "lower recover.batch_size or calibration.max_seq_length, or leave recover out",
+    "quantize": "quantize.method: bitsandbytes, which needs less than gptq",
+    "evaluate": "lower evaluate.perplexity.max_seq_length or num_samples, or leave it out",
+}
+
 
 @dataclass(frozen=True)
 class StageSize:
@@ -138,9 +145,10 @@ def check_resources(plan: RunPlan, folder: Path, device: torch.device, limit: in
     if plan.memory_bytes > allowed:
         stage = max(plan.memory, key=lambda name: plan.memory[name])
         has = f"--max-memory allows {human(allowed)}" if limit else f"{device} has {human(allowed)}"
+        needed = -(-plan.memory_bytes // 10**7) / 100
         raise ResourceError(
             f"the run is expected to need {human(plan.memory_bytes)} of memory ({stage}), {has}",
-            fix=_what_fits(plan, stage, allowed),
+            fix=f"--max-memory {needed:.2f} GB would do; or {_LESS.get(stage, 'use a larger machine')}",
         )
 
 
@@ -149,17 +157,6 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cpu":
         return int(psutil.virtual_memory().total)
     return int(torch.cuda.get_device_properties(device).total_memory)
-
-
-def _what_fits(plan: RunPlan, stage: str, allowed: int) -> str:
-    fits = [name for name, need in plan.memory.items() if need <= allowed]
-    remedy = {
-        "merge": "merge.fuse: average needs less than channels",
-        "recover": "lower recover.batch_size or calibration.max_seq_length, or leave recover out",
-        "quantize": "quantize.method: bitsandbytes needs less than gptq",
-        "evaluate": "lower evaluate.perplexity.max_seq_length or num_samples, or leave it out",
-    }.get(stage, "a larger machine")
-    return f"{remedy}; within the limit are: {', '.join(fits) or 'no stage'}"
 
 
 def _parameters(source: Checkpoint, names: list[str]) -> int:

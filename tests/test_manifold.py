@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mkaq.merge.manifold import diffusion_map
+from mkaq.merge.manifold import diffusion_map, squared_distances
 from mkaq.merge.similarity import equal_frequency_cells, npib
 
 Array = npt.NDArray[np.float64]
@@ -126,3 +126,18 @@ def test_points_far_from_the_rest_do_not_hide_how_alike_two_layers_are() -> None
     first[:2] = second[:2] = rng.normal(size=(2, 64)) * 1000
     cells = [equal_frequency_cells(diffusion_map(states), 4) for states in (first, second)]
     assert npib(*cells) > 0.9
+
+
+def test_distances_by_product_are_those_by_hand_also_far_from_the_origin() -> None:
+    points = np.random.default_rng(0).normal(size=(60, 7)) + 1e4
+    by_hand = ((points[:, None] - points[None, :]) ** 2).sum(-1)
+    assert np.allclose(squared_distances(points), by_hand, rtol=1e-9, atol=1e-9)
+    twins = np.repeat(points[:2], 3, axis=0)
+    assert (squared_distances(twins)[:3, :3] == 0).all()
+
+
+def test_few_eigenvectors_are_those_of_all() -> None:
+    points = np.cumsum(np.random.default_rng(2).normal(size=(400, 30)), axis=1)
+    few = diffusion_map(points)  # by Lanczos
+    many = diffusion_map(points, dimensions=120)[:, :2]  # too many for it
+    assert np.allclose(few, many, rtol=1e-6, atol=1e-9)

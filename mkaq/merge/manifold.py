@@ -1,9 +1,11 @@
 """Diffusion maps: the shape of a layer's hidden states in a few coordinates (MKA section 3.1)."""
 
+from contextlib import suppress
+
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import eigh
-from scipy.spatial.distance import pdist, squareform
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from threadpoolctl import threadpool_limits
 
 Array = npt.NDArray[np.float64]
@@ -40,11 +42,11 @@ def diffusion_map(
     count = len(states)
     if count < dimensions + 2:
         raise ValueError(f"{count} points are too few for {dimensions} diffusion coordinates")
-    distances = pdist(np.asarray(states, dtype=np.float64))
-    width = float(np.median(distances)) if bandwidth is None else bandwidth
+    squares = squared_distances(np.asarray(states, dtype=np.float64))
+    width = median_distance(squares) if bandwidth is None else bandwidth
     if not width > 0:
         raise ValueError("more than half of the points are the same: no bandwidth")
-    kernel = np.exp(-(squareform(distances) ** 2) / (2 * width**2))
+    kernel = np.exp(squares / (-2 * width**2))
     density = kernel.sum(axis=1)
     kernel /= np.outer(density, density) ** alpha
     root = np.sqrt(kernel.sum(axis=1))
@@ -57,16 +59,50 @@ def diffusion_map(
     return result
 
 
+def squared_distances(points: Array) -> Array:
+    """|x - y|^2 of all pairs by one matrix product, shape (n, n); exactly 0 of a point with itself.
+
+    Points are centred first, so that little is lost where their common part is large, and what is
+    below the rounding of the product is 0.
+    """
+    points = points - points.mean(axis=0)
+    product = points @ points.T
+    norms = product.diagonal()
+    squares = norms[:, None] + norms[None, :]
+    rounding = 1e-14 * squares
+    squares = squares - 2 * product
+    squares[squares < rounding] = 0.0
+    np.fill_diagonal(squares, 0.0)
+    result: Array = squares
+    return result
+
+
+def median_distance(squares: Array) -> float:
+    """The median of the distances of all pairs, from their squares."""
+    pairs = squares[np.triu_indices(len(squares), 1)]
+    return float(np.median(np.sqrt(pairs)))
+
+
 def _leading(kernel: Array, dimensions: int) -> tuple[Array, Array]:
-    """The largest eigenvalues below 1, falling, and their eigenvectors as columns."""
-    count = len(kernel)
-    wanted = dimensions + 1
-    while wanted < count:
-        wanted = min(wanted + 8, count)
-        with threadpool_limits(1):  # small: threads only get in each other's way on a busy machine
-            values, vectors = eigh(kernel, subset_by_index=[count - wanted, count - 1])
-        telling = np.flatnonzero(values < 1 - 1e-9)[::-1][:dimensions]
-        if len(telling) == dimensions:
-            return values[telling], vectors[:, telling]
-        wanted *= 4
+    """The largest eigenvalues below 1, falling, and their eigenvectors as columns.
+
+    Lanczos, and all eigenvectors where that does not come to an end: with many points that are cut off
+    from the rest, each of which has the eigenvalue 1.
+    """
+    count, wanted = len(kernel), dimensions + 9
+    with threadpool_limits(1):  # small: threads only get in each other's way on a busy machine
+        if wanted < count // 4:
+            with suppress(ArpackNoConvergence):
+                values, vectors = eigsh(kernel, wanted, which="LA", v0=np.ones(count))
+                order = np.argsort(values)
+                if found := _telling(values[order], vectors[:, order], dimensions):
+                    return found
+        values, vectors = eigh(kernel)
+        if found := _telling(values, vectors, dimensions):
+            return found
     raise ValueError("the points are cut off from one another: the bandwidth is too small")
+
+
+def _telling(values: Array, vectors: Array, dimensions: int) -> tuple[Array, Array] | None:
+    telling = np.flatnonzero(values < 1 - 1e-9)[::-1][:dimensions]
+    return (values[telling], vectors[:, telling]) if len(telling) == dimensions else None
