@@ -219,7 +219,7 @@ def whole(model: str, out: str) -> dict[str, Any]:
     output: dict[str, Any] = {"dtype": source.dtype, "shard_size": SHARD_SIZE}
 
     def build(folder: Path) -> dict[str, str]:
-        walk = LayerWalk(source, device, compute_dtype(source, device))
+        walk = LayerWalk(source, device, compute_dtype(source, device, fast=True))
         return merge(source, tokens, section, 0, folder, walk=walk, progress=Progress(quiet=True), **output)
 
     publish(Path(out), "merge", None, {}, build)

@@ -167,7 +167,7 @@ def products_of(options: argparse.Namespace, model: Path) -> tuple[list[Product]
         return lambda calibration, out: [*start, str(calibration.path), str(out), *arguments]
 
     products, left_out = (
-        [Product("mkaq", mkaq_run(gptq), "computes in float32, writes the source's type")],
+        [Product("mkaq", mkaq_run(gptq), "computes and writes in bfloat16, Hessians and solver in float32")],
         [],
     )
     if python := options.gptqmodel_python:

@@ -187,7 +187,7 @@ def analyze(
     tokens = calibration_tokens(
         texts, load_tokenizer(checkpoint.path), num_samples, max_seq_length, section.seed
     )
-    walk = LayerWalk(checkpoint, place, compute_dtype(checkpoint, place))
+    walk = LayerWalk(checkpoint, place, compute_dtype(checkpoint, place, fast=True))
     matrix = compare_layers(walk, tokens, ManifoldSection(), section.seed, Progress()).matrix
     save_heatmap(matrix, heatmap)
     if as_json:
