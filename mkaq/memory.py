@@ -131,7 +131,8 @@ def _gptq(
         sizes = [source.tensors[f"model.layers.0.{name}.weight"].shape for name in group]
         rows, columns = sum(size[0] for size in sizes), sizes[0][1]
         copies = 3 if section.desc_act else 2
-        solving = max(solving, 4 * copies * columns**2 + rows * columns * (4 + 4 + 1 + 2 + 1))
+        panel = 6 * min(4096, columns) * columns
+        solving = max(solving, 4 * copies * columns**2 + rows * columns * (4 + 4 + 1 + 2 + 4) + panel)
         if joint:
             solving = max(solving, 8 * 4 * columns**2)
     item = shape.exact if joint else shape.fast
@@ -139,7 +140,8 @@ def _gptq(
     hessian = max(
         4 * source.tensors[f"model.layers.0.{n}.weight"].shape[1] ** 2 for n in source.family.linear_names
     )
-    return streams + shape.walked(item) + max(solving, shape.batch(length, item) + hessian)
+    weights = shape.walked(item) + shape.layer * item  # those that were read stay mapped beside the new ones
+    return streams + weights + max(solving, shape.batch(length, item) + hessian)
 
 
 def _perplexity(section: PerplexitySection, shape: _Shape, spill: bool) -> int:

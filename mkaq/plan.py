@@ -15,7 +15,7 @@ from mkaq.merge.fuse import check_fusable
 from mkaq.merge.plan import layers_to_remove
 from mkaq.model.architecture import keep_layers
 from mkaq.model.checkpoint import Checkpoint
-from mkaq.quantize.gptq_stage import check_gptq
+from mkaq.quantize.check import check_gptq
 from mkaq.recipe import BitsandbytesSection, GptqSection, Recipe
 from mkaq.units import human, parse_size
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from mkaq.quantize.gptq import DampingError, GptqResult, find_scales, gptq, reversed_factor, round_block
+from mkaq.quantize.gptq import PLAIN, DampingError, GptqResult, Kernels, find_scales, gptq, reversed_factor
+from mkaq.quantize.gptq_cpu import COMPILED
 
 ROWS, COLUMNS, GROUP, DAMP = 16, 160, 32, 0.01
 
@@ -81,13 +82,15 @@ def damped(hessian: torch.Tensor, share: float) -> torch.Tensor:
     ("desc_act", "static_groups"), [(False, False), (True, False), (False, True), (True, True)]
 )
 @pytest.mark.parametrize("group_size", [GROUP, -1])
+@pytest.mark.parametrize("kernels", [PLAIN, COMPILED], ids=["plain", "compiled"])
 def test_codes_are_those_of_the_published_algorithm(
-    bits: int, sym: bool, desc_act: bool, static_groups: bool, group_size: int
+    bits: int, sym: bool, desc_act: bool, static_groups: bool, group_size: int, kernels: Kernels
 ) -> None:
     weight, hessian = problem()
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act}
     expected = published(weight, hessian, static_groups=static_groups, **options)
-    result = gptq(weight, hessian, static_groups=static_groups, damp_percent=DAMP, **options)
+    settings = options | {"damp_percent": DAMP, "kernels": kernels}
+    result = gptq(weight, hessian, static_groups=static_groups, **settings)
     same = torch.stack(
         [(getattr(result, k) == expected[k]).all(1) for k in ("codes", "scales", "zeros")]
     ).all(0)
@@ -102,12 +105,11 @@ def test_codes_are_those_of_the_published_algorithm(
     ("group_size", "static_groups"), [(16, False), (96, False), (192, False), (32, True)]
 )
 def test_compiled_loops_give_the_codes_of_the_plain_ones(
-    sym: bool, group_size: int, static_groups: bool, monkeypatch: pytest.MonkeyPatch
+    sym: bool, group_size: int, static_groups: bool
 ) -> None:
     weight, hessian = problem(columns=576, rows=33)
     options: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": sym, "desc_act": static_groups}
-    compiled = gptq(weight, hessian, static_groups=static_groups, **options)
-    monkeypatch.setattr("mkaq.quantize.gptq._kernels", lambda _: (find_scales, round_block))
+    compiled = gptq(weight, hessian, static_groups=static_groups, **options, kernels=COMPILED)
     plain = gptq(weight, hessian, static_groups=static_groups, **options)
     same = (compiled.codes == plain.codes).float().mean(1)
     assert (same == 1).sum() >= 31 and same.min() > 0.9  # a close call may fall the other way
@@ -116,12 +118,10 @@ def test_compiled_loops_give_the_codes_of_the_plain_ones(
 
 
 def test_scales_below_what_float16_holds_are_rounded_as_torch_does() -> None:
-    from mkaq.quantize import gptq_cpu
-
     weight = torch.randn(64, 32) * torch.logspace(-9, 5, 64)[:, None]
     for sym in (True, False):
         for got, expected in zip(
-            gptq_cpu.find_scales(weight, torch.ones(32), 4, sym),
+            COMPILED.find_scales(weight, torch.ones(32), 4, sym),
             find_scales(weight, torch.ones(32), 4, sym),
             strict=True,
         ):

@@ -10,7 +10,7 @@ is GPTQ's own sequence, to rounding, with one Cholesky factorization and no inve
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -45,6 +45,13 @@ class GptqResult:
     errors: torch.Tensor
     energies: torch.Tensor
     damp_percent: float
+
+
+class Kernels(NamedTuple):
+    """The inner loops: functions like `find_scales` and `round_block`."""
+
+    find_scales: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    round_block: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class DampingError(ArithmeticError):
@@ -129,6 +136,7 @@ def gptq(
     desc_act: bool = False,
     static_groups: bool = False,
     damp_percent: float = 0.01,
+    kernels: Kernels | None = None,
 ) -> GptqResult:
     """Quantizes a weight against a Hessian.
 
@@ -146,6 +154,7 @@ def gptq(
             neighbouring columns; otherwise a group is the next `group_size` columns of the order
             in which they are taken, and its scale is found when it is reached.
         damp_percent: Damping to begin with.
+        kernels: The inner loops; plain ones if None.
 
     Raises:
         ValueError: If `group_size` does not divide in_features.
@@ -156,7 +165,7 @@ def gptq(
     if size < 1 or columns % size:
         raise ValueError(f"group_size {group_size} does not divide {columns} input features")
     device = weight.device
-    search, round_columns = _kernels(device)
+    search, round_columns = kernels or PLAIN
     importance = hessian.diagonal().float().clone()
     dead = importance <= 0
     importance[dead] = importance.mean().clamp(min=1e-8)
@@ -286,13 +295,7 @@ def dequantize(
     return out
 
 
-def _kernels(device: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`find_scales` and `round_block`, compiled where they run on a CPU."""
-    if device.type != "cpu":
-        return find_scales, round_block
-    from mkaq.quantize import gptq_cpu
-
-    return gptq_cpu.find_scales, gptq_cpu.round_block
+PLAIN = Kernels(find_scales, round_block)
 
 
 def _blocks(columns: int, size: int) -> Iterator[slice]:

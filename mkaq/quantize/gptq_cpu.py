@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import torch
 
-from mkaq.quantize.gptq import SHRINK
+from mkaq.quantize.gptq import SHRINK, Kernels
 
 _SUMS = {"reassoc", "contract"}
 _SHRINK = np.array(SHRINK, dtype=np.float32)
@@ -204,3 +204,6 @@ def _round_rows(
                 total += left * left
             start = stop
         loss[row] = total
+
+
+COMPILED = Kernels(find_scales, round_block)

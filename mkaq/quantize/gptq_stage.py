@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from mkaq import __version__
-from mkaq.errors import CheckpointError, UnsupportedError, UsageError
+from mkaq.errors import CheckpointError, UsageError
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.gram import add_gram, mirror
 from mkaq.model.piecewise import Piecewise
 from mkaq.model.walk import LayerWalk, spans
 from mkaq.model.writer import write_json, write_side_files, writer_of
 from mkaq.progress import Progress
-from mkaq.quantize.gptq import DampingError, GptqResult, gptq
+from mkaq.quantize import gptq_cpu
+from mkaq.quantize.check import check_gptq
+from mkaq.quantize.gptq import PLAIN, DampingError, GptqResult, gptq
 from mkaq.quantize.joint import JointTarget
 from mkaq.quantize.packing import pack_linear
 from mkaq.ranks import Ranks
@@ -42,28 +44,6 @@ class GptqModule:
     damp_percent: float
     ridge: float | None = None
     fallback: bool = False
-
-
-def check_gptq(source: Checkpoint, section: GptqSection) -> None:
-    """Checks, before any work, that every linear layer fits the format.
-
-    Raises:
-        UnsupportedError: If a size is not a multiple of 32, or `group_size` does not divide it.
-    """
-    for name in source.family.linear_names:
-        out_features, in_features = source.tensors[f"model.layers.0.{name}.weight"].shape
-        if in_features % 32 or out_features % 32:
-            raise UnsupportedError(
-                f"{name} is {out_features} x {in_features}; the GPTQ format needs multiples of 32",
-                where=source.path,
-            )
-        if section.group_size != -1 and in_features % section.group_size:
-            sizes = [size for size in (16, 32, 64, 128) if in_features % size == 0]
-            raise UnsupportedError(
-                f"group_size {section.group_size} does not divide the {in_features} inputs of {name}",
-                where="quantize.group_size",
-                fix=f"use {', '.join(map(str, sizes))} or -1",
-            )
 
 
 def quantize_gptq(
@@ -201,7 +181,8 @@ def _solve(
 ) -> GptqResult:
     """`gptq`, of several processes each for its share of the rows."""
     rows = len(weight)
-    own = gptq(weight[ranks.share(rows)], hessian, **options)
+    kernels = gptq_cpu.COMPILED if weight.device.type == "cpu" else PLAIN
+    own = gptq(weight[ranks.share(rows)], hessian, **options, kernels=kernels)
     return replace(
         own,
         codes=ranks.join(own.codes, rows),
