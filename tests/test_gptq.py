@@ -117,6 +117,18 @@ def test_compiled_loops_give_the_codes_of_the_plain_ones(
     assert torch.allclose(compiled.errors.sum(), plain.errors.sum(), rtol=1e-3)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_loops_leave_the_threads_of_torch_alone(threads: int) -> None:
+    weight, hessian = problem()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        gptq(weight, hessian, bits=4, group_size=GROUP, kernels=COMPILED)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_scales_below_what_float16_holds_are_rounded_as_torch_does() -> None:
     weight = torch.randn(64, 32) * torch.logspace(-9, 5, 64)[:, None]
     for sym in (True, False):

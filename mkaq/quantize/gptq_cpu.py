@@ -89,14 +89,16 @@ def _levels(bits: int) -> tuple[Any, Any]:
 
 @contextmanager
 def _threads() -> Iterator[None]:
-    """As many threads as torch uses."""
+    """As many threads as torch uses; numba's, which may be the same ones, leave torch's number changed."""
+    threads = torch.get_num_threads()  # first: the other question may start numba's threads
     before = numba.get_num_threads()
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(min(torch.get_num_threads(), most))
+    numba.set_num_threads(min(threads, most))
     try:
         yield
     finally:
         numba.set_num_threads(before)
+        torch.set_num_threads(threads)
 
 
 @_compiled()
