@@ -13,7 +13,7 @@ from mkaq.errors import CheckpointError, UsageError
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.gram import add_gram, mirror
 from mkaq.model.piecewise import Piecewise
-from mkaq.model.walk import LayerWalk, spans
+from mkaq.model.walk import LayerWalk, return_freed_memory, spans
 from mkaq.model.writer import write_json, write_side_files, writer_of
 from mkaq.progress import Progress
 from mkaq.quantize import gptq_cpu
@@ -99,6 +99,7 @@ def quantize_gptq(
                         modules.append(replace(record, ridge=fitted.ridge) if fitted else record)
                         for part, tensor in packed.items():
                             writer.add(f"{prefix}{name}.{part}", tensor)
+                    return_freed_memory()
                 pieces.finish()
     config = {
         **source.config,
