@@ -11,6 +11,7 @@ from torch import nn
 from mkaq import __version__
 from mkaq.errors import CheckpointError, UsageError
 from mkaq.model.checkpoint import Checkpoint
+from mkaq.model.finite import all_finite
 from mkaq.model.gram import add_gram, mirror
 from mkaq.model.piecewise import Piecewise
 from mkaq.model.walk import LayerWalk, return_freed_memory, spans
@@ -160,6 +161,9 @@ def _solve_group(
             f"the Hessian of {prefix}{group[0]} is {error}",
             fix="more or more varied calibration text, or a larger quantize.damp_percent",
         ) from None
+    if not all_finite(torch.stack([result.errors, result.energies])):
+        what = f"the weights of {prefix}{group[0]} are so large that what they give overflows"
+        raise CheckpointError(what, where=walk.checkpoint.path)
     costs = result.errors.double(), result.energies.double()
     start = 0
     for name, linear in zip(group, linears, strict=True):
