@@ -17,7 +17,7 @@ from mkaq.model.writer import write_json
 from mkaq.plan import RunPlan, plan_run
 from mkaq.progress import Progress
 from mkaq.recipe import GptqSection, Recipe
-from mkaq.stages import RunResult
+from mkaq.result import RunResult
 from mkaq.units import human, parse_size
 
 

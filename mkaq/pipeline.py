@@ -19,7 +19,8 @@ from mkaq.progress import Progress
 from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import Recipe
 from mkaq.report import write_report
-from mkaq.stages import RunResult, Stages
+from mkaq.result import RunResult
+from mkaq.stages import Stages
 
 Until = Literal["calibrate", "merge", "recover", "quantize", "export"]
 

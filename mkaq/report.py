@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from mkaq.export.manifest import read_manifest
 from mkaq.plan import StageSize
-from mkaq.stages import RunResult
+from mkaq.result import RunResult
 from mkaq.units import human
 
 _PAGE = """<!doctype html>

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,34 +33,8 @@ from mkaq.quantize.joint import JointTarget
 from mkaq.ranks import Ranks
 from mkaq.recipe import BitsandbytesSection, Recipe
 from mkaq.recover.layerwise import recover
+from mkaq.result import RunResult
 from mkaq.units import parse_size
-
-
-@dataclass
-class RunResult:
-    """What a run made.
-
-    Attributes:
-        folder: Of the run.
-        sizes: The model as it came and after each stage.
-        evaluation: What was measured, by stage.
-        artifact: What the user ships, once exported.
-    """
-
-    folder: Path
-    sizes: list[StageSize]
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    artifact: Path | None = None
-
-    @property
-    def perplexity(self) -> float:
-        """Of the last model that was measured."""
-        return float(self.evaluation[self.sizes[-1].stage]["perplexity"]["perplexity"])
-
-    @property
-    def source_perplexity(self) -> float:
-        """Of the source."""
-        return float(self.evaluation["source"]["perplexity"]["perplexity"])
 
 
 class Stages:

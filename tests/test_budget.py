@@ -26,7 +26,7 @@ from mkaq.plan import StageSize, plan_run
 from mkaq.progress import Progress
 from mkaq.recipe import BitsandbytesSection, GptqSection, Recipe
 from mkaq.recipe_file import load_recipe
-from mkaq.stages import RunResult
+from mkaq.result import RunResult
 from tests.tiny import make_model
 
 Write = Callable[..., Path]

@@ -64,6 +64,13 @@ def test_help_and_version_are_instant() -> None:
         assert min(times) < 0.5
 
 
+def test_commands_that_quantize_nothing_do_not_load_the_compiler(plain: Path) -> None:
+    check = "assert 'mkaq.budget' in sys.modules and 'numba' not in sys.modules"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\ntry:\n {MAIN}\nfinally:\n {check}"
+    told = subprocess.run([sys.executable, "-c", code, "plan", str(plain)], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (0, "")
+
+
 def test_help_names_every_command(mkaq: Mkaq) -> None:
     text = mkaq("--help").out
     for name in ("run", "plan", "analyze", "inspect", "verify", "eval", "generate", "recipes", "schema"):

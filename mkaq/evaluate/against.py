@@ -30,7 +30,7 @@ from mkaq.merge.stage import digest_layer, fused_layers, merged_layers
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk, compute_dtype, dense_layer
 from mkaq.progress import Progress
-from mkaq.quantize.gptq_stage import relative_error
+from mkaq.quantize.error import relative_error
 from mkaq.recipe import Recipe
 
 _SAME = 1e-6

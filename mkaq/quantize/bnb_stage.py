@@ -10,7 +10,7 @@ from mkaq.model.walk import return_freed_memory
 from mkaq.model.writer import ShardWriter, write_json, write_side_files
 from mkaq.progress import Progress
 from mkaq.quantize.bnb import dequantize_linear, quantization_config, quantize_linear
-from mkaq.quantize.gptq_stage import relative_error
+from mkaq.quantize.error import relative_error
 from mkaq.recipe import BitsandbytesSection
 
 

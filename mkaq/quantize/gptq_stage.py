@@ -19,6 +19,7 @@ from mkaq.model.writer import write_json, write_side_files, writer_of
 from mkaq.progress import Progress
 from mkaq.quantize import gptq_cpu
 from mkaq.quantize.check import check_gptq
+from mkaq.quantize.error import ratio, relative_error
 from mkaq.quantize.gptq import PLAIN, DampingError, GptqResult, gptq
 from mkaq.quantize.joint import JointTarget
 from mkaq.quantize.packing import pack_linear
@@ -170,7 +171,7 @@ def _solve_group(
         rows = slice(start, start := start + linear.weight.shape[0])
         record = GptqModule(
             name=prefix + name,
-            error=_ratio(costs[0][rows].sum().item(), costs[1][rows].sum().item()),
+            error=ratio(costs[0][rows].sum().item(), costs[1][rows].sum().item()),
             weight_error=relative_error(weight[rows], result.weight[rows]),
             damp_percent=result.damp_percent,
         )
@@ -203,19 +204,6 @@ def set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:
     """Gives a linear layer another weight."""
     linear = cast(nn.Linear, layer.get_submodule(name))
     linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
-
-
-def relative_error(weight: torch.Tensor, quantized: torch.Tensor) -> float:
-    """||W - Q||^2 / ||W||^2, summed in float64."""
-    difference, whole = (
-        torch.linalg.vector_norm(matrix, dtype=torch.float64).square().item()
-        for matrix in (weight.float() - quantized.float(), weight)
-    )
-    return _ratio(difference, whole)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return max(part, 0.0) / whole if whole > 0 else 0.0
 
 
 @torch.no_grad()
