@@ -81,9 +81,8 @@ def spilled_bytes(recipe: Recipe, source: Checkpoint) -> int:
 
 def _shape(source: Checkpoint, device: torch.device) -> _Shape:
     config = source.hf_config
-    names = source.layer_tensor_names(0)
     return _Shape(
-        layer=sum(torch.Size(source.tensors[name].shape).numel() for name in names),
+        layer=source.count_weights(source.layer_tensor_names(0)),
         hidden=int(config.hidden_size),
         intermediate=int(config.intermediate_size),
         vocabulary=int(config.vocab_size),
@@ -126,10 +125,11 @@ def _gptq(
     section: GptqSection, source: Checkpoint, shape: _Shape, tokens: int, length: int, joint: bool
 ) -> int:
     """The Hessian and its factor; the stacked weight, what was rounded, its error and codes."""
-    solving = 0
+    solving = hessian = 0
     for group in source.family.linears:
         sizes = [source.tensors[f"model.layers.0.{name}.weight"].shape for name in group]
         rows, columns = sum(size[0] for size in sizes), sizes[0][1]
+        hessian = max(hessian, 4 * columns**2)
         copies = 3 if section.desc_act else 2
         panel = 6 * min(4096, columns) * columns
         solving = max(solving, 4 * copies * columns**2 + rows * columns * (4 + 4 + 1 + 2 + 4) + panel)
@@ -137,9 +137,6 @@ def _gptq(
             solving = max(solving, 8 * 4 * columns**2)
     item = shape.exact if joint else shape.fast
     streams = tokens * item * ((4 if joint else 2) * shape.hidden + shape.intermediate)
-    hessian = max(
-        4 * source.tensors[f"model.layers.0.{n}.weight"].shape[1] ** 2 for n in source.family.linear_names
-    )
     weights = shape.walked(item) + shape.layer * item  # those that were read stay mapped beside the new ones
     return streams + weights + max(solving, shape.batch(length, item) + hessian)
 

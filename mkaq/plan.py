@@ -88,8 +88,8 @@ def plan_run(recipe: Recipe, source: Checkpoint, device: torch.device, limit: in
             f"{length} is longer than the model's {longest} positions", where="calibration.max_seq_length"
         )
     itemsize = output_dtype(recipe, source).itemsize
-    outer = _parameters(source, source.outer_tensor_names)
-    layer = _parameters(source, source.layer_tensor_names(0))
+    outer = source.count_weights(source.outer_tensor_names)
+    layer = source.count_weights(source.layer_tensor_names(0))
     layers = source.num_layers
     sizes = [StageSize("source", layers, outer + layers * layer, source.nbytes)]
     disk = 0
@@ -157,10 +157,6 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cpu":
         return int(psutil.virtual_memory().total)
     return int(torch.cuda.get_device_properties(device).total_memory)
-
-
-def _parameters(source: Checkpoint, names: list[str]) -> int:
-    return sum(torch.Size(source.tensors[name].shape).numel() for name in names)
 
 
 def _linear_shapes(source: Checkpoint) -> list[tuple[int, int]]:

@@ -69,6 +69,11 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def average(self, *tensors: torch.Tensor) -> None:
+        """Replaces tensors by their means over all processes, in place."""
+        if self.size > 1:
+            self.add(*(tensor.div_(self.size) for tensor in tensors))
+
     def mean(self, value: float) -> float:
         """The mean of a number that each process has measured on as many tokens."""
         if self.size == 1:

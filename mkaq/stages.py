@@ -18,7 +18,7 @@ from mkaq.export.artifact import write_artifact
 from mkaq.export.record import Published, build_manifest
 from mkaq.handoff import Handoff, digest_of, find_published, publish
 from mkaq.merge.fuse import writes_linearly
-from mkaq.merge.hold_out import held_out_samples
+from mkaq.merge.hold_out import shared_samples
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import merge
 from mkaq.model.checkpoint import Checkpoint, open_checkpoint
@@ -120,7 +120,7 @@ class Stages:
         assert section is not None
 
         def build(folder: Path) -> None:
-            tokens = self._shared(with_copies(self._tokens(), seed))
+            tokens = shared_samples(self.ranks, with_copies(self._tokens(), seed))
             source, walk = self._walk(self.source), self._walk(model)
             recover(source, walk, self._groups(), tokens, section, seed, folder, **self._output())
 
@@ -142,7 +142,7 @@ class Stages:
             else:
                 tokens, target = self._tokens(), None
                 if section.target == "source" and writes_linearly(self.source):
-                    tokens = self._shared(with_copies(tokens, self.recipe.calibration.seed))
+                    tokens = shared_samples(self.ranks, with_copies(tokens, self.recipe.calibration.seed))
                     target = JointTarget(self._walk(self.source), self._groups(), tokens)
                 else:
                     tokens = self.ranks.samples(tokens)
@@ -274,10 +274,6 @@ class Stages:
         dtype = compute_dtype(self.source, self.device, fast=fast)
         spill = self.folder if self.plan.spill else None
         return LayerWalk(model, self.device, dtype, spill=spill, ranks=self.ranks)
-
-    def _shared(self, tokens: torch.Tensor) -> torch.Tensor:
-        """This process's part of the samples, those that are held out shared too."""
-        return self.ranks.samples(tokens, held_out_samples(len(tokens)))
 
     def _checkpoint(self, done: Handoff) -> Checkpoint:
         return open_checkpoint(done.path, quantized=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mkaq.model.gram import add_gram, mirror
+from mkaq.model.gram import add_gram, factorize, mirror
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -25,3 +25,13 @@ def test_rows_of_any_layout_are_added() -> None:
     add_gram(gram, rows)
     mirror(gram)
     assert torch.allclose(gram, rows.T @ rows, rtol=1e-4, atol=1e-3)
+
+
+def test_factor_is_made_in_place_where_there_is_one() -> None:
+    rows = torch.randn(80, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = rows.T @ rows
+    work = gram.clone()
+    factor = factorize(work)
+    assert factor is not None and factor.data_ptr() == work.data_ptr()
+    assert torch.equal(factor, factor.tril()) and torch.allclose(factor @ factor.T, gram)
+    assert factorize(-gram) is None

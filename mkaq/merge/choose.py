@@ -6,7 +6,7 @@ import torch
 
 from mkaq.calibrate.tokens import with_copies
 from mkaq.merge.compare import LayerSimilarity, compare_layers
-from mkaq.merge.hold_out import held_out_samples
+from mkaq.merge.hold_out import shared_samples
 from mkaq.merge.measure import average_error, best_average, channels_error, measure_groups
 from mkaq.merge.plan import MergePlan, chain_plan, layers_to_remove, plan_merge
 from mkaq.merge.segment import cheapest_groups, longest_group
@@ -71,7 +71,7 @@ def choose_groups(
         groups = cheapest_groups(errors, walk.num_layers, removed)
     coefficients = {}
     if average and section.coefficient == "measured":
-        measured = walk.ranks.samples(with_copies(tokens, seed), held_out_samples(len(tokens)))
+        measured = shared_samples(walk.ranks, with_copies(tokens, seed))
         coefficients = _measure_coefficients(walk, measured, groups, progress)
     matrix = None if similarity is None else similarity.matrix
     return Choice(chain_plan(groups, section, matrix, coefficients), similarity, errors)

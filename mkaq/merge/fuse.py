@@ -8,7 +8,7 @@ its parts and is solved too: it corrects the error that reaches it. The regressi
 by the inverse of its mean square, as the norms of the layers that follow do.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -134,8 +134,9 @@ def fuse(
         return features, _without_bias(original[rows] - middle, new, channels)
 
     def solve(parts: Parts, rows_at: Rows) -> tuple[torch.Tensor, Fit]:
+        learn, held = halves(compressed)
         moments = moments_of(walk, parts, len(group))
-        for _, rows in halves(compressed, 0):
+        for rows in learn:
             add_rows(moments, *rows_at(rows), original[rows])
         add_up(walk.ranks, moments)
         origins = all_parts(len(group), parts)
@@ -144,7 +145,7 @@ def fuse(
             origins = origins[chosen.cpu()]
         columns = part_columns(parts, origins).to(walk.device)
         moments, held_out = moments.select(columns), moments_of(walk, parts, 1)
-        for _, rows in halves(compressed, 1):
+        for rows in held:
             features, target = rows_at(rows)
             add_rows(held_out, features[..., columns], target, original[rows])
         add_up(walk.ranks, held_out)
@@ -213,14 +214,11 @@ def advance(
     return attended
 
 
-def halves(states: torch.Tensor, *wanted: int) -> Iterator[tuple[int, slice]]:
-    """The samples of every batch: 0 to learn from, or 1 held out; of both unless one is `wanted`."""
+def halves(states: torch.Tensor) -> tuple[list[slice], list[slice]]:
+    """The samples of every batch: of those to learn from, and of those that are held out."""
     last = len(states) - held_out_samples(len(states))
-    for held, (first, end) in enumerate(((0, last), (last, len(states)))):
-        if wanted and held not in wanted:
-            continue
-        for rows in spans(states[first:end]):
-            yield held, slice(first + rows.start, first + rows.stop)
+    held_out = [slice(last + rows.start, last + rows.stop) for rows in spans(states[last:])]
+    return list(spans(states[:last])), held_out
 
 
 def moments_of(walk: LayerWalk, parts: Parts, layers: int) -> Moments:

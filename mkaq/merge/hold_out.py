@@ -2,12 +2,23 @@
 
 import torch
 
+from mkaq.ranks import Ranks
+
 HELD_OUT = 8
 
 
 def held_out_samples(samples: int) -> int:
     """How many of the samples, the last ones, are kept for measuring: an eighth, at least one."""
     return max(1, samples // HELD_OUT)
+
+
+def shared_samples(ranks: Ranks, tokens: torch.Tensor) -> torch.Tensor:
+    """A process's part of the samples, of those to learn from and of those that are held out.
+
+    Raises:
+        UsageError: If they cannot be shared so.
+    """
+    return ranks.samples(tokens, held_out_samples(len(tokens)))
 
 
 def token_weights(target: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mkaq.model.gram import add_gram, mirror
+from mkaq.model.gram import add_gram, factorize, mirror
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)
 NEARLY_BEST = 0.95
@@ -174,9 +174,7 @@ def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> t
 
 
 def _factor(gram: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """The lower Cholesky factor of a damped Gram matrix, made in one copy; None if there is none."""
-    damped = gram.clone().mT  # symmetric, and in the order that LAPACK factorizes in place
+    """The lower Cholesky factor of a damped Gram matrix; None if there is none."""
+    damped = gram.clone()
     damped.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-30))
-    failed = torch.empty((), dtype=torch.int32, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))
-    return None if int(failed) else factor
+    return factorize(damped)

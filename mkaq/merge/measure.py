@@ -8,7 +8,7 @@ from torch import nn
 from mkaq.calibrate.tokens import with_copies
 from mkaq.merge.apply import merge_layers
 from mkaq.merge.fuse import fuse
-from mkaq.merge.hold_out import held_out_error, held_out_samples
+from mkaq.merge.hold_out import held_out_error, held_out_samples, shared_samples
 from mkaq.model.walk import LayerWalk, batches
 from mkaq.progress import Progress
 
@@ -46,7 +46,7 @@ def measure_groups(
         source's over held-out tokens, in nats.
     """
     sample = with_copies(tokens[:: max(1, min(SHARE, len(tokens) // 16))], seed)
-    sample = walk.ranks.samples(sample, held_out_samples(len(sample)))
+    sample = shared_samples(walk.ranks, sample)
     held = slice(len(sample) - held_out_samples(len(sample)), None)
     hidden_states = walk.embed(sample)
     merged: dict[tuple[int, int], torch.Tensor] = {}

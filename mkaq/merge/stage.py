@@ -17,7 +17,7 @@ from mkaq.handoff import digest_of
 from mkaq.merge.apply import weighted_sum
 from mkaq.merge.choose import choose_groups
 from mkaq.merge.fuse import check_fusable, fuse
-from mkaq.merge.hold_out import held_out_samples
+from mkaq.merge.hold_out import shared_samples
 from mkaq.merge.least_squares import Fit
 from mkaq.merge.origins import ORIGINS, Origins, origins_of, shares, write_origins
 from mkaq.merge.plan import MergePlan
@@ -63,7 +63,7 @@ def merge(
     choice = choose_groups(walk, tokens, section, seed, dtype, progress)
     plan = choice.plan
     if section.fuse == "channels":
-        samples = walk.ranks.samples(with_copies(tokens, seed), held_out_samples(len(tokens)))
+        samples = shared_samples(walk.ranks, with_copies(tokens, seed))
         made = fused_layers(walk, samples, plan.groups, dtype)
         merges = []
     else:

@@ -152,6 +152,10 @@ class Checkpoint:
         """Number of weights of this model without quantization."""
         return sum(torch.Size(shape).numel() for shape in self.dense_shapes.values())
 
+    def count_weights(self, names: Iterable[str]) -> int:
+        """Number of weights that tensors hold as they are stored."""
+        return sum(torch.Size(self.tensors[name].shape).numel() for name in names)
+
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors by name, on the CPU, each checked to be finite.
 

@@ -1,4 +1,4 @@
-"""Gram matrices X^T X, summed over batches: half of one is computed, the rest is its mirror image."""
+"""Gram matrices X^T X, summed over batches: half is computed, half is its mirror image. Their factors."""
 
 from collections.abc import Iterator
 
@@ -29,6 +29,21 @@ def mirror(gram: torch.Tensor) -> None:
         gram[stop:, start:stop] = gram[start:stop, stop:].T
         block = gram[start:stop, start:stop]
         block.copy_(block.triu() + block.triu(1).T)
+
+
+def factorize(gram: torch.Tensor) -> torch.Tensor | None:
+    """The lower Cholesky factor of a symmetric matrix, made in its place.
+
+    Args:
+        gram: Shape (n, n), contiguous; its contents are lost.
+
+    Returns:
+        Shape (n, n), its upper triangle 0; None if the matrix is not positive definite.
+    """
+    columns = gram.mT  # the same matrix, in the order in which LAPACK needs no copy
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(columns, out=(columns, failed))
+    return None if int(failed) else factor
 
 
 def _stripes(features: int) -> Iterator[tuple[int, int]]:

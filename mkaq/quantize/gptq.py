@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from mkaq.model.gram import factorize
 from mkaq.model.products import has_fast_bfloat16
 
 SHRINK = tuple(1 - 0.025 * step for step in range(21))
@@ -76,11 +77,10 @@ def reversed_factor(hessian: torch.Tensor, damp_percent: float) -> tuple[torch.T
     """
     mean = hessian.diagonal().mean()
     while True:
-        damped = hessian.flip(0, 1).mT  # symmetric, and in the order that LAPACK factorizes in place
+        damped = hessian.flip(0, 1)
         damped.diagonal().add_(damp_percent * mean)
-        failed = torch.empty((), dtype=torch.int32, device=damped.device)
-        factor, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))
-        if not int(failed) and bool(torch.isfinite(factor.diagonal()).all()):
+        factor = factorize(damped)
+        if factor is not None and bool(torch.isfinite(factor.diagonal()).all()):
             return factor, damp_percent
         if damp_percent >= _MAX_DAMP:
             raise DampingError(

@@ -63,12 +63,13 @@ class JointTarget:
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         moments = moments_of(self._source, parts, 1), moments_of(self._source, parts, 1)
-        for held, rows in halves(states):
-            inputs, final = pieces.input_of(name, rows), self._original[rows]
-            heads = parts is self._heads
-            target = self._attended[rows] if heads else final - pieces.input_of(parts.norm, rows)
-            if linear.bias is not None:
-                target = target - linear.bias
-            add_rows(moments[held], inputs, target, final)
+        for half, batches in zip(moments, halves(states), strict=True):
+            for rows in batches:
+                inputs, final = pieces.input_of(name, rows), self._original[rows]
+                heads = parts is self._heads
+                target = self._attended[rows] if heads else final - pieces.input_of(parts.norm, rows)
+                if linear.bias is not None:
+                    target = target - linear.bias
+                add_rows(half, inputs, target, final)
         add_up(self._source.ranks, *moments)
         return fit(*moments, linear.weight)

@@ -138,9 +138,7 @@ def tune(
         target = targets[chosen].float()
         loss = ((output.float() - target).square().mean(-1) * token_weights(target)).mean()
         loss.backward()  # type: ignore[no-untyped-call]
-        for parameter in layer.parameters():
-            if parameter.grad is not None:
-                walk.ranks.add(parameter.grad.div_(walk.ranks.size))
+        walk.ranks.average(*(p.grad for p in layer.parameters() if p.grad is not None))
         nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
         optimizer.step()
         rate.step()
