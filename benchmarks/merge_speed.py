@@ -18,7 +18,6 @@ Results go to benchmarks/results/merge_speed.json and .md.
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -30,12 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.machine import machine
 from benchmarks.memory import RESULTS
-from benchmarks.paper_worker import peak_bytes
 from benchmarks.shapes import CONFIGS, write_checkpoint
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
@@ -45,6 +43,7 @@ from mkaq.merge.stage import averaged_layers, merge, write_merged
 from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.source import resolve_model
 from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
+from mkaq.peak import peak_bytes
 from mkaq.progress import Progress
 from mkaq.recipe import CalibrationSection, MergeSection
 
@@ -77,7 +76,10 @@ def main() -> None:
         what, model, out = options.worker
         print(json.dumps({"mkaq": apply, "in memory": apply_in_memory, "whole": whole}[what](model, out)))
         return
-    record: dict[str, Any] = {"machine": machine(), "libraries": library_versions()}
+    record: dict[str, Any] = {
+        "machine": machine(torch.get_num_threads()) | {"device": device_name()},
+        "libraries": library_versions(),
+    }
     record["apply"] = compare_apply(options.shape, options.layers, options.repeats)
     if options.paper:
         script = options.paper_python, options.paper.resolve()
@@ -230,20 +232,9 @@ def taken(began: float) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes()}
 
 
-def machine() -> dict[str, Any]:
-    """What timings depend on."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+def device_name() -> str:
     device = pick_device("auto")
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def table(record: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Seconds and peak memory of a command and of all processes that it starts."""
 
-import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from threading import Event, Thread
 
 import psutil
+
+from mkaq.peak import high_water
 
 INTERVAL = 0.1
 
@@ -62,6 +63,7 @@ def _sample(pid: int, peaks: list[int], over: Event) -> None:
     with suppress(psutil.Error):
         root = psutil.Process(pid)
         while True:
+            # the system's own mark misses no peak of the root between two samples
             peaks[0] = max(peaks[0], tree_bytes(root), high_water(pid))
             if over.wait(INTERVAL):
                 return
@@ -79,11 +81,3 @@ def tree_bytes(root: psutil.Process) -> int:
         with suppress(psutil.Error):
             total += child.memory_full_info().uss
     return total
-
-
-def high_water(pid: int) -> int:
-    """The largest resident set that Linux has seen of one process: no peak between two samples is missed."""
-    with suppress(OSError):
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        return int(found[1]) * 1024 if found else 0
-    return 0

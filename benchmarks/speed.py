@@ -37,12 +37,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import mkaq
+from benchmarks.machine import machine
 from benchmarks.memory import RESULTS
 from benchmarks.packed import write_dense
 from benchmarks.process_tree import CommandError, Measured, run_measured
 from benchmarks.quality import without_folder
 from benchmarks.quality_text import Text, load_text, measure, windows
-from benchmarks.speed_report import describe, machine, table
+from benchmarks.speed_report import describe, table
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
 from mkaq.handoff import library_versions

@@ -1,23 +1,6 @@
-"""What benchmarks/speed.py writes: the machine, and the table of its results."""
+"""What benchmarks/speed.py writes: the table of its results."""
 
-import os
-import platform
-import re
-from pathlib import Path
 from typing import Any
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What the times depend on, without names."""
-    path = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.*)", path.read_text()) if path.exists() else None
-    return {
-        "processor": named[1] if named else platform.processor() or platform.machine(),
-        "architecture": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "system": f"{platform.system()} {platform.release()}",
-    }
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
             "evaluate": {"perplexity": {"num_samples": 4, "max_seq_length": 64}},
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        run = command("run", folder / "recipe.yaml", "--output", folder / "run")
+        run = command("run", folder / "recipe.yaml", "--output", folder / "run", "--max-memory", "2GB")
         done = subprocess.run(run, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found[layers] = json.loads((folder / "run" / "run.json").read_text())

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.numpy import save_file
 from mkaq.calibrate.tokens import with_copies
 from mkaq.errors import UnsupportedError
 from mkaq.handoff import digest_of
+from mkaq.heap import return_freed_memory
 from mkaq.merge.apply import weighted_sum
 from mkaq.merge.choose import choose_groups
 from mkaq.merge.fuse import check_fusable, fuse
@@ -23,11 +23,12 @@ from mkaq.merge.origins import ORIGINS, Origins, origins_of, shares, write_origi
 from mkaq.merge.plan import MergePlan
 from mkaq.model.architecture import LAYER_PREFIX, keep_layers
 from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.walk import LayerWalk, return_freed_memory
+from mkaq.model.walk import LayerWalk
 from mkaq.model.writer import Writer, layout_like, tensor_bytes, write_json, write_side_files, writer_of
 from mkaq.progress import Progress
 from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import MergeSection
+from mkaq.threads import one_thread
 
 
 def merge(
@@ -204,20 +205,6 @@ def merged_layers(
         with one_thread():
             whole = {name: torch.cat(list(pieces)) for name, pieces in layer.tensors.items()}
         yield {name: tensor.reshape(infos[name].shape) for name, tensor in whole.items()}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keeps torch from sharing out each operation on a piece, which costs more than it gains.
-
-    Threads that wait for one another a thousand times a second stand still on a busy machine.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def names_below(source: Checkpoint, layer: int) -> list[str]:

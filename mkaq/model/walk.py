@@ -8,7 +8,6 @@ mask of its own type); they are kept per sequence length and used with any batch
 """
 
 import copy
-import ctypes
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from mkaq.errors import CheckpointError, UsageError
+from mkaq.heap import return_freed_memory
 from mkaq.model.activations import Activations
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.expected import build_skeleton
@@ -322,17 +322,6 @@ def spans(hidden_states: torch.Tensor) -> Iterator[slice]:
 def batch_size(hidden_states: torch.Tensor) -> int:
     """Samples in a batch."""
     return max(1, TOKENS_PER_BATCH // hidden_states.shape[1])
-
-
-def return_freed_memory() -> None:
-    """Gives freed heap back to the system.
-
-    The allocator of glibc keeps it otherwise, in holes between the small tensors of one layer and
-    the large ones of the next, and a walk's memory grows by about a layer a layer.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def pick_device(name: str) -> torch.device:

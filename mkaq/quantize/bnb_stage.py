@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from mkaq.heap import return_freed_memory
 from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.walk import return_freed_memory
 from mkaq.model.writer import ShardWriter, write_json, write_side_files
 from mkaq.progress import Progress
 from mkaq.quantize.bnb import dequantize_linear, quantization_config, quantize_linear

@@ -10,11 +10,12 @@ from torch import nn
 
 from mkaq import __version__
 from mkaq.errors import CheckpointError, UsageError
+from mkaq.heap import return_freed_memory
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.finite import all_finite
 from mkaq.model.gram import add_gram, mirror
 from mkaq.model.piecewise import Piecewise
-from mkaq.model.walk import LayerWalk, return_freed_memory, spans
+from mkaq.model.walk import LayerWalk, spans
 from mkaq.model.writer import write_json, write_side_files, writer_of
 from mkaq.progress import Progress
 from mkaq.quantize import gptq_cpu
