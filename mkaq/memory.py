@@ -73,7 +73,7 @@ def spilled_bytes(recipe: Recipe, source: Checkpoint) -> int:
     """Bytes of the files in which hidden states lie, at most, when they are spilled (on a CPU)."""
     calibration, hidden = recipe.calibration, int(source.hf_config.hidden_size)
     streams = calibration.num_samples * calibration.max_seq_length
-    streams *= 4 + int(source.hf_config.intermediate_size) // hidden
+    streams *= 5 + int(source.hf_config.intermediate_size) // hidden
     section = recipe.evaluate.perplexity if recipe.evaluate else None
     measured = (section.num_samples or 1024) * section.max_seq_length if section else 0
     return 4 * hidden * max(streams, measured)
@@ -136,7 +136,7 @@ def _gptq(
         if joint:
             solving = max(solving, 8 * 4 * columns**2)
     item = shape.exact if joint else shape.fast
-    streams = tokens * item * ((4 if joint else 2) * shape.hidden + shape.intermediate)
+    streams = tokens * item * ((5 if joint else 3) * shape.hidden + shape.intermediate)
     weights = shape.walked(item) + shape.layer * item  # those that were read stay mapped beside the new ones
     return streams + weights + max(solving, shape.batch(length, item) + hessian)
 

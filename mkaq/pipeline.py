@@ -12,7 +12,7 @@ import torch
 from mkaq.budget import Trials, meet_budget, plan_budget
 from mkaq.errors import UsageError
 from mkaq.handoff import describe_files, locked
-from mkaq.heap import leave_no_holes
+from mkaq.heap import arrange_heap
 from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.source import resolve_model
 from mkaq.plan import check_resources, plan_run
@@ -55,8 +55,7 @@ def run(
     source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))
     options, plan = plan_budget(recipe, source, device, max_memory)
     check_resources(plan, folder, device, max_memory)
-    if max_memory is not None:
-        leave_no_holes()
+    arrange_heap(sparing=max_memory is not None)
     if ranks.size > 1 and recipe.budget is not None:
         raise UsageError("a budget is searched by one process", where="budget", fix="run it without torchrun")
     with locked(folder) if ranks.main else nullcontext():

@@ -50,11 +50,13 @@ def test_pieces_are_those_of_the_whole_layer_whose_weights_change_on_the_way(
     )
     states = walk.embed(TOKENS)
     untouched, close = states.clone(), 2e-2 if fast else 1e-4
+    before_mlp = "pre_feedforward_layernorm" if family == "gemma2" else "post_attention_layernorm"
+    norms = ("input_layernorm", before_mlp)
     with walk.layer(1) as layer:
         calls: list[str] = []
-        for name in walk.checkpoint.family.linear_names:
+        for name in (*walk.checkpoint.family.linear_names, *norms):
             layer.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
-        whole = {name: layer.get_submodule(name) for name in ("self_attn", "mlp", "input_layernorm")}
+        whole = {name: layer.get_submodule(name) for name in ("self_attn", "mlp", *norms)}
         with Piecewise(walk, layer, 1, states, WRITERS) as pieces:
             for group in walk.checkpoint.family.linears:
                 found = torch.cat([pieces.input_of(group[0], slice(at, at + 2)) for at in (0, 2, 4)])

@@ -40,7 +40,7 @@ def codes(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("merge", "recover", "target", "differing"),
     [
-        (AVERAGE, None, "input", 1e-3),
+        (AVERAGE, None, "input", 5e-3),
         (CHANNELS, None, "source", 6e-2),  # solved on few tokens: the last bits of sums go far
         (CHANNELS, RECOVER, "input", 1e-1),  # whose batches are made of other samples
     ],

@@ -2,6 +2,7 @@
 
 import mmap
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -21,9 +22,12 @@ class Activations:
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
         self._device, self._folder = device, folder if device.type == "cpu" else None
         self._maps: list[mmap.mmap] = []
+        self._spare: defaultdict[tuple[object, ...], list[torch.Tensor]] = defaultdict(list)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor with room for hidden states, shape (samples, length, features)."""
+        if spare := self._spare[*shape, dtype]:
+            return spare.pop()
         size = torch.Size(shape).numel() * dtype.itemsize
         if self._folder is None or size == 0:
             return torch.empty(shape, dtype=dtype, device=self._device)
@@ -31,6 +35,13 @@ class Activations:
             file.truncate(size)
             self._maps.append(mmap.mmap(file.fileno(), size))
         return torch.frombuffer(self._maps[-1], dtype=dtype).reshape(shape)
+
+    def give_back(self, tensor: torch.Tensor) -> None:
+        """Lets the next `empty` of its shape and type have a tensor that is not needed any more.
+
+        New pages are cleared by the system, which takes longer than what is done with most of them.
+        """
+        self._spare[*tensor.shape, tensor.dtype].append(tensor)
 
     def release(self) -> None:
         """Lets go of the memory of what lies in files; its contents stay."""

@@ -17,8 +17,9 @@ def build_skeleton(hf_config: Any) -> Any:
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
-    with init_empty_weights(include_buffers=False), torch.no_grad():
+    with init_empty_weights(include_buffers=False), no_init_weights(), torch.no_grad():
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
     model.tie_weights()
     return model.eval()

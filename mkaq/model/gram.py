@@ -7,20 +7,34 @@ import torch
 _STRIPES = 8
 
 
-def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
+def add_gram(gram: torch.Tensor, rows: torch.Tensor, seen: int = 0) -> None:
     """Adds X^T X to the upper triangle of a Gram matrix, in place.
 
     Args:
         gram: Shape (features, features), float32 or float64. What is below its diagonal is not to be
             read before `mirror`.
-        rows: X, shape (tokens, features), float32.
+        rows: X, shape (tokens, features), float32 or bfloat16.
+        seen: Tokens whose products `gram` holds already.
     """
     for start, stop in _stripes(rows.shape[1]):
         stripe, part = rows[:, start:stop], gram[start:stop, start:]
-        if gram.dtype == rows.dtype:
+        if rows.dtype == torch.bfloat16:
+            _add_bfloat16(part, stripe.T, rows[:, start:], seen)
+        elif gram.dtype == rows.dtype:
             part.addmm_(stripe.T, rows[:, start:])
         else:
             part += stripe.T @ rows[:, start:]
+
+
+def _add_bfloat16(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, seen: int) -> None:
+    """Adds a product of bfloat16 matrices, which is summed in float32 but comes rounded to bfloat16.
+
+    What the product should be, by the tokens seen so far, is taken off before it is rounded, and is
+    added exactly: only the difference is rounded, a small part of the whole.
+    """
+    expected = (total * (len(right) / seen)).to(left.dtype) if seen else left @ right
+    total += torch.addmm(expected, left, right, beta=-1)
+    total += expected
 
 
 def mirror(gram: torch.Tensor) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 
 from mkaq import __version__
 from mkaq.errors import CheckpointError, UsageError
-from mkaq.heap import return_freed_memory
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.finite import all_finite
 from mkaq.model.gram import add_gram, mirror
@@ -102,7 +101,6 @@ def quantize_gptq(
                         modules.append(replace(record, ridge=fitted.ridge) if fitted else record)
                         for part, tensor in packed.items():
                             writer.add(f"{prefix}{name}.{part}", tensor)
-                    return_freed_memory()
                 pieces.finish()
     config = {
         **source.config,
@@ -211,11 +209,13 @@ def set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:
 def _hessian(pieces: Piecewise, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
     """X^T X over all calibration tokens, X the inputs of a linear layer; float32."""
     hessian: torch.Tensor | None = None
+    seen = 0
     for rows in spans(hidden_states):
-        inputs = pieces.input_of(name, rows).flatten(0, -2).float()
+        inputs = pieces.input_of(name, rows).flatten(0, -2)
         if hessian is None:
-            hessian = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
-        add_gram(hessian, inputs)
+            hessian = inputs.new_zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32)
+        add_gram(hessian, inputs if inputs.device.type == "cpu" else inputs.float(), seen)
+        seen += len(inputs)
     assert hessian is not None
     mirror(hessian)
     return hessian
