@@ -140,6 +140,38 @@ def test_disk_that_cuts_a_file_short_is_found_out(tmp_path: Path, monkeypatch: p
         write(tmp_path / "out", numbered(4), declared=True)
 
 
+@pytest.mark.parametrize("step", [1, 80, 10**9])
+def test_files_are_read_back_while_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Whatever is read back when: the same bytes and digests."""
+    monkeypatch.setattr(writer, "_STEP", step)
+    backwards = dict(reversed(list(numbered(5).items())))
+    for name, tensors in {"in order": numbered(5), "backwards": backwards}.items():
+        (tmp_path / name).mkdir()
+        with ShardWriter(tmp_path / name, 10**9, layout_of(numbered(5))) as output:
+            for tensor_name, tensor in tensors.items():
+                output.add(tensor_name, tensor)
+        data = (tmp_path / name / SINGLE).read_bytes()
+        assert output.digests == {SINGLE: hashlib.sha256(data).hexdigest()}
+
+
+def test_sync_that_fails_once_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system reports a lost write to one sync, and none to the next."""
+    monkeypatch.setattr(writer, "_STEP", 1)
+    calls: list[int] = []
+
+    def once(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(writer.os, "fsync", once)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path / "out", numbered(4), declared=True)
+    assert len(calls) > 1 and not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_disk_that_is_full_at_the_sync_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")

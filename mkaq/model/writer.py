@@ -1,16 +1,17 @@
 """Writing a checkpoint: safetensors files, deterministic to the byte, every tensor straight to its place."""
 
-import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+from xxhash import xxh3_64
 
 from mkaq.errors import VerificationError
 from mkaq.model.architecture import LAYER_PREFIX
@@ -27,6 +28,7 @@ _NAMES = {  # in the order in which the safetensors library lays types: aligned,
     torch.int8: "I8",
     torch.uint8: "U8",
 }
+_STEP = 256 * 1024 * 1024  # bytes that are synced and read back at once
 _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 
 
@@ -51,9 +53,10 @@ class ShardWriter:
     With a layout every file's header is written first and every tensor goes straight to its place, in
     any order and in pieces if need be. Without one, tensors are spooled to a scratch file until a shard
     is full. Within a shard tensors lie as the safetensors library lays them (by type, the largest
-    first, then by name), so that each is aligned. A full shard is synced to disk and read back, in a
-    thread beside, while the next one is written: every tensor must have the checksum that it had in
-    memory, or leaving the `with` block fails. The same reading gives the digests of the files.
+    first, then by name), so that each is aligned. What lies at the beginning of a file is synced to disk
+    and read back, in a thread beside, while what follows is written: every tensor must have the checksum
+    that it had in memory, or leaving the `with` block fails. The same reading gives the digests of the
+    files.
 
     Args:
         folder: Where the files go.
@@ -76,6 +79,7 @@ class ShardWriter:
         self._names: set[str] = set()
         self._shards: list[_Shard] = []
         self._checks: dict[_Shard, Future[tuple[str, str | None]]] = {}
+        self._follows: list[Future[None]] = []
         self._beside = ThreadPoolExecutor(1)
         self._spool = None if layout is not None else (folder / ".spool").open("w+b")
         self._pending: dict[str, tuple[TensorSpec, int]] = {}
@@ -114,6 +118,8 @@ class ShardWriter:
         shard.write(name, (tensor_bytes(piece) for piece in pieces))
         if shard.is_full:
             self._check(shard)
+        else:
+            self._follows.append(self._beside.submit(shard.follow))
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -166,6 +172,8 @@ class ShardWriter:
         names = (
             [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         )
+        for follow in self._follows:
+            follow.result()
         for file, shard in zip(names, self._shards, strict=True):
             self.digests[file], changed = self._checks[shard].result()
             if changed:
@@ -223,6 +231,9 @@ class _Shard:
         self._header = len(encoded).to_bytes(8, "little") + encoded
         self._start = {name: len(self._header) + place for name, place in places.items()}
         self._checksums: dict[str, int] = {}
+        self._read = 0  # tensors that were read back, in their order
+        self._digest: Any = None
+        self._changed: str | None = None
         self._handle: int | None = None
 
     @property
@@ -235,34 +246,50 @@ class _Shard:
         if self._handle is None:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             _write(self._handle, 0, memoryview(self._header))
-        place, checksum = self._start[name], 0
+        place, checksum = self._start[name], xxh3_64()
         end = place + self.specs[name].nbytes
         for block in blocks:
             if place + block.nbytes <= end:
                 _write(self._handle, place, block)
-            checksum = zlib.crc32(block, checksum)
+            checksum.update(block)
             place += block.nbytes
         if place != end:
             raise ValueError(f"tensor {name} has {place - end:+} bytes more than the layout says")
-        self._checksums[name] = checksum
+        self._checksums[name] = checksum.intdigest()
+
+    def follow(self) -> None:
+        """Reads back what lies at the beginning, if it is much by now."""
+        if sum(self.specs[name].nbytes for name in self._ready()) >= _STEP:
+            self._read_back()
 
     def check(self) -> tuple[str, str | None]:
-        """Syncs the file and reads it back: its sha256, and what has changed, if anything has."""
-        assert self._handle is not None
-        os.fsync(self._handle)
-        header = b"".join(_read(self._handle, 0, len(self._header)))
-        digest, changed = hashlib.sha256(header), None
-        if header != self._header:
-            changed = "the header"
-        for name in self._order:
-            checksum = 0
-            for block in _read(self._handle, self._start[name], self.specs[name].nbytes):
-                digest.update(block)
-                checksum = zlib.crc32(block, checksum)
-            if checksum != self._checksums[name]:
-                changed = changed or f"tensor {name}"
+        """Reads back the rest of the file: its sha256, and what has changed, if anything has."""
+        self._read_back()
         self.close()
-        return digest.hexdigest(), changed
+        return self._digest.hexdigest(), self._changed
+
+    def _ready(self) -> list[str]:
+        """The tensors that are written, after those that were read back, up to the first that is not."""
+        return list(takewhile(self._checksums.__contains__, self._order[self._read :]))
+
+    def _read_back(self) -> None:
+        """Syncs the file and reads back what is ready."""
+        assert self._handle is not None
+        ready = self._ready()
+        os.fsync(self._handle)
+        if self._digest is None:
+            header = b"".join(_read(self._handle, 0, len(self._header)))
+            self._digest = sha256(header)
+            if header != self._header:
+                self._changed = "the header"
+        for name in ready:
+            checksum = xxh3_64()
+            for block in _read(self._handle, self._start[name], self.specs[name].nbytes):
+                self._digest.update(block)
+                checksum.update(block)
+            if checksum.intdigest() != self._checksums[name]:
+                self._changed = self._changed or f"tensor {name}"
+        self._read += len(ready)
 
     def close(self) -> None:
         """Closes the file, if it is open."""
