@@ -25,7 +25,7 @@ from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
 from mkaq.handoff import library_versions
 from mkaq.merge.stage import merge
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.source import resolve_model
 from mkaq.model.walk import LayerWalk, compute_dtype
 from mkaq.progress import Progress

@@ -40,7 +40,7 @@ from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
 from mkaq.handoff import library_versions, publish
 from mkaq.merge.plan import MergePlan, plan_merge
 from mkaq.merge.stage import averaged_layers, merge, write_merged
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.source import resolve_model
 from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
 from mkaq.peak import peak_bytes

@@ -23,7 +23,7 @@ from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer
 from mkaq.evaluate.perplexity import Perplexity, perplexity
 from mkaq.handoff import library_versions
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.source import resolve_model
 from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress

@@ -36,7 +36,8 @@ from mkaq.handoff import describe_files, digest_of, library_versions
 from mkaq.merge.plan import layers_to_remove
 from mkaq.merge.segment import groups_of
 from mkaq.merge.stage import merge
-from mkaq.model.checkpoint import Checkpoint, open_checkpoint
+from mkaq.model.checkpoint import Checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.source import resolve_model
 from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
 from mkaq.model.writer import write_json

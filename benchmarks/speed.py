@@ -47,7 +47,7 @@ from benchmarks.speed_report import describe, table
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
 from mkaq.handoff import library_versions
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.source import resolve_model
 from mkaq.model.walk import LayerWalk
 from mkaq.recipe import CalibrationSection

@@ -120,7 +120,7 @@ def plan(
     loaded, folder = _load(recipe, settings, output)
     _quiet_libraries()
     from mkaq.budget import plan_budget
-    from mkaq.model.checkpoint import open_checkpoint
+    from mkaq.model.opening import open_checkpoint
     from mkaq.model.source import resolve_model
     from mkaq.model.walk import pick_device
     from mkaq.report import table_rows
@@ -173,7 +173,7 @@ def analyze(
     from mkaq.calibrate.text import documents
     from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
     from mkaq.merge.compare import compare_layers
-    from mkaq.model.checkpoint import open_checkpoint
+    from mkaq.model.opening import open_checkpoint
     from mkaq.model.source import resolve_model
     from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
     from mkaq.progress import Progress
@@ -287,7 +287,7 @@ def evaluate(
     from mkaq.calibrate.tokens import evaluation_sequences, load_tokenizer
     from mkaq.evaluate.perplexity import perplexity
     from mkaq.evaluate.tasks import run_tasks
-    from mkaq.model.checkpoint import open_checkpoint
+    from mkaq.model.opening import open_checkpoint
     from mkaq.model.source import resolve_model
     from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
     from mkaq.progress import Progress
@@ -335,8 +335,8 @@ def generate_text(
     import torch
 
     from mkaq.calibrate.tokens import load_tokenizer
-    from mkaq.model.checkpoint import open_checkpoint
     from mkaq.model.load import generate, whole_model
+    from mkaq.model.opening import open_checkpoint
     from mkaq.model.source import resolve_model
     from mkaq.model.walk import compute_dtype, pick_device
 

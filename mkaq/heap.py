@@ -12,9 +12,7 @@ def return_freed_memory() -> None:
     The allocator keeps it otherwise, in holes between the small tensors of one layer and the large
     ones of the next, and a walk's memory grows by about a layer a layer.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    _glibc("malloc_trim", 0)
 
 
 def arrange_heap(*, sparing: bool) -> None:
@@ -27,7 +25,11 @@ def arrange_heap(*, sparing: bool) -> None:
             in 6 % more time, since the system clears new pages. Otherwise the heap keeps what is freed
             for what comes next, until `return_freed_memory`.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, (4 if sparing else 32) * MIB)
-        mallopt(M_TRIM_THRESHOLD, (1 if sparing else 128) * MIB)
+    _glibc("mallopt", M_MMAP_THRESHOLD, (4 if sparing else 32) * MIB)
+    _glibc("mallopt", M_TRIM_THRESHOLD, (1 if sparing else 128) * MIB)
+
+
+def _glibc(name: str, *arguments: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is not None:
+        function(*arguments)

@@ -13,7 +13,7 @@ from mkaq.budget import Trials, meet_budget, plan_budget
 from mkaq.errors import UsageError
 from mkaq.handoff import describe_files, locked
 from mkaq.heap import arrange_heap
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.source import resolve_model
 from mkaq.plan import check_resources, plan_run
 from mkaq.progress import Progress

@@ -21,7 +21,8 @@ from mkaq.merge.fuse import writes_linearly
 from mkaq.merge.hold_out import shared_samples
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import merge
-from mkaq.model.checkpoint import Checkpoint, open_checkpoint
+from mkaq.model.checkpoint import Checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk, compute_dtype
 from mkaq.model.writer import write_json
 from mkaq.peak import peak_bytes, reset_peak

@@ -1,6 +1,7 @@
 """Shared fixtures: the command line as a user types it, tiny models, recipes."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from mkaq import threads
 from mkaq.cli import main
-from tests.runs import Mkaq, Outcome
-from tests.tiny import make_model, write_text
+from tests.runs import Mkaq, Outcome, run_quietly
+from tests.tiny import make_model, write_recipe, write_text
 
 
 @pytest.fixture
@@ -55,6 +56,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 4-layer Llama. Not to be changed: copy it first."""
     return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) -> Path:
+    """The recipe of `done`."""
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "recipe.yaml", model, text)
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Path:
+    """A finished run. Not to be changed: copy it first."""
+    return run_quietly(plain, tmp_path_factory.mktemp("done") / "run")
+
+
+@pytest.fixture
+def copy(done: Path, tmp_path: Path) -> Path:
+    """A finished run to change; the artifact below it."""
+    return shutil.copytree(done, tmp_path / "run")
 
 
 @pytest.fixture

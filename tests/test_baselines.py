@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import baselines
 from mkaq.evaluate.perplexity import perplexity
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
 from tests.tiny import FAMILIES, make_model

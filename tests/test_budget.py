@@ -21,7 +21,7 @@ from mkaq.budget import (
     settle,
 )
 from mkaq.errors import UsageError, VerificationError
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.plan import StageSize, plan_run
 from mkaq.progress import Progress
 from mkaq.recipe import BitsandbytesSection, GptqSection, Recipe

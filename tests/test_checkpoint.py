@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mkaq.errors import CheckpointError
-from mkaq.model import checkpoint
-from mkaq.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from mkaq.model import checkpoint, opening
+from mkaq.model.checkpoint import Checkpoint, TensorInfo
+from mkaq.model.opening import open_checkpoint
 
 EMBEDDING = "model.embed_tokens.weight"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -17,7 +18,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 def lone(folder: Path, tensor: torch.Tensor) -> Checkpoint:
     """A checkpoint of one tensor, `t`, that lies behind another one."""
     save_file({"a": torch.ones(3, dtype=torch.float64), "t": tensor}, folder / "t.safetensors")
-    header = checkpoint._read_header(folder, "t.safetensors")
+    header = opening._read_header(folder, "t.safetensors")
     return Checkpoint(folder, {}, header)
 
 

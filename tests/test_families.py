@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.load import generate, whole_model
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
 from tests.runs import Outcome
 from tests.tiny import FAMILIES, make_model

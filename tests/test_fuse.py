@@ -19,8 +19,8 @@ from mkaq.merge.fuse import FusedLayer, advance, fuse
 from mkaq.merge.measure import COEFFICIENTS, best_average
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import digest_layer
-from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.observe import outputs_of
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
 from tests.runs import Mkaq, forge, run_quietly, tree
 from tests.test_families import IDS, walk_logits

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mkaq.export.manifest import MANIFEST, QuantizeStep, read_manifest
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
 from mkaq.quantize.gptq_stage import GptqModule, quantize_gptq

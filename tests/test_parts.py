@@ -18,8 +18,8 @@ from mkaq.merge.parts import (
     take_columns,
     take_parts,
 )
-from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.observe import input_of
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
 from tests.tiny import make_model
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mkaq.evaluate.perplexity import Perplexity, perplexity, summarize
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from mkaq.errors import CheckpointError
-from mkaq.model.checkpoint import open_checkpoint
 from mkaq.model.observe import input_of
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.piecewise import Piecewise
 from mkaq.model.walk import LayerWalk
 from tests.tiny import FAMILIES, make_model

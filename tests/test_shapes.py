@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import shapes
 from benchmarks.shapes import CONFIGS, write_checkpoint
 from mkaq.calibrate.tokens import load_tokenizer
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.writer import fill_shards
 
 TINY: dict[str, Any] = {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mkaq.errors import CheckpointError, UsageError
-from mkaq.model.checkpoint import read_json
+from mkaq.model.opening import read_json
 
 
 def load_tokenizer(path: Path) -> Any:

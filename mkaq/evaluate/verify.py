@@ -9,8 +9,9 @@ from mkaq.errors import MkaqError, ResourceError, VerificationError
 from mkaq.evaluate.against import check_against, raise_faults
 from mkaq.export.manifest import MANIFEST, FileEntry, Manifest, QuantizeStep, read_manifest
 from mkaq.handoff import sha256_file
-from mkaq.model.checkpoint import Checkpoint, open_checkpoint
+from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.load import generate, whole_model
+from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk, compute_dtype
 from mkaq.progress import Progress
 

@@ -13,12 +13,14 @@ def add_gram(gram: torch.Tensor, rows: torch.Tensor, seen: int = 0) -> None:
     Args:
         gram: Shape (features, features), float32 or float64. What is below its diagonal is not to be
             read before `mirror`.
-        rows: X, shape (tokens, features), float32 or bfloat16.
+        rows: X, shape (tokens, features). On a CPU bfloat16 is multiplied as such, all else in float32.
         seen: Tokens whose products `gram` holds already.
     """
+    as_it_is = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
+    rows = rows if as_it_is else rows.float()
     for start, stop in _stripes(rows.shape[1]):
         stripe, part = rows[:, start:stop], gram[start:stop, start:]
-        if rows.dtype == torch.bfloat16:
+        if as_it_is:
             _add_bfloat16(part, stripe.T, rows[:, start:], seen)
         elif gram.dtype == rows.dtype:
             part.addmm_(stripe.T, rows[:, start:])

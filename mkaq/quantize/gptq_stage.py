@@ -214,7 +214,7 @@ def _hessian(pieces: Piecewise, name: str, hidden_states: torch.Tensor) -> torch
         inputs = pieces.input_of(name, rows).flatten(0, -2)
         if hessian is None:
             hessian = inputs.new_zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32)
-        add_gram(hessian, inputs if inputs.device.type == "cpu" else inputs.float(), seen)
+        add_gram(hessian, inputs, seen)
         seen += len(inputs)
     assert hessian is not None
     mirror(hessian)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mkaq.errors import MkaqError
-from mkaq.model.checkpoint import open_checkpoint
+from mkaq.model.opening import open_checkpoint
 from tests.bad_input.damage import (
     EMBED,
     INDEX,
