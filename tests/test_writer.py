@@ -128,14 +128,14 @@ def test_disk_that_changes_a_byte_is_found_out(
     def corrupt(handle: int) -> None:
         os.pwrite(handle, b"\x11", place % os.fstat(handle).st_size)
 
-    monkeypatch.setattr(writer.os, "fsync", corrupt)
+    monkeypatch.setattr(writer.os, "fdatasync", corrupt)
     with pytest.raises(VerificationError, match=rf"model.*{what} reads back changed"):
         write(tmp_path / "out", numbered(4), shard_size, declared)
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_disk_that_cuts_a_file_short_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer.os, "fsync", lambda handle: os.truncate(handle, os.fstat(handle).st_size - 1))
+    monkeypatch.setattr(writer.os, "fdatasync", lambda handle: os.truncate(handle, os.fstat(handle).st_size - 1))
     with pytest.raises(VerificationError, match=r"tensor t3 reads back changed"):
         write(tmp_path / "out", numbered(4), declared=True)
 
@@ -166,7 +166,7 @@ def test_sync_that_fails_once_is_not_forgotten(tmp_path: Path, monkeypatch: pyte
         if len(calls) == 1:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(writer.os, "fsync", once)
+    monkeypatch.setattr(writer.os, "fdatasync", once)
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path / "out", numbered(4), declared=True)
     assert len(calls) > 1 and not list((tmp_path / "out").glob("*.safetensors"))
@@ -176,7 +176,7 @@ def test_disk_that_is_full_at_the_sync_is_an_error(tmp_path: Path, monkeypatch: 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", full)
+    monkeypatch.setattr(writer.os, "fdatasync", full)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "out", numbered(4), 80, declared=True)
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -261,7 +261,7 @@ def test_full_shard_is_checked_beside_while_the_next_is_written(
         fsync(handle)
         synced.set()
 
-    monkeypatch.setattr(writer.os, "fsync", sync)
+    monkeypatch.setattr(writer.os, "fdatasync", sync)
     with ShardWriter(tmp_path, 80, layout_of(numbered(3))) as output:
         output.add("t0", torch.zeros(10))
         output.add("t1", torch.zeros(10))

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from mkaq.merge.plan import MergePlan
 from mkaq.model.architecture import LAYER_PREFIX, keep_layers
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk
-from mkaq.model.writer import Writer, layout_like, tensor_bytes, write_json, write_side_files, writer_of
+from mkaq.model.writer import Writer, checksum_of, layout_like, write_json, write_side_files, writer_of
 from mkaq.progress import Progress
 from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import MergeSection
@@ -136,22 +135,9 @@ def write_merged(
 
 
 def write_layer(writer: Writer, new: int, tensors: Mapping[str, Iterable[torch.Tensor]]) -> str:
-    """Writes a layer piece by piece, and computes what `digest_layer` gives in a thread beside."""
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as beside, one_thread():
-
-        def digested(pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-            last: Future[None] | None = None
-            for piece in pieces:
-                if last is not None:
-                    last.result()
-                last = beside.submit(digest.update, tensor_bytes(piece))
-                yield piece
-
-        for name in sorted(tensors):
-            beside.submit(digest.update, name.encode() + b"\0").result()
-            writer.put(f"{LAYER_PREFIX}{new}.{name}", digested(tensors[name]))
-    return digest.hexdigest()
+    """Writes a layer piece by piece; returns what `digest_layer` gives."""
+    with one_thread():
+        return _digest((n, writer.put(f"{LAYER_PREFIX}{new}.{n}", tensors[n])) for n in sorted(tensors))
 
 
 def averaged_layers(source: Checkpoint, plan: MergePlan, dtype: torch.dtype) -> Iterator[NewLayer]:
@@ -246,10 +232,11 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return result
 
 
-def digest_layer(tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 over the names and bytes of a layer's tensors, in order of name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + b"\0")
-        digest.update(tensor_bytes(tensors[name]))
-    return digest.hexdigest()
+def digest_layer(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over the names of a layer's tensors and the checksums of their bytes, in order of name."""
+    return _digest((name, checksum_of(tensors[name])) for name in sorted(tensors))
+
+
+def _digest(checksums: Iterable[tuple[str, str]]) -> str:
+    lines = (f"{checksum}  {name}\n" for name, checksum in checksums)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

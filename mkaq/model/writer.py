@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from xxhash import xxh3_64
+from xxhash import xxh3_128
 
 from mkaq.errors import VerificationError
 from mkaq.model.architecture import LAYER_PREFIX
@@ -53,10 +53,11 @@ class ShardWriter:
     With a layout every file's header is written first and every tensor goes straight to its place, in
     any order and in pieces if need be. Without one, tensors are spooled to a scratch file until a shard
     is full. Within a shard tensors lie as the safetensors library lays them (by type, the largest
-    first, then by name), so that each is aligned. What lies at the beginning of a file is synced to disk
-    and read back, in a thread beside, while what follows is written: every tensor must have the checksum
-    that it had in memory, or leaving the `with` block fails. The same reading gives the digests of the
-    files.
+    first, then by name), so that each is aligned. A file has its whole size from the beginning, so that a
+    disk that is too small says so at once, and so that syncing it need not wait for its size. What lies at
+    the beginning of a file is synced to disk and read back, in threads beside, while what follows is
+    written: every tensor must have the checksum that it had in memory, or leaving the `with` block fails.
+    The same reading gives the digests of the files.
 
     Args:
         folder: Where the files go.
@@ -79,8 +80,8 @@ class ShardWriter:
         self._names: set[str] = set()
         self._shards: list[_Shard] = []
         self._checks: dict[_Shard, Future[tuple[str, str | None]]] = {}
-        self._follows: list[Future[None]] = []
-        self._beside = ThreadPoolExecutor(1)
+        self._pauses: list[Future[None]] = []
+        self._beside, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._spool = None if layout is not None else (folder / ".spool").open("w+b")
         self._pending: dict[str, tuple[TensorSpec, int]] = {}
         for specs in fill_shards(layout or {}, shard_size):
@@ -105,8 +106,11 @@ class ShardWriter:
         self._pending[name] = (spec, self._spool.tell())
         self._spool.write(tensor_bytes(tensor))
 
-    def put(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
+    def put(self, name: str, pieces: Iterable[torch.Tensor]) -> str:
         """Writes one tensor of the layout, given in pieces: flat, in order, of its own type.
+
+        Returns:
+            Its `checksum_of`.
 
         Raises:
             ValueError: If it is there already, or the layout has another or none.
@@ -115,11 +119,12 @@ class ShardWriter:
         if shard is None:
             raise ValueError(f"tensor {name} is not in the layout")
         self._note(name, shard.specs[name])
-        shard.write(name, (tensor_bytes(piece) for piece in pieces))
+        checksum = shard.write(name, (tensor_bytes(piece) for piece in pieces))
         if shard.is_full:
             self._check(shard)
         else:
-            self._follows.append(self._beside.submit(shard.follow))
+            self._pauses.append(self._beside.submit(self._follow, shard))
+        return checksum
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -134,6 +139,7 @@ class ShardWriter:
                 raise ValueError(f"{len(missing)} tensors of the layout never came, such as {missing[0]}")
         finally:
             self._beside.shutdown(cancel_futures=kind is not None)
+            self._syncing.shutdown()
             for shard in self._shards:
                 shard.close()
             if self._spool is not None:
@@ -152,8 +158,16 @@ class ShardWriter:
         self._shards.append(_Shard(self.folder / f".part-{len(self._shards)}", specs))
         return self._shards[-1]
 
+    def _follow(self, shard: "_Shard") -> None:
+        """Has what lies at the beginning of a file synced, and reads it back, if it is much by now."""
+        if shard.ready_bytes >= _STEP:
+            self._pauses.append(self._syncing.submit(shard.sync))
+            shard.read_back()
+
     def _check(self, shard: "_Shard") -> None:
-        self._checks[shard] = self._beside.submit(shard.check)
+        """Syncs and reads back the rest of a file that is complete."""
+        synced = self._syncing.submit(shard.sync)
+        self._checks[shard] = self._beside.submit(lambda: (synced.result(), shard.check())[1])
 
     def _close_spool(self) -> None:
         assert self._spool is not None
@@ -172,8 +186,8 @@ class ShardWriter:
         names = (
             [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         )
-        for follow in self._follows:
-            follow.result()
+        for pause in self._pauses:
+            pause.result()
         for file, shard in zip(names, self._shards, strict=True):
             self.digests[file], changed = self._checks[shard].result()
             if changed:
@@ -197,8 +211,9 @@ class Discard:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Lets go of a tensor."""
 
-    def put(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
-        """Lets go of a tensor; its pieces are not even made."""
+    def put(self, name: str, pieces: Iterable[torch.Tensor]) -> str:
+        """Lets go of a tensor; its pieces are not even made, so there is no checksum either."""
+        return ""
 
     def __enter__(self) -> "Discard":
         return self
@@ -230,7 +245,8 @@ class _Shard:
         encoded += b" " * (-len(encoded) % 8)
         self._header = len(encoded).to_bytes(8, "little") + encoded
         self._start = {name: len(self._header) + place for name, place in places.items()}
-        self._checksums: dict[str, int] = {}
+        self._size = len(self._header) + end
+        self._checksums: dict[str, str] = {}
         self._read = 0  # tensors that were read back, in their order
         self._digest: Any = None
         self._changed: str | None = None
@@ -241,12 +257,18 @@ class _Shard:
         """Whether every tensor is there."""
         return len(self._checksums) == len(self.specs)
 
-    def write(self, name: str, blocks: Iterable[memoryview]) -> None:
-        """Writes the data of a tensor to its place."""
+    @property
+    def ready_bytes(self) -> int:
+        """Bytes that can be read back now."""
+        return sum(self.specs[name].nbytes for name in self._ready())
+
+    def write(self, name: str, blocks: Iterable[memoryview]) -> str:
+        """Writes the data of a tensor to its place; returns its checksum."""
         if self._handle is None:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.posix_fallocate(self._handle, 0, self._size)
             _write(self._handle, 0, memoryview(self._header))
-        place, checksum = self._start[name], xxh3_64()
+        place, checksum = self._start[name], xxh3_128()
         end = place + self.specs[name].nbytes
         for block in blocks:
             if place + block.nbytes <= end:
@@ -255,16 +277,17 @@ class _Shard:
             place += block.nbytes
         if place != end:
             raise ValueError(f"tensor {name} has {place - end:+} bytes more than the layout says")
-        self._checksums[name] = checksum.intdigest()
+        self._checksums[name] = checksum.hexdigest()
+        return self._checksums[name]
 
-    def follow(self) -> None:
-        """Reads back what lies at the beginning, if it is much by now."""
-        if sum(self.specs[name].nbytes for name in self._ready()) >= _STEP:
-            self._read_back()
+    def sync(self) -> None:
+        """Waits until what was written is on the disk."""
+        assert self._handle is not None
+        os.fdatasync(self._handle)
 
     def check(self) -> tuple[str, str | None]:
         """Reads back the rest of the file: its sha256, and what has changed, if anything has."""
-        self._read_back()
+        self.read_back()
         self.close()
         return self._digest.hexdigest(), self._changed
 
@@ -272,22 +295,21 @@ class _Shard:
         """The tensors that are written, after those that were read back, up to the first that is not."""
         return list(takewhile(self._checksums.__contains__, self._order[self._read :]))
 
-    def _read_back(self) -> None:
-        """Syncs the file and reads back what is ready."""
+    def read_back(self) -> None:
+        """Reads back what lies at the beginning, after what was read back before."""
         assert self._handle is not None
         ready = self._ready()
-        os.fsync(self._handle)
         if self._digest is None:
             header = b"".join(_read(self._handle, 0, len(self._header)))
             self._digest = sha256(header)
             if header != self._header:
                 self._changed = "the header"
         for name in ready:
-            checksum = xxh3_64()
+            checksum = xxh3_128()
             for block in _read(self._handle, self._start[name], self.specs[name].nbytes):
                 self._digest.update(block)
                 checksum.update(block)
-            if checksum.intdigest() != self._checksums[name]:
+            if checksum.hexdigest() != self._checksums[name]:
                 self._changed = self._changed or f"tensor {name}"
         self._read += len(ready)
 
@@ -319,6 +341,11 @@ def layout_like(source: Checkpoint, layers: Iterable[int], dtype: torch.dtype) -
             below = name.removeprefix(f"{LAYER_PREFIX}{old}.")
             layout[f"{LAYER_PREFIX}{new}.{below}"] = TensorSpec(dtype, source.tensors[name].shape)
     return layout
+
+
+def checksum_of(tensor: torch.Tensor) -> str:
+    """xxh3_128 of a tensor's bytes: finds accidents, not malice."""
+    return xxh3_128(tensor_bytes(tensor)).hexdigest()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
