@@ -38,6 +38,7 @@ from benchmarks.shapes import CONFIGS, write_checkpoint
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
 from mkaq.handoff import library_versions, publish
+from mkaq.heap import arrange_heap
 from mkaq.merge.plan import MergePlan, plan_merge
 from mkaq.merge.stage import averaged_layers, merge, write_merged
 from mkaq.model.opening import open_checkpoint
@@ -74,6 +75,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         what, model, out = options.worker
+        if what != "in memory":
+            arrange_heap(sparing=False)  # as a run does
         print(json.dumps({"mkaq": apply, "in memory": apply_in_memory, "whole": whole}[what](model, out)))
         return
     record: dict[str, Any] = {

@@ -135,7 +135,9 @@ def test_disk_that_changes_a_byte_is_found_out(
 
 
 def test_disk_that_cuts_a_file_short_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer.os, "fdatasync", lambda handle: os.truncate(handle, os.fstat(handle).st_size - 1))
+    monkeypatch.setattr(
+        writer.os, "fdatasync", lambda handle: os.truncate(handle, os.fstat(handle).st_size - 1)
+    )
     with pytest.raises(VerificationError, match=r"tensor t3 reads back changed"):
         write(tmp_path / "out", numbered(4), declared=True)
 

@@ -34,7 +34,8 @@ def _add_bfloat16(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
     What the product should be, by the tokens seen so far, is taken off before it is rounded, and is
     added exactly: only the difference is rounded, a small part of the whole.
     """
-    expected = (total * (len(right) / seen)).to(left.dtype) if seen else left @ right
+    rounded = left.new_empty(total.shape)
+    expected = torch.mul(total, len(right) / seen, out=rounded) if seen else left @ right
     total += torch.addmm(expected, left, right, beta=-1)
     total += expected
 
