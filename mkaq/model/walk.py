@@ -20,7 +20,6 @@ from torch import nn
 from mkaq.errors import CheckpointError, UsageError
 from mkaq.heap import return_freed_memory
 from mkaq.model.activations import Activations
-from mkaq.model.attention import attend_by_products
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.expected import build_skeleton
 from mkaq.model.finite import all_finite
@@ -69,8 +68,6 @@ class LayerWalk:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.activations, self.ranks = Activations(device, spill), ranks
         self.skeleton = build_skeleton(copy.deepcopy(checkpoint.hf_config))
-        if device.type == "cpu" and dtype == torch.bfloat16:
-            attend_by_products(self.skeleton)
         self._layers = list(self.skeleton.model.layers)
         names = checkpoint.family.linear_names
         self._linears: list[dict[str, Any]] = [
