@@ -1,4 +1,4 @@
-"""Shared fixtures: two finished runs, a folder to run in, and how a recipe is refused."""
+"""Shared fixtures: two finished runs, a damaged model, a folder to run in, and how a recipe is refused."""
 
 import shutil
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.bad_input.damage import Damage
 from tests.runs import Mkaq, Outcome, one_message, run_quietly, tree
 from tests.tiny import PROTECT, write_recipe
 
@@ -60,3 +61,15 @@ def refused(mkaq: Mkaq, recipe: Callable[..., Path], earlier: Path) -> Callable[
         return outcome
 
     return check
+
+
+@pytest.fixture
+def broken(model: Path, tmp_path: Path) -> Callable[[Damage], Path]:
+    """A damaged copy of the model."""
+
+    def make(damage: Damage) -> Path:
+        copy = shutil.copytree(model, tmp_path / "model")
+        damage(copy)
+        return copy
+
+    return make

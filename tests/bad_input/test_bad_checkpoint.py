@@ -1,7 +1,5 @@
-"""Models that are missing, damaged, unsupported, or lie; their tokenizers; quantized ones."""
+"""Models that are missing, damaged, unsupported, or lie."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,20 +25,8 @@ from tests.bad_input.damage import (
     shard,
     swap_shards,
 )
-from tests.runs import Mkaq, Outcome, kept, one_message, run_quietly, tree
-from tests.tiny import edit_config, write_recipe
-
-
-@pytest.fixture
-def broken(model: Path, tmp_path: Path) -> Callable[[Damage], Path]:
-    """A damaged copy of the model."""
-
-    def make(damage: Damage) -> Path:
-        copy = shutil.copytree(model, tmp_path / "model")
-        damage(copy)
-        return copy
-
-    return make
+from tests.runs import Mkaq, Outcome, kept, one_message, tree
+from tests.tiny import edit_config
 
 
 @pytest.mark.parametrize(
@@ -313,64 +299,6 @@ def test_model_that_says_the_same_to_everything(
     assert tree(folder / "merge") == tree(earlier / "merge")
 
 
-# --- tokenizers --------------------------------------------------------------------------------
-
-
-def lose_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-
-
-def fewer_tokens(folder: Path) -> None:
-    """A model that knows 100 tokens, with a tokenizer that gives 4096."""
-    change_tensors(lambda t: t.update({n: t[n][:100].clone() for n in (EMBED, "lm_head.weight")}))(folder)
-    edit_config(folder, vocab_size=100)
-
-
-TOKENIZERS: dict[str, tuple[Damage, str]] = {
-    "missing": (lose_tokenizer, "no usable tokenizer"),
-    "no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "no usable tokenizer"),
-    "config is no JSON": (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json"),
-    "remote code": (
-        lambda f: (f / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["a.b", null]}}'),
-        "remote code",
-    ),
-    "more tokens than the model": (fewer_tokens, "token"),
-}
-
-
-@pytest.mark.parametrize("case", TOKENIZERS)
-@pytest.mark.parametrize("evaluated", [False, True])
-def test_tokenizer_that_cannot_be_used(
-    case: str,
-    evaluated: bool,
-    broken: Callable[[Damage], Path],
-    recipe: Callable[..., Path],
-    mkaq: Mkaq,
-    folder: Path,
-    earlier: Path,
-) -> None:
-    damage, word = TOKENIZERS[case]
-    path = broken(damage)
-    sections = {} if evaluated else {"evaluate": None}
-    outcome = mkaq("run", recipe(model={"path": str(path)}, **sections), "--output", folder)
-    one_message(outcome, 4, str(path), word)
-    for stage in ("merge", "quantize", "artifact", "evaluate"):
-        assert tree(folder / stage) == tree(earlier / stage)
-
-
-def test_no_tokenizer_is_needed_where_no_text_is_read(
-    broken: Callable[[Damage], Path], recipe: Callable[..., Path], mkaq: Mkaq, tmp_path: Path
-) -> None:
-    path = broken(lose_tokenizer)
-    quantize = {"method": "bitsandbytes", "bits": 8}
-    changed = recipe(model={"path": str(path)}, merge=None, quantize=quantize, evaluate=None)
-    assert mkaq("run", changed, "--output", tmp_path / "new").code == 0
-
-
-# --- quantized checkpoints, and other commands -------------------------------------------------
-
-
 @pytest.mark.parametrize("arguments", [("analyze",), ("eval",), ("generate", "x"), ("verify", "--source")])
 def test_other_commands_refuse_a_damaged_model(
     arguments: tuple[str, ...], broken: Callable[[Damage], Path], whole: Path, mkaq: Mkaq
@@ -379,68 +307,3 @@ def test_other_commands_refuse_a_damaged_model(
     name, *rest = arguments
     line = (name, whole / "artifact", "--source", path) if name == "verify" else (name, path, *rest)
     one_message(mkaq(*line), 4, str(path), "pickle")
-
-
-def edit_quantization(**changes: Any) -> Damage:
-    def damage(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"].update(changes)
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return damage
-
-
-def change_parts(ending: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
-    """Changes all tensors whose names end so."""
-    return change_tensors(lambda t: t.update({n: edit(t[n]) for n in list(t) if n.endswith(ending)}))
-
-
-ARTIFACTS: dict[str, tuple[str, Damage]] = {
-    "unknown method": ("gptq", edit_quantization(quant_method="awq")),
-    "no method": ("gptq", lambda f: edit_config(f, quantization_config={})),
-    "other bits": ("gptq", edit_quantization(bits=8)),
-    "no bits": ("gptq", edit_quantization(bits="x")),
-    "other group size": ("gptq", edit_quantization(group_size=64)),
-    "no group size": ("gptq", edit_quantization(group_size=0)),
-    "group 10^6": ("gptq", change_parts(".g_idx", lambda t: t + 10**6)),
-    "group -5": ("gptq", change_parts(".g_idx", lambda t: t - 5)),
-    "scales are NaN": ("gptq", change_parts(".scales", lambda t: t * float("nan"))),
-    "codes are floats": ("gptq", change_parts(".qweight", lambda t: t.float())),
-    "codes are missing": ("gptq", change_tensors(lambda t: t.pop(UP.replace("weight", "qweight")))),
-    "int8 as 4 bits": ("int8", edit_quantization(load_in_8bit=False, load_in_4bit=True)),
-    "int8 threshold": ("int8", edit_quantization(llm_int8_threshold="x")),
-    "int8 codes are floats": ("int8", change_parts("proj.weight", lambda t: t.float())),
-    "code nf5": ("nf4", edit_quantization(bnb_4bit_quant_type="nf5")),
-    "type load": ("nf4", edit_quantization(bnb_4bit_compute_dtype="load")),
-    "state is no JSON": ("nf4", change_parts("bitsandbytes__nf4", lambda t: t * 0)),
-    "scales too few": ("nf4", change_parts(".absmax", lambda t: t[:1].clone())),
-    "table of NaN": ("nf4", change_parts(".quant_map", lambda t: t * float("nan"))),
-}
-
-
-@pytest.fixture(scope="module")
-def artifacts(
-    whole: Path, model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    made = {"gptq": whole / "artifact"}
-    for name, bits in (("int8", 8), ("nf4", 4)):
-        folder = tmp_path_factory.mktemp(name)
-        quantize = {"method": "bitsandbytes", "bits": bits}
-        path = write_recipe(folder / "r.yaml", model, text, merge=None, quantize=quantize, evaluate=None)
-        made[name] = run_quietly(path, folder / "run") / "artifact"
-    return made
-
-
-@pytest.mark.parametrize("case", ARTIFACTS)
-def test_quantized_checkpoint_that_lies(
-    case: str, artifacts: dict[str, Path], mkaq: Mkaq, tmp_path: Path
-) -> None:
-    """An artifact of somebody else is a checkpoint like any other: not trusted, whatever it says."""
-    method, damage = ARTIFACTS[case]
-    path = shutil.copytree(artifacts[method], tmp_path / "artifact")
-    assert mkaq("generate", path, "To be", "--max-new-tokens", 1).code == 0
-    damage(path)
-    outcome = mkaq("generate", path, "To be", "--max-new-tokens", 1)
-    assert outcome.code in (3, 4), outcome.err
-    one_message(outcome, outcome.code, str(path))
-    one_message(mkaq("verify", path), 5)
