@@ -198,7 +198,7 @@ def _layer_faults(
     stored = _tensors_of(artifact, new)
     present = dense_layer(stored, artifact.quantization)
     if record and (whole or not errors):
-        digest = digest_layer(dict(known) if whole else stored)
+        digest = digest_layer(known if whole else stored)
         if digest != record.sha256:
             yield f"layer {new} has another digest than the manifest says"
     for name, tensor in known.items():

@@ -80,7 +80,7 @@ class ShardWriter:
         self._names: set[str] = set()
         self._shards: list[_Shard] = []
         self._checks: dict[_Shard, Future[tuple[str, str | None]]] = {}
-        self._pauses: list[Future[None]] = []
+        self._underway: list[Future[None]] = []
         self._beside, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._spool = None if layout is not None else (folder / ".spool").open("w+b")
         self._pending: dict[str, tuple[TensorSpec, int]] = {}
@@ -123,7 +123,7 @@ class ShardWriter:
         if shard.is_full:
             self._check(shard)
         else:
-            self._pauses.append(self._beside.submit(self._follow, shard))
+            self._underway.append(self._beside.submit(self._follow, shard))
         return checksum
 
     def __enter__(self) -> "ShardWriter":
@@ -161,13 +161,18 @@ class ShardWriter:
     def _follow(self, shard: "_Shard") -> None:
         """Has what lies at the beginning of a file synced, and reads it back, if it is much by now."""
         if shard.ready_bytes >= _STEP:
-            self._pauses.append(self._syncing.submit(shard.sync))
+            self._underway.append(self._syncing.submit(shard.sync))
             shard.read_back()
 
     def _check(self, shard: "_Shard") -> None:
         """Syncs and reads back the rest of a file that is complete."""
         synced = self._syncing.submit(shard.sync)
-        self._checks[shard] = self._beside.submit(lambda: (synced.result(), shard.check())[1])
+
+        def check() -> tuple[str, str | None]:
+            synced.result()
+            return shard.check()
+
+        self._checks[shard] = self._beside.submit(check)
 
     def _close_spool(self) -> None:
         assert self._spool is not None
@@ -186,8 +191,8 @@ class ShardWriter:
         names = (
             [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         )
-        for pause in self._pauses:
-            pause.result()
+        for work in self._underway:
+            work.result()
         for file, shard in zip(names, self._shards, strict=True):
             self.digests[file], changed = self._checks[shard].result()
             if changed:
