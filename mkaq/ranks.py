@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # if imported later, its default arguments keep the group
 
 from mkaq.errors import UsageError
 

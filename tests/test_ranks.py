@@ -23,10 +23,15 @@ RECOVER = {"method": "layerwise", "steps": 5, "batch_size": 4}
 EVALUATE = {"perplexity": {"dataset": "builtin", "num_samples": 4, "max_seq_length": 32}}
 
 
-def torchrun(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     """`torchrun --standalone --nproc-per-node 2 -m mkaq ...`, with one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", "-m", "mkaq", *map(str, arguments)]
+    return launch("-m", "mkaq", *arguments)
+
+
+def launch(*program: object) -> subprocess.CompletedProcess[str]:
+    """`torchrun --standalone --nproc-per-node 2 ...`, with one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += map(str, program)
     return subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
     )
@@ -92,6 +97,23 @@ def test_a_run_of_two_processes_is_kept_and_goes_on(recipe: Callable[..., Path],
     assert done.returncode == 0, done.stderr
     log = json.loads((tmp_path / "r" / "run.json").read_text())
     assert [row["stage"] for row in log["stages"] if row["reused"]] == ["calibrate", "merge"]
+
+
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
+    """One that drops a tensor while the interpreter ends asks it for a lock, and the process aborts."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, torch\n"
+        "from mkaq.ranks import joined\n"
+        "with joined(torch.device('cpu')) as (ranks, _):\n"
+        "    import mkaq.model.expected, transformers.modeling_utils, torch._dynamo\n"
+        "    ranks.wait()\n"
+        "tasks = pathlib.Path('/proc/self/task').glob('*/comm')\n"
+        "print(sorted({task.read_text().strip() for task in tasks}), flush=True)\n"
+    )
+    done = launch(script)
+    assert done.returncode == 0, done.stderr
+    assert "python" in done.stdout and "gloo" not in done.stdout
 
 
 def test_too_few_samples_for_everyone(recipe: Callable[..., Path], tmp_path: Path) -> None:
