@@ -53,7 +53,7 @@ class Ranks:
         if self.size == 1:
             return tokens
         count = len(tokens)
-        uneven = held_out and (held_out % self.size or count % (held_out * self.size))
+        uneven = held_out and (held_out % self.size or count % self.size)
         if count < self.size or uneven:
             raise UsageError(
                 f"{count} samples cannot be shared by {self.size} processes",
@@ -100,13 +100,17 @@ class Ranks:
         dist.all_reduce(whole)
         return whole
 
+    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replaces a tensor by that of the first process, in place, and returns it."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
     def tell(self, flag: bool = False) -> bool:
         """What the first process says."""
         if self.size == 1:
             return flag
-        told = torch.tensor([int(flag)], device=_device())
-        dist.broadcast(told, 0)
-        return bool(told)
+        return bool(self.from_first(torch.tensor([int(flag)], device=_device())))
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -274,7 +274,10 @@ class Stages:
     def _walk(self, model: Checkpoint, *, fast: bool = False) -> LayerWalk:
         dtype = compute_dtype(self.source, self.device, fast=fast)
         spill = self.folder if self.plan.spill else None
-        return LayerWalk(model, self.device, dtype, spill=spill, ranks=self.ranks)
+        walk = LayerWalk(model, self.device, dtype, spill=spill, ranks=self.ranks)
+        if fast:
+            walk.use_fast_attention()
+        return walk
 
     def _checkpoint(self, done: Handoff) -> Checkpoint:
         return open_checkpoint(done.path, quantized=True)

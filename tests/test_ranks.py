@@ -45,9 +45,9 @@ def codes(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("merge", "recover", "target", "differing"),
     [
-        (AVERAGE, None, "input", 5e-3),
-        (CHANNELS, None, "source", 6e-2),  # solved on few tokens: the last bits of sums go far
-        (CHANNELS, RECOVER, "input", 1e-1),  # whose batches are made of other samples
+        (AVERAGE, None, "input", 1e-3),
+        (CHANNELS, None, "source", 5e-3),  # solved on few tokens: the last bits of sums go far
+        (CHANNELS, RECOVER, "input", 5e-3),  # whose batches are made of other samples
     ],
     ids=["paper", "fused", "tuned"],
 )
@@ -61,7 +61,7 @@ def test_two_processes_do_what_one_does(
     tmp_path: Path,
 ) -> None:
     quantize = {"method": "gptq", "bits": 4, "group_size": 32, "target": target}
-    calibration = {"dataset": "builtin", "num_samples": 32, "max_seq_length": 32}
+    calibration = {"dataset": "builtin", "num_samples": 256, "max_seq_length": 32}
     written = recipe(
         merge=merge, recover=recover, quantize=quantize, calibration=calibration, evaluate=EVALUATE
     )
@@ -77,8 +77,7 @@ def test_two_processes_do_what_one_does(
     groups = [[list(layer["from"]) for layer in plan["layers"]] for plan in plans]
     assert groups[0] == groups[1]
     share = float((codes(one) != codes(two)).float().mean())
-    print("share of codes that differ:", share)
-    assert share < differing
+    assert share < differing, share
     measured = [
         json.loads((f / "evaluate/quantize/evaluation.json").read_text())["perplexity"] for f in (one, two)
     ]
@@ -137,5 +136,7 @@ def test_held_out_samples_are_shared_apart() -> None:
     parts = [Ranks(rank, 2).samples(tokens, held_out=4).flatten().tolist() for rank in (0, 1)]
     assert parts == [[*range(14), 28, 29], [*range(14, 28), 30, 31]]
     assert ALONE.samples(tokens, held_out=4) is tokens
+    thirds = [Ranks(rank, 3).samples(tokens[:24], held_out=3).flatten().tolist() for rank in range(3)]
+    assert thirds == [[*range(7), 21], [*range(7, 14), 22], [*range(14, 21), 23]]
     with pytest.raises(UsageError, match="30 samples cannot be shared by 2 processes"):
         Ranks(0, 2).samples(tokens[:30], held_out=3)

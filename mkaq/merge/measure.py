@@ -8,7 +8,7 @@ from torch import nn
 from mkaq.calibrate.tokens import with_copies
 from mkaq.merge.apply import merge_layers
 from mkaq.merge.fuse import fuse
-from mkaq.merge.hold_out import held_out_error, held_out_samples, shared_samples
+from mkaq.merge.hold_out import HELD_OUT, held_out_error, held_out_samples, shared_samples
 from mkaq.model.walk import LayerWalk, batches
 from mkaq.progress import Progress
 
@@ -45,8 +45,10 @@ def measure_groups(
         For each candidate the mean Kullback-Leibler divergence of its next-token distributions from the
         source's over held-out tokens, in nats.
     """
-    sample = with_copies(tokens[:: max(1, min(SHARE, len(tokens) // 16))], seed)
-    sample = shared_samples(walk.ranks, sample)
+    sample = tokens[:: max(1, min(SHARE, len(tokens) // 16))]
+    if walk.ranks.size > 1:
+        sample = sample[: _multiple(len(sample), HELD_OUT * walk.ranks.size)]
+    sample = shared_samples(walk.ranks, with_copies(sample, seed))
     held = slice(len(sample) - held_out_samples(len(sample)), None)
     hidden_states = walk.embed(sample)
     merged: dict[tuple[int, int], torch.Tensor] = {}
@@ -66,6 +68,11 @@ def measure_groups(
             group: walk.ranks.mean(divergence(head, states, hidden_states[held]))
             for group, states in merged.items()
         }
+
+
+def _multiple(count: int, size: int) -> int:
+    """The largest multiple of `size` up to `count`; `count` itself if there is none."""
+    return count // size * size or count
 
 
 @torch.no_grad()

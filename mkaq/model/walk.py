@@ -20,6 +20,7 @@ from torch import nn
 from mkaq.errors import CheckpointError, UsageError
 from mkaq.heap import return_freed_memory
 from mkaq.model.activations import Activations
+from mkaq.model.attention import attend_by_products
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.expected import build_skeleton
 from mkaq.model.finite import all_finite
@@ -83,6 +84,12 @@ class LayerWalk:
     def num_layers(self) -> int:
         """The number of decoder layers."""
         return len(self._layers)
+
+    def use_fast_attention(self) -> None:
+        """Attention that may differ from the model's own in the last bits, where that is faster."""
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            attend_by_products(self.skeleton)
+            self._arguments.clear()
 
     def use_eager_attention(self) -> None:
         """Attention as plain matrix products: on a CPU its backward pass is faster than sdpa's."""

@@ -1,7 +1,8 @@
 """The inner loops of GPTQ for a CPU, compiled by numba, rows side by side on all cores.
 
-Rows do not influence one another, so the number of threads changes no result. The operations are those
-of the plain version in its order, but for sums, whose terms are added in another one.
+Rows do not influence one another, so the number of threads changes no result. Tiles of rows are worked
+on together, their numbers side by side in memory, so that every inner loop is one of vectors. The
+operations are those of the plain version in its order, but for sums, whose terms are added in another one.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,13 +15,17 @@ import torch
 
 from mkaq.quantize.gptq import SHRINK, Kernels
 
-_SUMS = {"reassoc", "contract"}
+_CONTRACT = {"contract"}
+_TILE = 64  # rows that are worked on side by side
 _SHRINK = np.array(SHRINK, dtype=np.float32)
 _TINY, _HUGE = np.float32(2.0**-24), np.float32(65504)
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba.njit, kept on disk where there is a place to write."""
+    """numba.njit, kept on disk where there is a place to write; a division by 0 is no error, which would
+    keep loops from being vectorized.
+    """
+    options["error_model"] = "numpy"
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
@@ -58,7 +63,6 @@ def round_block(
             scales.numpy(),
             zeros.numpy(),
             groups.numpy(),
-            _SHRINK,
             search,
             sym,
             top,
@@ -75,11 +79,12 @@ def find_scales(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `gptq.find_scales`, for tensors on a CPU."""
     *shape, size = weight.shape
-    flat = weight.reshape(-1, size).contiguous()
+    grouped = weight.reshape(len(weight), -1, size).contiguous()
     costs = importance.reshape(-1, size).contiguous()
-    scales, zeros = torch.empty(len(flat)), torch.empty(len(flat), dtype=torch.int32)
+    scales = torch.empty(grouped.shape[:2])
+    zeros = torch.empty(grouped.shape[:2], dtype=torch.int32)
     with _threads():
-        _search_rows(flat.numpy(), costs.numpy(), _SHRINK, sym, *_levels(bits), scales.numpy(), zeros.numpy())
+        _search_rows(grouped.numpy(), costs.numpy(), sym, *_levels(bits), scales.numpy(), zeros.numpy())
     return scales.reshape(shape), zeros.reshape(shape)
 
 
@@ -110,55 +115,87 @@ def _half(value: Any) -> Any:
     return min(large - (large - value), _HUGE)
 
 
-@_compiled(fastmath=_SUMS)
-def _dot(a: Any, b: Any, start: int, stop: int) -> Any:
-    total = np.float32(0)
-    for i in range(start, stop):
-        total += a[i] * b[i]
-    return total
+@_compiled(fastmath=_CONTRACT)
+def _add_products(total: Any, factors: Any, values: Any, start: int, stop: int) -> None:
+    """Adds sum_i factors[i] values[i] over i from `start` to `stop`; four at a time."""
+    i = start
+    while i + 4 <= stop:
+        a, b, c, d = factors[i], factors[i + 1], factors[i + 2], factors[i + 3]
+        for row in range(_TILE):
+            total[row] += (
+                a * values[i, row] + b * values[i + 1, row] + c * values[i + 2, row] + d * values[i + 3, row]
+            )
+        i += 4
+    while i < stop:
+        for row in range(_TILE):
+            total[row] += factors[i] * values[i, row]
+        i += 1
 
 
-@_compiled(fastmath=_SUMS)
-def _cost(values: Any, importance: Any, first: int, scale: Any, zero: Any, top: Any) -> Any:
-    """What rounding costs with a scale and a zero point."""
-    total = np.float32(0)
-    for i in range(len(values)):
-        code = min(max(np.rint(values[i] / scale) + zero, np.float32(0)), top)
-        off = (code - zero) * scale - values[i]
-        total += off * off * importance[first + i]
-    return total
-
-
-@_compiled()
+@_compiled(fastmath=_CONTRACT)
 def _search(
-    values: Any, importance: Any, first: int, shrink: Any, sym: bool, top: Any, middle: Any
-) -> tuple[Any, Any]:
-    """`gptq.find_scales` of one row and group."""
-    low, high = min(values.min(), np.float32(0)), max(values.max(), np.float32(0))
+    values: Any,
+    importance: Any,
+    start: int,
+    stop: int,
+    sym: bool,
+    top: Any,
+    middle: Any,
+    scales: Any,
+    zeros: Any,
+) -> None:
+    """`gptq.find_scales` of a tile of rows and the group of columns from `start` to `stop`."""
+    low, high = np.zeros(_TILE, dtype=np.float32), np.zeros(_TILE, dtype=np.float32)
+    for j in range(start, stop):
+        for row in range(_TILE):
+            low[row], high[row] = min(low[row], values[j, row]), max(high[row], values[j, row])
     if sym:
-        high = max(-low, high)
-        low = -high
-    best, best_scale, best_zero = np.float32(np.inf), np.float32(1), middle
-    for share in shrink:
-        scale = _half((high - low) * share / top)
-        zero = middle if sym else min(max(np.float32(np.rint(-low * share / scale)), np.float32(1)), top)
-        cost = _cost(values, importance, first, scale, zero, top)
-        if cost < best:
-            best, best_scale, best_zero = cost, scale, zero
-    return best_scale, best_zero
+        for row in range(_TILE):
+            high[row] = max(-low[row], high[row])
+            low[row] = -high[row]
+    best = np.full(_TILE, np.inf, dtype=np.float32)
+    scale, zero = np.empty(_TILE, dtype=np.float32), np.empty(_TILE, dtype=np.float32)
+    cost = np.empty(_TILE, dtype=np.float32)
+    for share in _SHRINK:
+        for row in range(_TILE):
+            scale[row] = _half((high[row] - low[row]) * share / top)
+            moved = np.float32(np.rint(-low[row] * share / scale[row]))
+            zero[row] = middle if sym else min(max(moved, np.float32(1)), top)
+            cost[row] = np.float32(0)
+        for j in range(start, stop):
+            weight = importance[j]
+            for row in range(_TILE):
+                code = np.rint(values[j, row] / scale[row]) + zero[row]
+                code = min(max(code, np.float32(0)), top)
+                off = (code - zero[row]) * scale[row] - values[j, row]
+                cost[row] += off * off * weight
+        for row in range(_TILE):
+            if cost[row] < best[row]:
+                best[row], scales[row], zeros[row] = cost[row], scale[row], zero[row]
+            elif best[row] == np.inf:
+                scales[row], zeros[row] = np.float32(1), middle
 
 
 @_compiled(parallel=True)
 def _search_rows(
-    weight: Any, importance: Any, shrink: Any, sym: bool, top: Any, middle: Any, scales: Any, zeros: Any
+    weight: Any, importance: Any, sym: bool, top: Any, middle: Any, scales: Any, zeros: Any
 ) -> None:
-    for row in numba.prange(len(weight)):
-        costs = importance[row % len(importance)]
-        found = _search(weight[row], costs, 0, shrink, sym, top, middle)
-        scales[row], zeros[row] = found[0], np.int32(found[1])
+    rows, groups, size = weight.shape
+    tiles = (rows + _TILE - 1) // _TILE
+    for number in numba.prange(tiles * groups):
+        group, first = number // tiles, number % tiles * _TILE
+        count = min(_TILE, rows - first)
+        values = np.zeros((size, _TILE), dtype=np.float32)
+        scale, zero = np.empty(_TILE, dtype=np.float32), np.empty(_TILE, dtype=np.float32)
+        for row in range(count):
+            for j in range(size):
+                values[j, row] = weight[first + row, group, j]
+        _search(values, importance[group], 0, size, sym, top, middle, scale, zero)
+        for row in range(count):
+            scales[first + row, group], zeros[first + row, group] = scale[row], np.int32(zero[row])
 
 
-@_compiled(parallel=True)
+@_compiled(parallel=True, fastmath=_CONTRACT)
 def _round_rows(
     target: Any,
     carried: Any,
@@ -167,7 +204,6 @@ def _round_rows(
     scales: Any,
     zeros: Any,
     groups: Any,
-    shrink: Any,
     search: bool,
     sym: bool,
     top: Any,
@@ -176,36 +212,56 @@ def _round_rows(
     error: Any,
     loss: Any,
 ) -> None:
-    """Rounds a block; row j of `columns` is column j of the factor."""
+    """Rounds a block, a tile of rows at a time; row j of `columns` is column j of the factor."""
     rows, width = target.shape
-    for row in numba.prange(rows):
-        wish, values = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
-        own = error[row]
-        total = np.float32(0)
+    for number in numba.prange((rows + _TILE - 1) // _TILE):
+        first = number * _TILE
+        count = min(_TILE, rows - first)
+        wanted = np.zeros((width, _TILE), dtype=np.float32)  # tiles lie with the rows side by side
+        debt = np.zeros((width, _TILE), dtype=np.float32)
+        for row in range(count):
+            for j in range(width):
+                wanted[j, row], debt[j, row] = target[first + row, j], carried[first + row, j]
+        own, wish = np.empty((width, _TILE), dtype=np.float32), np.empty((width, _TILE), dtype=np.float32)
+        values = np.empty((width, _TILE), dtype=np.float32)
+        scale, zero = np.ones(_TILE, dtype=np.float32), np.zeros(_TILE, dtype=np.float32)
+        total = np.zeros(_TILE, dtype=np.float32)
         start = 0
         while start < width:
             group = groups[start]
             stop = start + 1
             while stop < width and groups[stop] == group:
                 stop += 1
+            for j in range(start, stop):
+                _add_products(debt[j], columns[j], own, 0, start)
             if search:
                 for j in range(start, stop):
-                    debt = carried[row, j] + _dot(columns[j], own, 0, start)
-                    wish[j] = (debt - _dot(columns[j], wish, start, j)) / columns[j, j]
-                    values[j] = target[row, j] + wish[j]
-                found = _search(values[start:stop], importance, start, shrink, sym, top, middle)
-                scales[row, group], zeros[row, group] = found[0], np.int32(found[1])
-            scale, zero = scales[row, group], np.float32(zeros[row, group])
+                    pivot, sums = columns[j, j], np.zeros(_TILE, dtype=np.float32)
+                    _add_products(sums, columns[j], wish, start, j)
+                    for row in range(_TILE):
+                        wish[j, row] = (debt[j, row] - sums[row]) / pivot
+                        values[j, row] = wanted[j, row] + wish[j, row]
+                _search(values, importance, start, stop, sym, top, middle, scale, zero)
+                for row in range(count):
+                    scales[first + row, group], zeros[first + row, group] = scale[row], np.int32(zero[row])
+            else:
+                for row in range(count):
+                    scale[row], zero[row] = scales[first + row, group], np.float32(zeros[first + row, group])
             for j in range(start, stop):
-                debt, pivot = carried[row, j] + _dot(columns[j], own, 0, j), columns[j, j]
-                code = np.rint((target[row, j] + debt / pivot) / scale) + zero
-                code = min(max(code, np.float32(0)), top)
-                codes[row, j] = np.uint8(code)
-                own[j] = target[row, j] - (code - zero) * scale
-                left = debt + pivot * own[j]
-                total += left * left
+                _add_products(debt[j], columns[j], own, start, j)
+                pivot = columns[j, j]
+                for row in range(_TILE):
+                    code = np.rint((wanted[j, row] + debt[j, row] / pivot) / scale[row]) + zero[row]
+                    code = min(max(code, np.float32(0)), top)
+                    values[j, row] = code
+                    own[j, row] = wanted[j, row] - (code - zero[row]) * scale[row]
+                    left = debt[j, row] + pivot * own[j, row]
+                    total[row] += left * left
             start = stop
-        loss[row] = total
+        for row in range(count):
+            loss[first + row] = total[row]
+            for j in range(width):
+                codes[first + row, j], error[first + row, j] = np.uint8(values[j, row]), own[j, row]
 
 
 COMPILED = Kernels(find_scales, round_block)

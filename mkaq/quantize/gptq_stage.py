@@ -12,7 +12,6 @@ from mkaq import __version__
 from mkaq.errors import CheckpointError, UsageError
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.finite import all_finite
-from mkaq.model.gram import add_gram, mirror
 from mkaq.model.piecewise import Piecewise
 from mkaq.model.walk import LayerWalk, spans
 from mkaq.model.writer import write_json, write_side_files, writer_of
@@ -21,6 +20,7 @@ from mkaq.quantize import gptq_cpu
 from mkaq.quantize.check import check_gptq
 from mkaq.quantize.error import ratio, relative_error
 from mkaq.quantize.gptq import PLAIN, DampingError, GptqResult, gptq
+from mkaq.quantize.hessian import HessianSum
 from mkaq.quantize.joint import JointTarget
 from mkaq.quantize.packing import pack_linear
 from mkaq.ranks import Ranks
@@ -95,8 +95,7 @@ def quantize_gptq(
                     fitted = target and target.solve(pieces, layer, group[0], hidden_states)
                     if fitted and fitted.ridge is not None:
                         set_weight(layer, group[0], fitted.weight)
-                    hessian = _hessian(pieces, group[0], hidden_states)
-                    walk.ranks.add(hessian)
+                    hessian = _hessian(pieces, group[0], hidden_states, walk.ranks)
                     for name, packed, record in _solve_group(layer, group, hessian, section, walk, prefix):
                         modules.append(replace(record, ridge=fitted.ridge) if fitted else record)
                         for part, tensor in packed.items():
@@ -206,16 +205,12 @@ def set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def _hessian(pieces: Piecewise, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
-    """X^T X over all calibration tokens, X the inputs of a linear layer; float32."""
-    hessian: torch.Tensor | None = None
-    seen = 0
+def _hessian(pieces: Piecewise, name: str, hidden_states: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """X^T X over the calibration tokens of all processes, X the inputs of a linear layer; float32."""
+    total: HessianSum | None = None
     for rows in spans(hidden_states):
         inputs = pieces.input_of(name, rows).flatten(0, -2)
-        if hessian is None:
-            hessian = inputs.new_zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float32)
-        add_gram(hessian, inputs, seen)
-        seen += len(inputs)
-    assert hessian is not None
-    mirror(hessian)
-    return hessian
+        total = total or HessianSum(inputs.shape[1], inputs.device, ranks)
+        total.add(inputs)
+    assert total is not None
+    return total.whole()
