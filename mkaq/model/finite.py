@@ -2,9 +2,22 @@
 
 import torch
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinity: seen from its extremes, which are
-    NaN if any value is.
+    """Whether a floating-point tensor holds neither NaN nor infinity.
+
+    On a CPU this is seen from the bits, several times as fast as from the numbers: what is not finite has
+    all bits of the exponent set, so no integer of its sign is larger. Elsewhere it is seen from the
+    extremes, which are NaN if any value is.
     """
-    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    if not tensor.numel():
+        return True
+    whole = _INTEGERS.get(tensor.itemsize)
+    if whole is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    infinity = int(torch.tensor(torch.inf, dtype=tensor.dtype).view(whole))
+    sign = 1 << (8 * tensor.itemsize - 1)
+    bits = tensor.detach().view(whole).numpy()
+    return bool(bits.max() < infinity and bits.view(f"u{tensor.itemsize}").max() < sign + infinity)

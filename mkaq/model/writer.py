@@ -2,10 +2,10 @@
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from hashlib import sha256
-from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -28,7 +28,8 @@ _NAMES = {  # in the order in which the safetensors library lays types: aligned,
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-_STEP = 256 * 1024 * 1024  # bytes that are synced and read back at once
+_STEP = 256 * 1024 * 1024  # bytes that are synced at once
+_WAITING = 8  # blocks that may wait to be hashed
 _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 
 
@@ -54,10 +55,10 @@ class ShardWriter:
     any order and in pieces if need be. Without one, tensors are spooled to a scratch file until a shard
     is full. Within a shard tensors lie as the safetensors library lays them (by type, the largest
     first, then by name), so that each is aligned. A file has its whole size from the beginning, so that a
-    disk that is too small says so at once, and so that syncing it need not wait for its size. What lies at
-    the beginning of a file is synced to disk and read back, in threads beside, while what follows is
-    written: every tensor must have the checksum that it had in memory, or leaving the `with` block fails.
-    The same reading gives the digests of the files.
+    disk that is too small says so at once, and so that syncing it need not wait for its size. Files are
+    hashed while they are written, by a thread beside and from memory, and synced to disk by another; only a
+    tensor that comes before its turn is read again when its turn comes, and must have the checksum that it
+    had in memory, or leaving the `with` block fails.
 
     Args:
         folder: Where the files go.
@@ -70,7 +71,7 @@ class ShardWriter:
 
     Raises:
         ValueError: If tensors do not come as the layout says.
-        VerificationError: If a file reads back changed.
+        VerificationError: If a tensor reads back changed.
     """
 
     def __init__(self, folder: Path, shard_size: int, layout: Layout | None = None) -> None:
@@ -79,9 +80,7 @@ class ShardWriter:
         self.digests: dict[str, str] = {}
         self._names: set[str] = set()
         self._shards: list[_Shard] = []
-        self._checks: dict[_Shard, Future[tuple[str, str | None]]] = {}
-        self._underway: list[Future[None]] = []
-        self._beside, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._hashing, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._spool = None if layout is not None else (folder / ".spool").open("w+b")
         self._pending: dict[str, tuple[TensorSpec, int]] = {}
         for specs in fill_shards(layout or {}, shard_size):
@@ -119,12 +118,7 @@ class ShardWriter:
         if shard is None:
             raise ValueError(f"tensor {name} is not in the layout")
         self._note(name, shard.specs[name])
-        checksum = shard.write(name, (tensor_bytes(piece) for piece in pieces))
-        if shard.is_full:
-            self._check(shard)
-        else:
-            self._underway.append(self._beside.submit(self._follow, shard))
-        return checksum
+        return shard.write(name, (tensor_bytes(piece) for piece in pieces))
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -138,7 +132,7 @@ class ShardWriter:
             if kind is None and (missing := sorted(self._shard_of.keys() - self._names)):
                 raise ValueError(f"{len(missing)} tensors of the layout never came, such as {missing[0]}")
         finally:
-            self._beside.shutdown(cancel_futures=kind is not None)
+            self._hashing.shutdown(cancel_futures=kind is not None)
             self._syncing.shutdown()
             for shard in self._shards:
                 shard.close()
@@ -155,24 +149,9 @@ class ShardWriter:
         self.total_size += spec.nbytes
 
     def _new_shard(self, specs: Layout) -> "_Shard":
-        self._shards.append(_Shard(self.folder / f".part-{len(self._shards)}", specs))
+        path = self.folder / f".part-{len(self._shards)}"
+        self._shards.append(_Shard(path, specs, self._hashing, self._syncing))
         return self._shards[-1]
-
-    def _follow(self, shard: "_Shard") -> None:
-        """Has what lies at the beginning of a file synced, and reads it back, if it is much by now."""
-        if shard.ready_bytes >= _STEP:
-            self._underway.append(self._syncing.submit(shard.sync))
-            shard.read_back()
-
-    def _check(self, shard: "_Shard") -> None:
-        """Syncs and reads back the rest of a file that is complete."""
-        synced = self._syncing.submit(shard.sync)
-
-        def check() -> tuple[str, str | None]:
-            synced.result()
-            return shard.check()
-
-        self._checks[shard] = self._beside.submit(check)
 
     def _close_spool(self) -> None:
         assert self._spool is not None
@@ -180,23 +159,18 @@ class ShardWriter:
         shard = self._new_shard({name: spec for name, (spec, _) in self._pending.items()})
         for name, (spec, start) in self._pending.items():
             shard.write(name, _read(self._spool.fileno(), start, spec.nbytes))
-        self._check(shard)
         self._pending.clear()
         self._spool.seek(0)
         self._spool.truncate()
 
     def _publish(self) -> None:
-        """Fails if a file was read back changed; then gives all their names."""
+        """Waits for every file; then gives all their names."""
         count = len(self._shards)
         names = (
             [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         )
-        for work in self._underway:
-            work.result()
         for file, shard in zip(names, self._shards, strict=True):
-            self.digests[file], changed = self._checks[shard].result()
-            if changed:
-                raise VerificationError(f"{changed} reads back changed: the disk is failing", where=file)
+            self.digests[file] = shard.finish()
         for file, shard in zip(names, self._shards, strict=True):
             shard.path.rename(self.folder / file)
         if count > 1:
@@ -235,9 +209,16 @@ def writer_of(ranks: Ranks, folder: Path, shard_size: int, layout: Layout | None
 
 
 class _Shard:
-    """One safetensors file under way; it is opened, and its header written, with the first tensor."""
+    """One safetensors file under way; it is opened, and its header written, with the first tensor.
 
-    def __init__(self, path: Path, specs: Layout) -> None:
+    Args:
+        path: Of the file.
+        specs: Its tensors.
+        hashing: A single thread, so that bytes are hashed in the order in which they are handed over.
+        syncing: Another one.
+    """
+
+    def __init__(self, path: Path, specs: Layout, hashing: Executor, syncing: Executor) -> None:
         self.path, self.specs = path, specs
         self._order = sorted(specs, key=lambda name: (_RANK[specs[name].dtype], name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -252,20 +233,12 @@ class _Shard:
         self._start = {name: len(self._header) + place for name, place in places.items()}
         self._size = len(self._header) + end
         self._checksums: dict[str, str] = {}
-        self._read = 0  # tensors that were read back, in their order
-        self._digest: Any = None
-        self._changed: str | None = None
+        self._digest = sha256(self._header)
+        self._hashed = 0  # tensors that are handed over to be hashed, in their order
+        self._hashing, self._syncing = hashing, syncing
+        self._synced = 0  # bytes
+        self._underway: list[Future[None]] = []
         self._handle: int | None = None
-
-    @property
-    def is_full(self) -> bool:
-        """Whether every tensor is there."""
-        return len(self._checksums) == len(self.specs)
-
-    @property
-    def ready_bytes(self) -> int:
-        """Bytes that can be read back now."""
-        return sum(self.specs[name].nbytes for name in self._ready())
 
     def write(self, name: str, blocks: Iterable[memoryview]) -> str:
         """Writes the data of a tensor to its place; returns its checksum."""
@@ -273,50 +246,59 @@ class _Shard:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             os.posix_fallocate(self._handle, 0, self._size)
             _write(self._handle, 0, memoryview(self._header))
-        place, checksum = self._start[name], xxh3_128()
+        in_turn = name == self._order[self._hashed]
+        place, checksum, waiting = self._start[name], xxh3_128(), deque[Future[None]]()
         end = place + self.specs[name].nbytes
         for block in blocks:
+            if in_turn:
+                waiting.append(self._hashing.submit(self._digest.update, block))
             if place + block.nbytes <= end:
                 _write(self._handle, place, block)
             checksum.update(block)
             place += block.nbytes
+            if len(waiting) > _WAITING:
+                waiting.popleft().result()
+        for hashed in waiting:
+            hashed.result()  # the memory is the caller's again
         if place != end:
             raise ValueError(f"tensor {name} has {place - end:+} bytes more than the layout says")
         self._checksums[name] = checksum.hexdigest()
+        self._hashed += in_turn
+        self._go_on()
         return self._checksums[name]
 
-    def sync(self) -> None:
-        """Waits until what was written is on the disk."""
+    def _go_on(self) -> None:
+        """Hashes those that came before their turn and whose turn it is now; syncs, if it is time."""
+        while self._hashed < len(self._order) and self._order[self._hashed] in self._checksums:
+            self._underway.append(self._hashing.submit(self._hash_again, self._order[self._hashed]))
+            self._hashed += 1
+        written = sum(self.specs[name].nbytes for name in self._checksums)
+        full = len(self._checksums) == len(self.specs)
+        if full or written - self._synced >= _STEP:
+            self._synced = written
+            self._underway.append(self._syncing.submit(self._sync))
+
+    def _hash_again(self, name: str) -> None:
+        assert self._handle is not None
+        checksum = xxh3_128()
+        for block in _read(self._handle, self._start[name], self.specs[name].nbytes):
+            self._digest.update(block)
+            checksum.update(block)
+        if checksum.hexdigest() != self._checksums[name]:
+            raise VerificationError(
+                f"tensor {name} reads back changed: the disk is failing", where=self.path.parent
+            )
+
+    def _sync(self) -> None:
         assert self._handle is not None
         os.fdatasync(self._handle)
 
-    def check(self) -> tuple[str, str | None]:
-        """Reads back the rest of the file: its sha256, and what has changed, if anything has."""
-        self.read_back()
+    def finish(self) -> str:
+        """Waits until a file that is complete is on the disk; returns its sha256."""
+        for work in self._underway:
+            work.result()
         self.close()
-        return self._digest.hexdigest(), self._changed
-
-    def _ready(self) -> list[str]:
-        """The tensors that are written, after those that were read back, up to the first that is not."""
-        return list(takewhile(self._checksums.__contains__, self._order[self._read :]))
-
-    def read_back(self) -> None:
-        """Reads back what lies at the beginning, after what was read back before."""
-        assert self._handle is not None
-        ready = self._ready()
-        if self._digest is None:
-            header = b"".join(_read(self._handle, 0, len(self._header)))
-            self._digest = sha256(header)
-            if header != self._header:
-                self._changed = "the header"
-        for name in ready:
-            checksum = xxh3_128()
-            for block in _read(self._handle, self._start[name], self.specs[name].nbytes):
-                self._digest.update(block)
-                checksum.update(block)
-            if checksum.hexdigest() != self._checksums[name]:
-                self._changed = self._changed or f"tensor {name}"
-        self._read += len(ready)
+        return self._digest.hexdigest()
 
     def close(self) -> None:
         """Closes the file, if it is open."""
@@ -379,7 +361,6 @@ def _write(handle: int, place: int, data: memoryview) -> None:
 
 def _read(handle: int, place: int, size: int) -> Iterator[memoryview]:
     """Bytes of a file in blocks; one that is cut short gives fewer."""
-    buffer = memoryview(bytearray(min(size, BLOCK)))
-    while size and (count := os.preadv(handle, [buffer[: min(size, BLOCK)]], place)):
-        yield buffer[:count]
-        place, size = place + count, size - count
+    while size and (block := os.pread(handle, min(size, BLOCK), place)):
+        yield memoryview(block)
+        place, size = place + len(block), size - len(block)
