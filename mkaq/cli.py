@@ -1,6 +1,5 @@
 """The command line. torch and transformers are imported inside commands, so that --help is instant."""
 
-import json
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mkaq import __version__
+from mkaq.console import print_json, print_table
 from mkaq.errors import UsageError, as_mkaq_error
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def run(
         return
     if as_json:
         stages = [vars(size) | result.evaluation.get(size.stage, {}) for size in result.sizes]
-        _print_json(
+        print_json(
             {
                 "stages": stages,
                 "artifact": str(result.artifact) if result.artifact else None,
@@ -100,7 +100,7 @@ def run(
             }
         )
         return
-    _print_table(
+    print_table(
         ("stage", "layers", "parameters", "bytes on disk", "perplexity"),
         table_rows(result.sizes, result.evaluation),
     )
@@ -130,7 +130,7 @@ def plan(
     options, planned = plan_budget(loaded, source, pick_device(device), _bytes(max_memory))
     if as_json:
         stages = [vars(size) for size in planned.sizes]
-        _print_json(
+        print_json(
             {
                 "stages": stages,
                 "options": [vars(option) for option in options],
@@ -144,10 +144,10 @@ def plan(
         return
     if options:
         sizes = [(str(o.removed), str(o.bits or "-"), human(o.bytes)) for o in options]
-        _print_table(("layers removed", "bits", "bytes of weights"), sizes)
+        print_table(("layers removed", "bits", "bytes of weights"), sizes)
         print("the run tries these against the budget; at most it needs:")
     rows = [row[:4] for row in table_rows(list(planned.sizes), {})]
-    _print_table(("stage", "layers", "parameters", "bytes of weights"), rows)
+    print_table(("stage", "layers", "parameters", "bytes of weights"), rows)
     needs = ", ".join(f"{stage} {human(need)}" for stage, need in planned.memory.items())
     print(f"memory: about {human(planned.memory_bytes)} at the peak ({needs})")
     if planned.spill:
@@ -191,13 +191,13 @@ def analyze(
     matrix = compare_layers(walk, tokens, ManifoldSection(), section.seed, Progress()).matrix
     save_heatmap(matrix, heatmap)
     if as_json:
-        _print_json({"npib": matrix.tolist(), "heatmap": str(heatmap)})
+        print_json({"npib": matrix.tolist(), "heatmap": str(heatmap)})
         return
     rows = [
         (f"{i} - {i + 1}", f"{matrix[i, i + 1]:.3f}", "#" * round(40 * matrix[i, i + 1]))
         for i in range(len(matrix) - 1)
     ]
-    _print_table(("layers", "NPIB", ""), rows)
+    print_table(("layers", "NPIB", ""), rows)
     print(f"heatmap: {heatmap}")
 
 
@@ -211,7 +211,7 @@ def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
 
     manifest = read_manifest(artifact)
     if as_json:
-        _print_json(manifest.model_dump(mode="json", by_alias=True))
+        print_json(manifest.model_dump(mode="json", by_alias=True))
         return
     source = manifest.source
     print(f"{manifest.name}: made by mkaq {manifest.mkaq_version} from {source.path} ({source.model_type})")
@@ -231,7 +231,7 @@ def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
                 f"{measured['perplexity']:.2f}" if measured else "-",
             )
         )
-    _print_table(("stage", "layers", "parameters", "bytes", "perplexity"), rows)
+    print_table(("stage", "layers", "parameters", "bytes", "perplexity"), rows)
     if manifest.budget:
         for line in describe(manifest.budget.model_dump()):
             print(line)
@@ -259,7 +259,7 @@ def verify(
 
     done = check(artifact, resolve_model(source) if source else None, pick_device(device), Progress())
     if as_json:
-        _print_json({"verified": True, "checks": done})
+        print_json({"verified": True, "checks": done})
         return
     for line in done:
         print(f"ok: {line}")
@@ -300,21 +300,21 @@ def evaluate(
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         scores = run_tasks(checkpoint, tokenizer, names, place, dtype, limit=limit, include_path=include_path)
         if as_json:
-            _print_json({"model": model, "tasks": scores})
+            print_json({"model": model, "tasks": scores})
             return
         rows = [
             (task, name, f"{value:.4f}")
             for task, metrics in scores.items()
             for name, value in metrics.items()
         ]
-        _print_table(("task", "metric", "value"), rows)
+        print_table(("task", "metric", "value"), rows)
         return
     values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
     section: PerplexitySection = _section(PerplexitySection, values)
     sequences = evaluation_sequences(documents(section, "evaluate"), tokenizer, max_seq_length, num_samples)
     measured = perplexity(LayerWalk(checkpoint, place, dtype), sequences, Progress())
     if as_json:
-        _print_json(
+        print_json(
             {"model": model, "perplexity": measured.as_json(), "settings": section.model_dump(mode="json")}
         )
         return
@@ -351,7 +351,7 @@ def generate_text(
     new = generate(model, torch.tensor([ids], device=place), max_new_tokens, {tokenizer.eos_token_id})
     text = tokenizer.decode(new)
     if as_json:
-        _print_json({"prompt": prompt, "text": text, "tokens": len(new)})
+        print_json({"prompt": prompt, "text": text, "tokens": len(new)})
         return
     print(prompt + text)
 
@@ -363,7 +363,7 @@ def recipes(as_json: AsJson = False) -> None:
 
     listed = [(path.stem, told, str(path)) for path, told in shipped_recipes()]
     if as_json:
-        _print_json([{"name": name, "about": told, "path": path} for name, told, path in listed])
+        print_json([{"name": name, "about": told, "path": path} for name, told, path in listed])
         return
     width = max(len(name) for name, _, _ in listed)
     for name, told, path in listed:
@@ -375,7 +375,7 @@ def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
     from mkaq.recipe import Recipe
 
-    _print_json(Recipe.model_json_schema())
+    print_json(Recipe.model_json_schema())
 
 
 def _load(recipe: str, settings: list[str], output: Path | None) -> "tuple[Recipe, Path]":
@@ -404,21 +404,6 @@ def _section(kind: Any, values: dict[str, Any]) -> Any:
         first = error.errors(include_url=False)[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')}" if first["loc"] else "--dataset"
         raise UsageError(str(first["msg"]).removeprefix("Value error, "), where=option) from None
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False))
-
-
-def _print_table(header: tuple[str, ...], rows: Any) -> None:
-    table = [header, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    for row in table:
-        cells = [
-            cell.ljust(width) if n == 0 else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
 
 
 def _quiet_libraries() -> None:

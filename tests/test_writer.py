@@ -228,6 +228,17 @@ def test_layout_lets_tensors_come_in_any_order_and_in_pieces(tmp_path: Path) -> 
     assert bytes_of(tmp_path / "out") == expected
 
 
+def test_file_has_its_size_from_the_first_tensor_on(tmp_path: Path) -> None:
+    """So that a disk that is too small says so at once."""
+    with ShardWriter(tmp_path, 10**9, layout_of(numbered(3))) as output:
+        output.add("t0", torch.zeros(10))
+        part = (tmp_path / ".part-0").stat()
+        assert part.st_blocks * 512 >= part.st_size
+        for name in ("t1", "t2"):
+            output.add(name, torch.zeros(10))
+    assert (tmp_path / SINGLE).stat().st_size == part.st_size
+
+
 def test_layout_needs_no_scratch_file(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, 10**9, layout_of(mixed())) as output:
         for name, tensor in mixed().items():
