@@ -3,6 +3,10 @@
 import torch
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INFINITY = {
+    dtype: int(torch.tensor(torch.inf, dtype=dtype).view(_INTEGERS[dtype.itemsize]))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+}
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -14,10 +18,9 @@ def all_finite(tensor: torch.Tensor) -> bool:
     """
     if not tensor.numel():
         return True
-    whole = _INTEGERS.get(tensor.itemsize)
-    if whole is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    infinity = _INFINITY.get(tensor.dtype)
+    if infinity is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
-    infinity = int(torch.tensor(torch.inf, dtype=tensor.dtype).view(whole))
     sign = 1 << (8 * tensor.itemsize - 1)
-    bits = tensor.detach().view(whole).numpy()
+    bits = tensor.detach().view(_INTEGERS[tensor.itemsize]).numpy()
     return bool(bits.max() < infinity and bits.view(f"u{tensor.itemsize}").max() < sign + infinity)
