@@ -10,9 +10,9 @@ Two comparisons; what is compared takes turns, each time in a process of its own
   front, and what it saves are dropped layers. Skipped without a local copy of it.
 - merge alone: a fixed plan applied to a random checkpoint of a real shape, published as a run does
   it (digests, synced to disk), against `cp` of what was written, `cp` and `sync`, and averaging the
-  state dict of the loaded model. The page cache is warm for all, and free memory has just been used:
-  the host of a virtual machine may have taken back what was free for some seconds, and who writes
-  first then waits for it (writing 3.85 GB took 0.7 s or 9 s by that alone).
+  state dict of the loaded model. What is read was just read, and free memory just used: the host of a
+  virtual machine may take back what lies idle for some seconds, and who needs it first then waits
+  (writing 3.85 GB took 0.7 s or 9 s, reading 5.6 GB 0.7 s or 1.9 s by that alone).
 
 Results go to benchmarks/results/merge_speed.json and .md.
 """
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,23 +144,31 @@ def compare_apply(shape: str, layers: int, repeats: int) -> dict[str, Any]:
             },
             out,
             repeats,
-            warm=[model, merged],
+            reads={"mkaq": model, "in memory": model, "cp": merged, "cp and sync": merged},
         )
     described = {"shape": shape, "layers": layers, "read_bytes": size, "written_bytes": written}
     return {**described, "plan": [dict(weights) for weights in fixed_plan(layers).layers], "runs": found}
 
 
 def take_turns(
-    jobs: dict[str, Callable[[], dict[str, Any]]], out: Path, repeats: int, warm: list[Path] | None = None
+    jobs: dict[str, Callable[[], dict[str, Any]]],
+    out: Path,
+    repeats: int,
+    reads: Mapping[str, Path] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Runs every job `repeats` times in turn; each finds `out` gone, the disk at rest and memory at hand."""
+    """Runs every job `repeats` times in turn.
+
+    Each finds `out` gone, the disk at rest, memory that was in use until now, and the folder that it reads
+    in the page cache.
+    """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, job in jobs.items():
-            for path in (path for folder in warm or [] for path in folder.iterdir()):
-                subprocess.run(["cat", str(path)], check=True, stdout=subprocess.DEVNULL)
             os.sync()
-            subprocess.run([sys.executable, "-c", f"b'x' * {FREE_BYTES}"], check=True)
+            used = b"x" * FREE_BYTES
+            for path in reads[name].iterdir() if reads else ():
+                subprocess.run(["cat", str(path)], check=True, stdout=subprocess.DEVNULL)
+            del used
             runs[name].append(job())
             print(name, runs[name][-1], flush=True)
             shutil.rmtree(out)
