@@ -10,9 +10,9 @@ Two comparisons; what is compared takes turns, each time in a process of its own
   front, and what it saves are dropped layers. Skipped without a local copy of it.
 - merge alone: a fixed plan applied to a random checkpoint of a real shape, published as a run does
   it (digests, synced to disk), against `cp` of what was written, `cp` and `sync`, and averaging the
-  state dict of the loaded model. What is read was just read, and free memory just used: the host of a
-  virtual machine may take back what lies idle for some seconds, and who needs it first then waits
-  (writing 3.85 GB took 0.7 s or 9 s, reading 5.6 GB 0.7 s or 1.9 s by that alone).
+  state dict of the loaded model. What is read was just read, and free memory just used, by the process
+  itself: the host of a virtual machine may take back what lies idle while a process starts, and who
+  needs it first then waits (writing 3.85 GB took 0.7 s or 9 s, reading 5.6 GB 0.7 s or 1.9 s).
 
 Results go to benchmarks/results/merge_speed.json and .md.
 """
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from mkaq.merge.stage import averaged_layers, merge, write_merged
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.source import resolve_model
 from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
-from mkaq.peak import peak_bytes
+from mkaq.peak import peak_bytes, reset_peak
 from mkaq.progress import Progress
 from mkaq.recipe import CalibrationSection, MergeSection
 
@@ -144,35 +144,32 @@ def compare_apply(shape: str, layers: int, repeats: int) -> dict[str, Any]:
             },
             out,
             repeats,
-            reads={"mkaq": model, "in memory": model, "cp": merged, "cp and sync": merged},
         )
     described = {"shape": shape, "layers": layers, "read_bytes": size, "written_bytes": written}
     return {**described, "plan": [dict(weights) for weights in fixed_plan(layers).layers], "runs": found}
 
 
 def take_turns(
-    jobs: dict[str, Callable[[], dict[str, Any]]],
-    out: Path,
-    repeats: int,
-    reads: Mapping[str, Path] | None = None,
+    jobs: dict[str, Callable[[], dict[str, Any]]], out: Path, repeats: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Runs every job `repeats` times in turn.
-
-    Each finds `out` gone, the disk at rest, memory that was in use until now, and the folder that it reads
-    in the page cache.
-    """
+    """Runs every job `repeats` times in turn; each finds `out` gone and the disk at rest."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, job in jobs.items():
             os.sync()
-            used = b"x" * FREE_BYTES
-            for path in reads[name].iterdir() if reads else ():
-                subprocess.run(["cat", str(path)], check=True, stdout=subprocess.DEVNULL)
-            del used
             runs[name].append(job())
             print(name, runs[name][-1], flush=True)
             shutil.rmtree(out)
     return runs
+
+
+def prepare(folder: Path) -> None:
+    """Reads what is to be read, and frees memory that was in use until now."""
+    used = b"x" * FREE_BYTES
+    for path in folder.iterdir():
+        subprocess.run(["cat", str(path)], check=True, stdout=subprocess.DEVNULL)
+    del used
+    reset_peak()
 
 
 def measured(command: list[str]) -> dict[str, Any]:
@@ -183,6 +180,7 @@ def measured(command: list[str]) -> dict[str, Any]:
 
 
 def copied(source: Path, out: Path, *, sync: bool) -> dict[str, Any]:
+    prepare(source)
     began = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(out)], check=True)
     if sync:
@@ -205,6 +203,7 @@ def apply(model: str, out: str) -> dict[str, Any]:
         layers = averaged_layers(source, plan, source.dtype)
         return write_merged(source, layers, plan.kept, folder, source.dtype, SHARD_SIZE)[2]
 
+    prepare(source.path)
     began = time.perf_counter()
     publish(Path(out), "merge", None, {}, build)
     return taken(began)
@@ -214,6 +213,7 @@ def apply_in_memory(model: str, out: str) -> dict[str, Any]:
     """The plan applied to the state dict of the loaded model."""
     from transformers import AutoModelForCausalLM
 
+    prepare(Path(model))
     began = time.perf_counter()
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     layers = loaded.model.layers
