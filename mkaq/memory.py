@@ -129,7 +129,7 @@ def _gptq(
     for group in source.family.linears:
         sizes = [source.tensors[f"model.layers.0.{name}.weight"].shape for name in group]
         rows, columns = sum(size[0] for size in sizes), sizes[0][1]
-        hessian = max(hessian, 5 * columns**2)  # half of what is taken off it is in bfloat16
+        hessian = max(hessian, 5 * columns**2)  # and in bfloat16 the upper half of what is taken off products
         copies = 3 if section.desc_act else 2
         panel = 6 * min(4096, columns) * columns
         solving = max(solving, 4 * copies * columns**2 + rows * columns * (4 + 4 + 1 + 2 + 4) + panel)

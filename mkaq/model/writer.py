@@ -236,7 +236,7 @@ class _Shard:
         self._digest = sha256(self._header)
         self._hashed = 0  # tensors that are handed over to be hashed, in their order
         self._hashing, self._syncing = hashing, syncing
-        self._synced = 0  # bytes
+        self._unsynced = 0  # bytes that were written since the last sync was asked for
         self._underway: list[Future[None]] = []
         self._handle: int | None = None
 
@@ -264,6 +264,7 @@ class _Shard:
             raise ValueError(f"tensor {name} has {place - end:+} bytes more than the layout says")
         self._checksums[name] = checksum.hexdigest()
         self._hashed += in_turn
+        self._unsynced += self.specs[name].nbytes
         self._go_on()
         return self._checksums[name]
 
@@ -272,10 +273,8 @@ class _Shard:
         while self._hashed < len(self._order) and self._order[self._hashed] in self._checksums:
             self._underway.append(self._hashing.submit(self._hash_again, self._order[self._hashed]))
             self._hashed += 1
-        written = sum(self.specs[name].nbytes for name in self._checksums)
-        full = len(self._checksums) == len(self.specs)
-        if full or written - self._synced >= _STEP:
-            self._synced = written
+        if len(self._checksums) == len(self.specs) or self._unsynced >= _STEP:
+            self._unsynced = 0
             self._underway.append(self._syncing.submit(self._sync))
 
     def _hash_again(self, name: str) -> None:
@@ -297,7 +296,6 @@ class _Shard:
         """Waits until a file that is complete is on the disk; returns its sha256."""
         for work in self._underway:
             work.result()
-        self.close()
         return self._digest.hexdigest()
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from mkaq.quantize.gptq import SHRINK, Kernels
 
 _CONTRACT = {"contract"}
 _TILE = 64  # rows that are worked on side by side
-_SHRINK = np.array(SHRINK, dtype=np.float32)
+_SHRINK = np.array(SHRINK, dtype=np.float32)  # an argument: a cached loop would keep the old ones
 _TINY, _HUGE = np.float32(2.0**-24), np.float32(65504)
 
 
@@ -63,6 +63,7 @@ def round_block(
             scales.numpy(),
             zeros.numpy(),
             groups.numpy(),
+            _SHRINK,
             search,
             sym,
             top,
@@ -84,7 +85,9 @@ def find_scales(
     scales = torch.empty(grouped.shape[:2])
     zeros = torch.empty(grouped.shape[:2], dtype=torch.int32)
     with _threads():
-        _search_rows(grouped.numpy(), costs.numpy(), sym, *_levels(bits), scales.numpy(), zeros.numpy())
+        _search_rows(
+            grouped.numpy(), costs.numpy(), _SHRINK, sym, *_levels(bits), scales.numpy(), zeros.numpy()
+        )
     return scales.reshape(shape), zeros.reshape(shape)
 
 
@@ -138,6 +141,7 @@ def _search(
     importance: Any,
     start: int,
     stop: int,
+    shrink: Any,
     sym: bool,
     top: Any,
     middle: Any,
@@ -156,7 +160,8 @@ def _search(
     best = np.full(_TILE, np.inf, dtype=np.float32)
     scale, zero = np.empty(_TILE, dtype=np.float32), np.empty(_TILE, dtype=np.float32)
     cost = np.empty(_TILE, dtype=np.float32)
-    for share in _SHRINK:
+    scales[:], zeros[:] = np.float32(1), middle
+    for share in shrink:
         for row in range(_TILE):
             scale[row] = _half((high[row] - low[row]) * share / top)
             moved = np.float32(np.rint(-low[row] * share / scale[row]))
@@ -172,13 +177,11 @@ def _search(
         for row in range(_TILE):
             if cost[row] < best[row]:
                 best[row], scales[row], zeros[row] = cost[row], scale[row], zero[row]
-            elif best[row] == np.inf:
-                scales[row], zeros[row] = np.float32(1), middle
 
 
 @_compiled(parallel=True)
 def _search_rows(
-    weight: Any, importance: Any, sym: bool, top: Any, middle: Any, scales: Any, zeros: Any
+    weight: Any, importance: Any, shrink: Any, sym: bool, top: Any, middle: Any, scales: Any, zeros: Any
 ) -> None:
     rows, groups, size = weight.shape
     tiles = (rows + _TILE - 1) // _TILE
@@ -190,7 +193,7 @@ def _search_rows(
         for row in range(count):
             for j in range(size):
                 values[j, row] = weight[first + row, group, j]
-        _search(values, importance[group], 0, size, sym, top, middle, scale, zero)
+        _search(values, importance[group], 0, size, shrink, sym, top, middle, scale, zero)
         for row in range(count):
             scales[first + row, group], zeros[first + row, group] = scale[row], np.int32(zero[row])
 
@@ -204,6 +207,7 @@ def _round_rows(
     scales: Any,
     zeros: Any,
     groups: Any,
+    shrink: Any,
     search: bool,
     sym: bool,
     top: Any,
@@ -241,7 +245,7 @@ def _round_rows(
                     for row in range(_TILE):
                         wish[j, row] = (debt[j, row] - sums[row]) / pivot
                         values[j, row] = wanted[j, row] + wish[j, row]
-                _search(values, importance, start, stop, sym, top, middle, scale, zero)
+                _search(values, importance, start, stop, shrink, sym, top, middle, scale, zero)
                 for row in range(count):
                     scales[first + row, group], zeros[first + row, group] = scale[row], np.int32(zero[row])
             else:

@@ -25,7 +25,7 @@ class HessianSum:
         self._sum = torch.zeros(features, features, device=device)
         self._ranks = ranks
         self._usual: list[torch.Tensor] = []  # what is taken off, a stripe each
-        self._usual_tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._usual_tokens = 0  # of the batch that gave it
         self._taken_off = torch.zeros((), dtype=torch.int64, device=device)  # how often
 
     def add(self, rows: torch.Tensor) -> None:
@@ -47,8 +47,7 @@ class HessianSum:
     def _agree(self, rows: torch.Tensor) -> None:
         for start, stop in stripes(rows.shape[1]):
             self._usual.append(self._ranks.from_first(rows[:, start:stop].T @ rows[:, start:]))
-        self._usual_tokens.fill_(len(rows))
-        self._ranks.from_first(self._usual_tokens)
+        self._usual_tokens = int(self._ranks.from_first(torch.tensor(len(rows))))
 
     def whole(self) -> torch.Tensor:
         """The sum over all batches of all processes, shape (features, features), float32."""
