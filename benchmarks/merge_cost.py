@@ -24,6 +24,7 @@ from benchmarks.memory import RESULTS, write_model
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
 from mkaq.handoff import library_versions
+from mkaq.heap import arrange_heap
 from mkaq.merge.stage import merge
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.source import resolve_model
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--worker", metavar="MODEL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
+        arrange_heap(sparing=False)  # as a run does
         print(json.dumps(measure(options.worker, options.ratio)))
         return
     rows = [row("builtin:tiny-llama", "built-in", options.ratio)]

@@ -30,9 +30,10 @@ from benchmarks import baselines
 from benchmarks.quality_report import describe, write_report
 from benchmarks.quality_text import Text, load_text, measure, section_of, windows
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer, with_copies
+from mkaq.calibrate.tokens import calibration_tokens, half_in_random_order, load_tokenizer
 from mkaq.errors import MkaqError
 from mkaq.handoff import describe_files, digest_of, library_versions
+from mkaq.heap import arrange_heap
 from mkaq.merge.plan import layers_to_remove
 from mkaq.merge.segment import groups_of
 from mkaq.merge.stage import merge
@@ -212,13 +213,13 @@ class Bench:
 
     def _recover(self, job: Job, base: Made, folder: Path) -> None:
         walk = self._walk(open_checkpoint(base.path))
-        tokens = with_copies(self.tokens, 0)
+        tokens = half_in_random_order(self.tokens, 0)
         recover(self._walk(self.source), walk, base.groups, tokens, self.recovery, 0, folder, **self.output)
 
     def _quantize(self, job: Job, base: Made, folder: Path) -> None:
         model, tokens, target = open_checkpoint(base.path), self.tokens[: self.gptq_samples], None
         if job.joint:
-            tokens = with_copies(tokens, 0)
+            tokens = half_in_random_order(tokens, 0)
             target = JointTarget(self.walk, base.groups, tokens)
         names = model.family.linear_names
         widths = [model.tensors[f"model.layers.0.{name}.weight"].shape[1] for name in names]
@@ -233,6 +234,7 @@ class Bench:
 
 def main() -> None:
     options = parse()
+    arrange_heap(sparing=False)  # as a run does
     if options.threads:
         torch.set_num_threads(options.threads)
     source = open_checkpoint(resolve_model(options.model))

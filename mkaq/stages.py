@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mkaq.calibrate.text import documents, text_digest
-from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer, with_copies
+from mkaq.calibrate.tokens import (
+    calibration_tokens,
+    evaluation_sequences,
+    half_in_random_order,
+    load_tokenizer,
+)
 from mkaq.evaluate.perplexity import perplexity
 from mkaq.export.artifact import write_artifact
 from mkaq.export.record import Published, build_manifest
@@ -121,7 +126,7 @@ class Stages:
         assert section is not None
 
         def build(folder: Path) -> None:
-            tokens = shared_samples(self.ranks, with_copies(self._tokens(), seed))
+            tokens = shared_samples(self.ranks, half_in_random_order(self._tokens(), seed))
             source, walk = self._walk(self.source), self._walk(model)
             recover(source, walk, self._groups(), tokens, section, seed, folder, **self._output())
 
@@ -143,7 +148,9 @@ class Stages:
             else:
                 tokens, target = self._tokens(), None
                 if section.target == "source" and writes_linearly(self.source):
-                    tokens = shared_samples(self.ranks, with_copies(tokens, self.recipe.calibration.seed))
+                    tokens = shared_samples(
+                        self.ranks, half_in_random_order(tokens, self.recipe.calibration.seed)
+                    )
                     target = JointTarget(self._walk(self.source), self._groups(), tokens)
                 else:
                     tokens = self.ranks.samples(tokens)

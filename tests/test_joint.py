@@ -123,15 +123,17 @@ def test_merged_model_is_mended_while_it_is_rounded(
         assert all("ridge" in module for module in raw)
         solved = {module.name for module in step.modules if module.ridge is not None}
         assert all(name.endswith(WRITERS) for name in solved)
-        assert bool(solved & {f"model.layers.1.{writer}" for writer in WRITERS}) == (target == "source")
+        if fuse == "average":  # fusing has solved the same already
+            solved &= {f"model.layers.1.{writer}" for writer in WRITERS}
+        assert bool(solved) == (target == "source")
         tokens = load_file(folder / "calibrate" / "calibration.safetensors")["input_ids"]
         seen[target], seen["merge"] = (distance(folder / s, model, tokens) for s in ("artifact", "merge"))
         unseen[target] = distance(folder / "artifact", model)
     assert seen["input"] == pytest.approx(seen["merge"], rel=0.02)  # 8 bits: nothing but rounding
     if fuse == "average":
         assert seen["source"] < 0.6 * seen["input"] and unseen["source"] < 0.8 * unseen["input"]
-    else:  # fusing has solved the same already
-        assert seen["source"] < seen["input"]
+    else:
+        assert seen["source"] < 1.01 * seen["input"]
 
 
 def test_family_that_normalizes_what_it_writes_is_quantized_plainly(

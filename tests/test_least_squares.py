@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from mkaq.merge.least_squares import (
-    NEARLY_BEST,
     RIDGES,
     Moments,
+    column_sizes,
+    columns_of,
     fit,
     keep_columns,
     solve_ridge,
 )
 
+NEARLY_BEST = 0.95
 CPU = torch.device("cpu")
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -66,7 +68,8 @@ def test_error_is_the_weighted_residual() -> None:
     exact = torch.tensor([[1.0, 2.0]])
     assert 0 <= moments_of(z[:, :2], z[:, :2] @ exact.T).error(exact) < 1e-6
     rounded = Moments(1, 1, CPU)  # rounding can make the sums give slightly less than nothing
-    rounded.gram, rounded.cross, rounded.energy = torch.ones(1, 1).double(), torch.ones(1, 1).double(), 0.9999
+    rounded.gram.fill_(1), rounded.cross.fill_(1)
+    rounded.energy = 0.9999
     assert rounded.error(torch.ones(1, 1)) == 0
 
 
@@ -86,7 +89,7 @@ def test_ridge_is_least_squares_of_the_augmented_system(ridge: float) -> None:
 
 def test_ridge_that_is_not_positive_definite_has_no_solution() -> None:
     moments = Moments(2, 1, CPU)
-    moments.gram = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
+    moments.gram.copy_(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64))
     assert solve_ridge(moments, torch.zeros(1, 2), 1e-3) is None
     assert solve_ridge(moments, torch.zeros(1, 2), 3.0) is not None
 
@@ -96,7 +99,7 @@ def test_exact_linear_target_is_recovered() -> None:
     true = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
     learn, held = moments_of(z[:300], z[:300] @ true.T), moments_of(z[300:], z[300:] @ true.T)
     near = true + 0.1 * torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
-    solved = fit(learn, held, near)
+    solved = fit(learn, held, near, NEARLY_BEST)
     assert solved.ridge is not None and solved.weight.dtype == torch.float32
     assert solved.error <= (1 - NEARLY_BEST * 0.99) * solved.error_before
     assert solved.error_before == pytest.approx(held.error(near))
@@ -109,7 +112,7 @@ def test_noise_leaves_the_weight_as_it_was() -> None:
     z, noise, _ = rows(40, 3, 60)
     fresh, other, _ = rows(40, 3, 60, seed=1)
     prior = torch.zeros(3, 40)
-    solved = fit(moments_of(z, noise), moments_of(fresh, other), prior)
+    solved = fit(moments_of(z, noise), moments_of(fresh, other), prior, NEARLY_BEST)
     assert solved.ridge is None and torch.equal(solved.weight, prior)
     assert solved.error == solved.error_before == 1
 
@@ -127,7 +130,7 @@ def test_the_largest_ridge_that_keeps_the_gain_is_taken(noise: float) -> None:
         errors[ridge] = held.error(solved)
     gain = held.error(prior) - min(errors.values())
     enough = [ridge for ridge in RIDGES if held.error(prior) - errors[ridge] >= 0.95 * gain]
-    chosen = fit(learn, held, prior)
+    chosen = fit(learn, held, prior, NEARLY_BEST)
     assert chosen.ridge == max(enough) > min(enough)
     assert chosen.error == errors[max(enough)] and max(enough) < max(RIDGES)
 
@@ -183,3 +186,19 @@ def test_one_of_two_equal_columns_goes() -> None:
     z[:, 3] = z[:, 1]
     r = z @ torch.tensor([[0.5], [5.0], [0.5], [5.0], [0.5]])
     assert set(keep_columns(moments_of(z, r), 4, 1e-4).tolist()) in ({0, 1, 2, 4}, {0, 2, 3, 4})
+
+
+def test_columns_of_blocks() -> None:
+    assert columns_of(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
+    assert columns_of(torch.tensor([2, 0]), 1).tolist() == [2, 0]
+
+
+def test_size_of_a_column_is_the_energy_of_what_it_writes() -> None:
+    z, _, weights = rows(7, 1, 60)
+    writer = torch.randn(4, 7, generator=torch.Generator().manual_seed(3))
+    sizes = column_sizes(z, weights, writer)
+    for column in range(7):
+        written = torch.outer(z[:, column], writer[:, column])
+        assert float(sizes[column]) == pytest.approx(
+            float((written.square().sum(1) * weights).sum()), rel=1e-4
+        )

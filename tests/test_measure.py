@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mkaq.merge.measure import average_error, channels_error, divergence, measure_groups
+from mkaq.merge.measure import by_average, by_channels, divergences, measure_groups, split_samples
 from mkaq.merge.segment import cheapest_groups
 from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
@@ -26,15 +26,14 @@ def test_divergence_of_two_coins() -> None:
     p, q = (0.25, 0.75), (0.5, 0.5)
     states = [torch.tensor(x).log().expand(2, 3, 2) for x in (q, p)]
     expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert divergence(Head(), *states) == pytest.approx(expected, rel=1e-6)
-    assert divergence(Head(), states[0], states[0]) == 0
+    assert divergences(Head(), states, states[1]) == [pytest.approx(expected, rel=1e-6), 0]
 
 
 @pytest.mark.parametrize("fuse", ["channels", "average"])
 def test_groups_with_an_idle_layer_cost_nothing(fuse: str, tmp_path: Path) -> None:
     """Layer 2 does nothing: layer 1 need not change, and in its own place layer 3 fits whole."""
     walk = idle(tmp_path / "model", (2,))
-    build = channels_error(walk, torch.float32) if fuse == "channels" else average_error(walk, None)
+    build = by_channels(walk, torch.float32) if fuse == "channels" else by_average(walk, None)
     candidates = [(start, 2) for start in range(1, 5)]
     costs = measure_groups(walk, random_tokens(32), 0, candidates, build, Progress(quiet=True))
     assert sorted(costs) == candidates
@@ -42,6 +41,23 @@ def test_groups_with_an_idle_layer_cost_nothing(fuse: str, tmp_path: Path) -> No
     for group, cost in costs.items():
         assert cost == pytest.approx(0, abs=1e-6) if group in free else cost > 1e-4, group
     assert cheapest_groups(costs, 6, 1)[1:3] in ([[1, 2], [3]], [[1], [2, 3]])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("count", [48, 72, 100, 512])
+def test_what_measures_builds_nothing(count: int, processes: int) -> None:
+    tokens = torch.arange(count)[:, None]
+    sample, probes = (set(part[:, 0].tolist()) for part in split_samples(tokens, processes))
+    assert sample.isdisjoint(probes) and len(probes) == min(24, count // 4 // processes * processes)
+    assert len(sample) >= 16 and len(sample) % (8 * processes) == 0 and 0 in sample
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_few_samples_build_and_measure_all(processes: int) -> None:
+    tokens = torch.arange(8 * processes)[:, None]
+    sample, probes = split_samples(tokens, processes)
+    assert torch.equal(sample, tokens) and torch.equal(probes, tokens[-2 * processes :])
+    assert [len(part) for part in split_samples(tokens[:1], 1)] == [1, 1]
 
 
 def test_walks_over_one_checkpoint_do_not_touch_each_other(tmp_path: Path) -> None:

@@ -81,31 +81,31 @@ def tokens_digest(tokens: torch.Tensor) -> str:
     return hashlib.sha256(tokens.numpy().astype("<i4").tobytes()).hexdigest()
 
 
-def with_copies(tokens: torch.Tensor, seed: int) -> torch.Tensor:
-    """Calibration tokens of which every third sequence is a random phrase, repeated to the end.
+def half_in_random_order(tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    """Calibration tokens of which every second sequence is in random order.
 
-    Text of one domain seldom shows how a model copies from its context, nor its rarer tokens, and
-    layers that are fitted to it alone forget both; on other text that is most of what they lose. A
-    repeated phrase of random tokens shows little else (Olsson et al., In-context learning and
-    induction heads, 2022).
+    What is fitted to text of one domain alone forgets what other text needs. The same tokens in an order
+    that no domain has keep it from that.
 
     Args:
         tokens: Shape (samples, length).
-        seed: Chooses phrases; their tokens are drawn evenly from the different ones in `tokens`, their
-            lengths from 4 to half of a sequence.
-
-    Returns:
-        The same shape and type; a first token that all sequences share stays.
+        seed: Of the orders.
     """
-    generator = np.random.default_rng(seed)
+    result = tokens.clone()
+    result[1::2] = in_random_order(tokens[1::2], seed)
+    return result
+
+
+def in_random_order(tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    """Every sequence in random order, but for a first token that all sequences share.
+
+    Args:
+        tokens: Shape (samples, length).
+        seed: Of the order.
+    """
     result = tokens.numpy().copy()
-    count, length = result.shape
-    first = 1 if length > 1 and bool((result[:, 0] == result[0, 0]).all()) else 0
-    pool = np.unique(result[:, first:])
-    for row in range(2, count, 3):
-        size = int(generator.integers(min(4, length), max(min(4, length), length // 2) + 1))
-        phrase = pool[generator.integers(0, len(pool), size)]
-        result[row, first:] = np.resize(phrase, length - first)
+    first = int(bool((result[:, :1] == result[:1, :1]).all()))
+    result[:, first:] = np.random.default_rng(seed).permuted(result[:, first:], axis=1)
     return torch.from_numpy(result)
 
 

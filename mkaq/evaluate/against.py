@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer, tokens_digest, with_copies
+from mkaq.calibrate.tokens import calibration_tokens, half_in_random_order, load_tokenizer, tokens_digest
 from mkaq.errors import MkaqError, VerificationError
 from mkaq.export.manifest import (
     MANIFEST,
@@ -122,7 +122,9 @@ def _calibration_again(manifest: Manifest, source: Checkpoint) -> torch.Tensor |
     except MkaqError:
         return None
     return (
-        with_copies(tokens, section.seed) if claim and tokens_digest(tokens) == claim.tokens_sha256 else None
+        half_in_random_order(tokens, section.seed)
+        if claim and tokens_digest(tokens) == claim.tokens_sha256
+        else None
     )
 
 

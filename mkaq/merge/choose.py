@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mkaq.calibrate.tokens import with_copies
+from mkaq.calibrate.tokens import half_in_random_order
 from mkaq.merge.compare import LayerSimilarity, compare_layers
 from mkaq.merge.hold_out import shared_samples
-from mkaq.merge.measure import average_error, best_average, channels_error, measure_groups
+from mkaq.merge.measure import best_average, by_average, by_channels, measure_groups
 from mkaq.merge.plan import MergePlan, chain_plan, layers_to_remove, plan_merge
 from mkaq.merge.segment import cheapest_groups, longest_group
 from mkaq.model.walk import LayerWalk
@@ -65,13 +65,13 @@ def choose_groups(
         groups = plan.groups
     else:
         fixed = section.coefficient if isinstance(section.coefficient, float) else None
-        build = average_error(walk, fixed) if average else channels_error(walk, dtype)
+        build = by_average(walk, fixed) if average else by_channels(walk, dtype)
         candidates = candidate_groups(section, walk.num_layers, removed)
         errors = measure_groups(walk, tokens, seed, candidates, build, progress)
         groups = cheapest_groups(errors, walk.num_layers, removed)
     coefficients = {}
     if average and section.coefficient == "measured":
-        measured = shared_samples(walk.ranks, with_copies(tokens, seed))
+        measured = shared_samples(walk.ranks, half_in_random_order(tokens, seed))
         coefficients = _measure_coefficients(walk, measured, groups, progress)
     matrix = None if similarity is None else similarity.matrix
     return Choice(chain_plan(groups, section, matrix, coefficients), similarity, errors)

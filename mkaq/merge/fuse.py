@@ -17,7 +17,7 @@ from torch import nn
 
 from mkaq.errors import UnsupportedError, UsageError
 from mkaq.merge.hold_out import HELD_OUT, held_out_error, held_out_samples, token_weights
-from mkaq.merge.least_squares import Fit, Moments, fit, keep_columns
+from mkaq.merge.least_squares import Fit, Moments, column_sizes, columns_of, fit, keep_columns
 from mkaq.merge.parts import (
     Parts,
     all_parts,
@@ -33,7 +33,9 @@ from mkaq.model.observe import input_of, outputs_of
 from mkaq.model.walk import LayerWalk, batches, spans
 from mkaq.ranks import Ranks
 
-_SELECTION_RIDGE = 1e-2
+CANDIDATES = 1.5  # channels that may be kept, for each that is; those that write most
+SELECTION_RIDGE = 1e-2
+NEARLY_BEST = 0.8  # of what a ridge gains on held-out text of the calibration's domain
 
 Rows = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
 """Features and target of some samples."""
@@ -50,7 +52,6 @@ class FusedLayer:
         channels: Old layer and channel of each of its channels, shape (intermediate_size, 2).
         attention: How `o_proj` was solved.
         mlp: How `down_proj` was solved.
-        residual: Mean over held-out tokens of |output - original|^2 / |original|^2.
     """
 
     group: tuple[int, ...]
@@ -59,7 +60,6 @@ class FusedLayer:
     channels: torch.Tensor
     attention: Fit
     mlp: Fit
-    residual: float
 
 
 def writes_linearly(source: Checkpoint) -> bool:
@@ -96,7 +96,7 @@ def fuse(
     compressed: torch.Tensor,
     dtype: torch.dtype,
 ) -> FusedLayer:
-    """Fuses neighbouring layers into one, and moves both streams past them, in place.
+    """Fuses neighbouring layers into one, and moves the original stream past them, in place.
 
     Args:
         walk: Over the source.
@@ -133,24 +133,35 @@ def fuse(
         features = torch.cat([channels_of(m, normed) for m in modules], -1)
         return features, _without_bias(original[rows] - middle, new, channels)
 
+    def strongest(parts: Parts, features: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
+        weights = [layer[f"{parts.writer}.weight"] for layer in layers]
+        sizes = column_sizes(features.flatten(0, -2), token_weights(final).reshape(-1), torch.cat(weights, 1))
+        walk.ranks.add(sizes)
+        return sizes.topk(int(CANDIDATES * parts.count)).indices.sort().values.cpu()
+
+    def moments_at(parts: Parts, origins: torch.Tensor, rows_at: Rows, samples: Sequence[slice]) -> Moments:
+        columns = part_columns(parts, origins).to(walk.device)
+        moments = moments_of(walk, len(columns))
+        for rows in samples:
+            features, target = rows_at(rows)
+            chosen = features if len(columns) == features.shape[-1] else features[..., columns]
+            add_rows(moments, chosen, target, original[rows])
+        add_up(walk.ranks, moments)
+        return moments
+
     def solve(parts: Parts, rows_at: Rows) -> tuple[torch.Tensor, Fit]:
         learn, held = halves(compressed)
-        moments = moments_of(walk, parts, len(group))
-        for rows in learn:
-            add_rows(moments, *rows_at(rows), original[rows])
-        add_up(walk.ranks, moments)
         origins = all_parts(len(group), parts)
+        if parts.width == 1 and len(group) > 1:
+            origins = origins[strongest(parts, rows_at(learn[0])[0], original[learn[0]])]
+        moments = moments_at(parts, origins, rows_at, learn)
         if len(group) > 1:
-            chosen = keep_columns(moments, parts.count, _SELECTION_RIDGE, parts.width)
+            chosen = keep_columns(moments, parts.count, SELECTION_RIDGE, parts.width)
             origins = origins[chosen.cpu()]
-        columns = part_columns(parts, origins).to(walk.device)
-        moments, held_out = moments.select(columns), moments_of(walk, parts, 1)
-        for rows in held:
-            features, target = rows_at(rows)
-            add_rows(held_out, features[..., columns], target, original[rows])
-        add_up(walk.ranks, held_out)
+            moments = moments.select(columns_of(chosen, parts.width))
+        held_out = moments_at(parts, origins, rows_at, held)
         prior = take_columns(layers, parts, origins).to(walk.device)
-        solved = fit(moments, held_out, prior)
+        solved = fit(moments, held_out, prior, NEARLY_BEST)
         new.update(take_parts(candidates, parts, origins))
         new[f"{parts.writer}.weight"] = solved.weight.cpu().to(dtype)
         origins[:, 0] += group[0]
@@ -159,11 +170,24 @@ def fuse(
     head_origins, attention = solve(heads, heads_at)
     attentive = walk.assemble(group[0], new)
     channel_origins, mlp = solve(channels, channels_at)
-    modules.clear()
-    module = walk.assemble(group[0], new)
-    walk.run_all(module, group[0], compressed)
-    residual = walk.ranks.mean(held_out_error(compressed, original))
-    return FusedLayer(tuple(group), new, head_origins, channel_origins, attention, mlp, residual)
+    return FusedLayer(tuple(group), new, head_origins, channel_origins, attention, mlp)
+
+
+def pass_fused(walk: LayerWalk, layer: FusedLayer, original: torch.Tensor, compressed: torch.Tensor) -> float:
+    """Moves the compressed stream past a fused layer, in place.
+
+    Args:
+        walk: Over the source.
+        layer: The fused layer.
+        original: Hidden states of the source after its group.
+        compressed: What the compressed model hands to it.
+
+    Returns:
+        Mean over held-out tokens of |output - original|^2 / |original|^2.
+    """
+    first = layer.group[0]
+    walk.run_all(walk.assemble(first, layer.tensors), first, compressed)
+    return walk.ranks.mean(held_out_error(compressed, original))
 
 
 def known_tensors(
@@ -221,9 +245,9 @@ def halves(states: torch.Tensor) -> tuple[list[slice], list[slice]]:
     return list(spans(states[:last])), held_out
 
 
-def moments_of(walk: LayerWalk, parts: Parts, layers: int) -> Moments:
-    """Empty moments of the writers of some layers side by side."""
-    return Moments(layers * parts.count * parts.width, walk.checkpoint.hf_config.hidden_size, walk.device)
+def moments_of(walk: LayerWalk, features: int) -> Moments:
+    """Empty moments of what a layer writes from some features."""
+    return Moments(features, walk.checkpoint.hf_config.hidden_size, walk.device)
 
 
 def add_rows(moments: Moments, features: torch.Tensor, target: torch.Tensor, final: torch.Tensor) -> None:

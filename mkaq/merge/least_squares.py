@@ -13,7 +13,6 @@ import torch
 from mkaq.model.gram import add_gram, factorize, mirror
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)
-NEARLY_BEST = 0.95
 NOTHING = 1e-9
 
 
@@ -26,13 +25,13 @@ class Moments:
         device: Where the moments are.
 
     Attributes:
-        gram: sum w z z^T, shape (features, features).
         cross: sum w z r^T, shape (features, targets).
         energy: sum w |r|^2.
     """
 
     def __init__(self, features: int, targets: int, device: torch.device) -> None:
-        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self._half = False  # whether only the upper half of it is up to date
         self.cross = torch.zeros(features, targets, dtype=torch.float64, device=device)
         self.energy = 0.0
 
@@ -48,13 +47,21 @@ class Moments:
         z, r = features.float() * root, targets.float() * root
         self.cross += z.T @ r
         self.energy += float(r.double().square().sum())
-        add_gram(self.gram, z)
-        mirror(self.gram)
+        add_gram(self._gram, z)
+        self._half = True
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """sum w z z^T, shape (features, features)."""
+        if self._half:
+            mirror(self._gram)
+            self._half = False
+        return self._gram
 
     def select(self, columns: torch.Tensor) -> "Moments":
         """The moments of some of the features."""
         chosen = Moments(0, 0, self.gram.device)
-        chosen.gram, chosen.cross = self.gram[columns][:, columns], self.cross[columns]
+        chosen._gram, chosen.cross = self.gram[columns][:, columns], self.cross[columns]
         chosen.energy = self.energy
         return chosen
 
@@ -102,11 +109,11 @@ def solve_ridge(moments: Moments, prior: torch.Tensor, ridge: float) -> torch.Te
     return w0 + torch.cholesky_solve(moments.cross - moments.gram @ w0.T, factor).T
 
 
-def fit(moments: Moments, held_out: Moments, prior: torch.Tensor) -> Fit:
+def fit(moments: Moments, held_out: Moments, prior: torch.Tensor, nearly: float) -> Fit:
     """Solves with the largest ridge that is nearly as good as the best, or leaves the weight as it is.
 
-    How good is measured on held-out tokens: a ridge is nearly as good if it keeps `NEARLY_BEST` of what
-    the best one gains. Those tokens are of the calibration's domain. Text of another one is served
+    How good is measured on held-out tokens: a ridge is nearly as good if it keeps a share `nearly`
+    of what the best one gains. Those tokens are of the calibration's domain. Text of another one is served
     better by a weight that moved less for the same gain (compare the one-standard-error rule of
     Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
 
@@ -114,6 +121,7 @@ def fit(moments: Moments, held_out: Moments, prior: torch.Tensor) -> Fit:
         moments: Of the tokens to learn from.
         held_out: Of others.
         prior: The weight as it was, shape (targets, features).
+        nearly: From 0 to 1.
     """
     before = held_out.error(prior)
     errors: dict[float, float] = {}
@@ -124,7 +132,7 @@ def fit(moments: Moments, held_out: Moments, prior: torch.Tensor) -> Fit:
     gain = before - min(errors.values(), default=before)
     if gain <= NOTHING:
         return Fit(prior.float(), None, before, before)
-    ridge = max(ridge for ridge, error in errors.items() if before - error >= NEARLY_BEST * gain)
+    ridge = max(ridge for ridge, error in errors.items() if before - error >= nearly * gain)
     weight = solve_ridge(moments, prior, ridge)
     assert weight is not None
     return Fit(weight.float(), ridge, errors[ridge], before)
@@ -157,12 +165,12 @@ def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> t
     at_once = max(1, (count - keep) // 40)
     while (surplus := int(alive.sum()) - keep) > 0:
         left = alive.nonzero()[:, 0]
-        columns = (left[:, None] * group + torch.arange(group, device=left.device)).reshape(len(left), group)
+        columns = columns_of(left, group).reshape(len(left), group)
         blocks = inverse[columns[:, :, None], columns[:, None, :]]
         own = weight[columns]
-        cost = (own * torch.linalg.solve(blocks, own)).sum((1, 2))
+        cost = (own * (own / blocks if group == 1 else torch.linalg.solve(blocks, own))).sum((1, 2))
         go = left[cost.topk(min(at_once, surplus), largest=False).indices]
-        index = (go[:, None] * group + torch.arange(group, device=go.device)).reshape(-1)
+        index = columns_of(go, group)
         stripe = inverse[:, index]
         update = torch.linalg.solve(stripe[index], stripe.T)
         weight.addmm_(update.T, weight[index], alpha=-1)
@@ -171,6 +179,26 @@ def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> t
         inverse[index, index] = 1.0
         alive[go] = False
     return alive.nonzero()[:, 0]
+
+
+def columns_of(blocks: torch.Tensor, group: int) -> torch.Tensor:
+    """The columns of blocks of `group` neighbouring columns, shape (blocks * group,)."""
+    return (blocks[:, None] * group + torch.arange(group, device=blocks.device)).reshape(-1)
+
+
+def column_sizes(features: torch.Tensor, weights: torch.Tensor, writer: torch.Tensor) -> torch.Tensor:
+    """What each column writes by itself: the weighted sum of |w_j z_j|^2 over tokens.
+
+    Args:
+        features: z, shape (tokens, columns).
+        weights: Of the tokens, shape (tokens,).
+        writer: w, shape (targets, columns).
+
+    Returns:
+        Shape (columns,), float32.
+    """
+    energy = weights.float() @ features.float().square()
+    return energy * writer.to(energy.device).float().square().sum(0)
 
 
 def _factor(gram: torch.Tensor, ridge: float) -> torch.Tensor | None:

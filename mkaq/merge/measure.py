@@ -1,21 +1,22 @@
 """What merging a group of layers would do to the model, measured for every candidate in one walk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from mkaq.calibrate.tokens import with_copies
+from mkaq.calibrate.tokens import half_in_random_order, in_random_order
 from mkaq.merge.apply import merge_layers
 from mkaq.merge.fuse import fuse
-from mkaq.merge.hold_out import HELD_OUT, held_out_error, held_out_samples, shared_samples
-from mkaq.model.walk import LayerWalk, batches
+from mkaq.merge.hold_out import HELD_OUT, held_out_error, shared_samples
+from mkaq.model.walk import LayerWalk, spans
 from mkaq.progress import Progress
 
-SHARE = 6
+SHARE = 8
+PROBES = 24
 COEFFICIENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
-Build = Callable[[Sequence[int], torch.Tensor, torch.Tensor], float]
+Build = Callable[[Sequence[int], torch.Tensor, torch.Tensor], Mapping[str, torch.Tensor]]
 
 
 def measure_groups(
@@ -28,46 +29,61 @@ def measure_groups(
 ) -> dict[tuple[int, int], float]:
     """Merges every candidate group on its own and measures what the model's output loses by it.
 
-    Each is built on the original hidden states before it, from a part of the tokens; its held-out
-    states then go through the rest of the original model, together with those of all others, so that
-    one walk over the source serves all, whatever its depth.
+    Each is built on the original hidden states before it, from a part of the tokens; what it makes of
+    other tokens then goes through the rest of the original model, together with those of all others, so
+    that one walk over the source serves all, whatever its depth. Half of these are the other half in
+    random order, since what suits text of the calibration's domain may not suit any other.
 
     Args:
         walk: Over the source.
         tokens: Token ids of text, shape (samples, length).
-        seed: Of the random phrases that are measured too.
+        seed: Of what is random.
         candidates: First layer and number of layers of each.
-        build: Merges a group: takes it and the two streams (original and compressed) before it, moves
-            both past it, and returns the error.
+        build: Merges a group: takes it and the two streams (original and compressed) before it, which it
+            may change, and returns the new layer's tensors by their names below it.
         progress: Told of every layer.
 
     Returns:
         For each candidate the mean Kullback-Leibler divergence of its next-token distributions from the
-        source's over held-out tokens, in nats.
+        source's, in nats.
     """
-    sample = tokens[:: max(1, min(SHARE, len(tokens) // 16))]
-    if walk.ranks.size > 1:
-        sample = sample[: _multiple(len(sample), HELD_OUT * walk.ranks.size)]
-    sample = shared_samples(walk.ranks, with_copies(sample, seed))
-    held = slice(len(sample) - held_out_samples(len(sample)), None)
-    hidden_states = walk.embed(sample)
+    sample, probes = split_samples(tokens, walk.ranks.size)
+    sample = shared_samples(walk.ranks, half_in_random_order(sample, seed))
+    probes = torch.cat([walk.ranks.samples(part) for part in (probes, in_random_order(probes, seed))])
+    hidden_states, expected = walk.embed(sample), walk.embed(probes)
     merged: dict[tuple[int, int], torch.Tensor] = {}
     for index in progress.track(range(walk.num_layers), "measure groups"):
         for start, length in candidates:
             if start == index:
-                compressed = hidden_states.clone()
-                build(range(start, start + length), hidden_states.clone(), compressed)
-                merged[start, length] = compressed[held].clone()
+                streams = hidden_states.clone(), hidden_states.clone()
+                layer = walk.assemble(start, build(range(start, start + length), *streams))
+                merged[start, length] = expected.clone()
+                walk.run_all(layer, start, merged[start, length])
         with walk.layer(index) as layer:
             walk.run_all(layer, index, hidden_states)
+            walk.run_all(layer, index, expected)
             for (start, length), states in merged.items():
                 if start + length <= index:
                     walk.run_all(layer, index, states)
     with walk.head() as head:
-        return {
-            group: walk.ranks.mean(divergence(head, states, hidden_states[held]))
-            for group, states in merged.items()
-        }
+        found = divergences(head, list(merged.values()), expected)
+    return {group: walk.ranks.mean(nats) for group, nats in zip(merged, found, strict=True)}
+
+
+def split_samples(tokens: torch.Tensor, processes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples from which candidates are built, and others on which they are measured.
+
+    Of too few samples to spare any, all build.
+
+    Args:
+        tokens: Shape (samples, length).
+        processes: Among which each part is shared.
+    """
+    least = HELD_OUT * processes
+    probes = _multiple(max(1, min(PROBES, len(tokens) // 4)), processes)
+    others = tokens[:-probes] if len(tokens) - probes >= least else tokens
+    sample = others[:: max(1, min(SHARE, len(others) // max(16, least)))]
+    return sample[: _multiple(len(sample), least)], tokens[-probes:]
 
 
 def _multiple(count: int, size: int) -> int:
@@ -76,31 +92,49 @@ def _multiple(count: int, size: int) -> int:
 
 
 @torch.no_grad()
-def divergence(head: nn.Module, states: torch.Tensor, original: torch.Tensor) -> float:
-    """Mean over tokens of KL(p || q) in nats, p the original's next-token distribution, q the other's.
+def divergences(head: nn.Module, streams: Sequence[torch.Tensor], original: torch.Tensor) -> list[float]:
+    """Mean over tokens of KL(p || q) in nats, p the original's next-token distribution, q another's.
 
     Args:
         head: The final norm and the output layer.
-        states: Outputs of the last layer, shape (samples, length, hidden_size).
+        streams: Outputs of the last layer of several models, each of shape (samples, length, hidden_size).
         original: Those of the original model, of the same shape.
+
+    Returns:
+        One for each stream.
     """
-    total = 0.0
-    for pair in zip(batches(original), batches(states), strict=True):
-        p, q = (head(inputs_embeds=s, use_cache=False).logits.float().log_softmax(-1) for s in pair)
-        total += float((p.exp() * (p - q)).sum(-1).double().sum())
-    return total / states[..., 0].numel()
+    totals = [0.0] * len(streams)
+    for rows in spans(original):
+        p = _log_probabilities(head, original[rows])
+        likely = p.exp()
+        for number, states in enumerate(streams):
+            difference = p - _log_probabilities(head, states[rows])
+            totals[number] += float(difference.mul_(likely).sum(-1).double().sum())
+    return [total / original[..., 0].numel() for total in totals]
 
 
-def channels_error(walk: LayerWalk, dtype: torch.dtype) -> Build:
-    """The error that fusing a group leaves."""
-    return lambda group, original, compressed: fuse(walk, group, original, compressed, dtype).residual
+def _log_probabilities(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = head(inputs_embeds=states, use_cache=False).logits
+    return logits.float().log_softmax(-1)
 
 
-def average_error(walk: LayerWalk, coefficient: float | None) -> Build:
-    """The error that averaging a group leaves, at its best coefficient unless one is given."""
+def by_channels(walk: LayerWalk, dtype: torch.dtype) -> Build:
+    """Fuses a group."""
+    return lambda group, original, compressed: fuse(walk, group, original, compressed, dtype).tensors
 
-    def build(group: Sequence[int], original: torch.Tensor, compressed: torch.Tensor) -> float:
-        return best_average(walk, group, original, compressed, coefficient)[1]
+
+def by_average(walk: LayerWalk, coefficient: float | None) -> Build:
+    """Averages a group, at its best coefficient unless one is given."""
+
+    def build(
+        group: Sequence[int], original: torch.Tensor, compressed: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        share = coefficient
+        if share is None:
+            share = best_average(walk, group, original, compressed)[0]
+        return merge_layers(
+            {index: walk.layer_tensors(index) for index in group}, chain_weights(group, share)
+        )
 
     return build
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from safetensors.numpy import save_file
 
-from mkaq.calibrate.tokens import with_copies
+from mkaq.calibrate.tokens import half_in_random_order
 from mkaq.errors import UnsupportedError
 from mkaq.handoff import digest_of
 from mkaq.heap import return_freed_memory
 from mkaq.merge.apply import weighted_sum
 from mkaq.merge.choose import choose_groups
-from mkaq.merge.fuse import check_fusable, fuse
+from mkaq.merge.fuse import check_fusable, fuse, pass_fused
 from mkaq.merge.hold_out import shared_samples
 from mkaq.merge.least_squares import Fit
 from mkaq.merge.origins import ORIGINS, Origins, origins_of, shares, write_origins
@@ -63,7 +63,7 @@ def merge(
     choice = choose_groups(walk, tokens, section, seed, dtype, progress)
     plan = choice.plan
     if section.fuse == "channels":
-        samples = shared_samples(walk.ranks, with_copies(tokens, seed))
+        samples = shared_samples(walk.ranks, half_in_random_order(tokens, seed))
         made = fused_layers(walk, samples, plan.groups, dtype)
         merges = []
     else:
@@ -163,7 +163,7 @@ def fused_layers(
             "origins_sha256": digest_of(origins),
             "attention": _solved(layer.attention),
             "mlp": _solved(layer.mlp),
-            "residual": layer.residual,
+            "residual": pass_fused(walk, layer, original, compressed),
         }
         share = {str(old): share for old, share in shares(layer).items()}
         yield NewLayer(pieces, {"from": share, "fused": record}, origins)

@@ -17,6 +17,8 @@ from mkaq.merge.parts import attention_parts, mlp_parts
 from mkaq.model.piecewise import Piecewise
 from mkaq.model.walk import LayerWalk
 
+NEARLY_BEST = 0.95  # of what a ridge gains: less would leave more of the rounding
+
 
 class JointTarget:
     """The original model's hidden states, walked beside the model that is quantized.
@@ -62,7 +64,8 @@ class JointTarget:
             return None
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        moments = moments_of(self._source, parts, 1), moments_of(self._source, parts, 1)
+        width = linear.in_features
+        moments = moments_of(self._source, width), moments_of(self._source, width)
         for half, batches in zip(moments, halves(states), strict=True):
             for rows in batches:
                 inputs, final = pieces.input_of(name, rows), self._original[rows]
@@ -72,4 +75,4 @@ class JointTarget:
                     target = target - linear.bias
                 add_rows(half, inputs, target, final)
         add_up(self._source.ranks, *moments)
-        return fit(*moments, linear.weight)
+        return fit(*moments, linear.weight, NEARLY_BEST)
