@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mkaq.merge.fuse import CANDIDATES
 from mkaq.merge.plan import layers_to_remove
 from mkaq.merge.segment import longest_group
 from mkaq.model.checkpoint import Checkpoint
@@ -102,9 +103,10 @@ def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, tokens: i
     states = tokens * shape.hidden * shape.exact
     group = _longest(section, source)
     channels = group * shape.intermediate
-    moments = 8 * (2 * channels**2 + 3 * channels * shape.hidden)  # the Gram matrix and its inverse
+    kept = channels if group == 1 else int(CANDIDATES * shape.intermediate)
+    moments = 8 * (2 * kept**2 + 3 * kept * shape.hidden)  # the Gram matrix and its inverse
     modules = group * shape.layer * (shape.stored + 2 * shape.exact)
-    features = max(TOKENS_PER_BATCH, length) * channels * 12
+    features = max(TOKENS_PER_BATCH, length) * 4 * (2 * channels + 2 * kept)
     return 4 * states + shape.walked(shape.exact) + modules + features + moments
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mkaq.calibrate.tokens import half_in_random_order, in_random_order
+from mkaq.calibrate.tokens import half_in_random_order, in_random_order, probing_tokens
 from mkaq.merge.hold_out import held_out_error, held_out_samples, mean_relative_error, token_weights
 
 
@@ -81,3 +81,13 @@ def test_shuffled_sequences_keep_their_tokens_and_lose_their_order(prefix: int |
     )
     orders = {tuple(row.argsort().argsort().tolist()) for row in mixed}
     assert len(orders) == 20  # not the same order everywhere
+
+
+@pytest.mark.parametrize("length", [1, 3, 7, 64])
+def test_probes_are_text_and_random_phrases_repeated(length: int) -> None:
+    tokens = some_tokens(5, length, prefix=None)
+    text, repeated = probing_tokens(tokens, 3).chunk(2)
+    assert torch.equal(text, tokens)
+    size = max(1, length // 4)
+    phrase = in_random_order(tokens, 3)[:, :size]
+    assert torch.equal(repeated, phrase.repeat(1, length)[:, :length])

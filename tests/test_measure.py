@@ -48,7 +48,7 @@ def test_groups_with_an_idle_layer_cost_nothing(fuse: str, tmp_path: Path) -> No
 def test_what_measures_builds_nothing(count: int, processes: int) -> None:
     tokens = torch.arange(count)[:, None]
     sample, probes = (set(part[:, 0].tolist()) for part in split_samples(tokens, processes))
-    assert sample.isdisjoint(probes) and len(probes) == min(24, count // 4 // processes * processes)
+    assert sample.isdisjoint(probes) and len(probes) == min(24, count // 4) // processes * processes
     assert len(sample) >= 16 and len(sample) % (8 * processes) == 0 and 0 in sample
 
 

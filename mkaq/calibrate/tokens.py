@@ -109,6 +109,26 @@ def in_random_order(tokens: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.from_numpy(result)
 
 
+def probing_tokens(tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    """What shows whether a model still does what another one does, in its domain and away from it.
+
+    Args:
+        tokens: Shape (samples, length).
+        seed: Of what is random.
+
+    Returns:
+        The sequences, and for each one a random phrase of its tokens, a quarter of its length, repeated to
+        the end: to copy is what a model does on any text (Olsson et al., In-context learning and induction
+        heads, 2022). Shape (2 * samples, length).
+    """
+    repeated = in_random_order(tokens, seed)
+    phrase = max(1, tokens.shape[1] // 4)
+    for start in range(phrase, tokens.shape[1], phrase):
+        rest = repeated[:, start : start + phrase]
+        rest[:] = repeated[:, : rest.shape[1]]
+    return torch.cat([tokens, repeated])
+
+
 def evaluation_sequences(
     texts: Sequence[str], tokenizer: Any, max_seq_length: int, num_samples: int | None = None
 ) -> list[list[int]]:

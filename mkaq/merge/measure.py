@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from mkaq.calibrate.tokens import half_in_random_order, in_random_order
+from mkaq.calibrate.tokens import half_in_random_order, probing_tokens
 from mkaq.merge.apply import merge_layers
 from mkaq.merge.fuse import fuse
 from mkaq.merge.hold_out import HELD_OUT, held_out_error, shared_samples
@@ -31,8 +31,8 @@ def measure_groups(
 
     Each is built on the original hidden states before it, from a part of the tokens; what it makes of
     other tokens then goes through the rest of the original model, together with those of all others, so
-    that one walk over the source serves all, whatever its depth. Half of these are the other half in
-    random order, since what suits text of the calibration's domain may not suit any other.
+    that one walk over the source serves all, whatever its depth. Half of these are no text, since what
+    suits text of the calibration's domain may not suit any other.
 
     Args:
         walk: Over the source.
@@ -49,7 +49,7 @@ def measure_groups(
     """
     sample, probes = split_samples(tokens, walk.ranks.size)
     sample = shared_samples(walk.ranks, half_in_random_order(sample, seed))
-    probes = torch.cat([walk.ranks.samples(part) for part in (probes, in_random_order(probes, seed))])
+    probes = torch.cat([walk.ranks.samples(part) for part in probing_tokens(probes, seed).chunk(2)])
     hidden_states, expected = walk.embed(sample), walk.embed(probes)
     merged: dict[tuple[int, int], torch.Tensor] = {}
     for index in progress.track(range(walk.num_layers), "measure groups"):
