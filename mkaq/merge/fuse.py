@@ -35,7 +35,7 @@ from mkaq.ranks import Ranks
 
 CANDIDATES = 1.5  # channels that may be kept, for each that is; those that write most
 SELECTION_RIDGE = 1e-2
-NEARLY_BEST = 0.8  # of what a ridge gains on held-out text of the calibration's domain
+NEARLY_BEST = 0.9  # of what a ridge gains on held-out text of the calibration's domain
 
 Rows = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
 """Features and target of some samples."""
