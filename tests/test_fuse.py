@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from mkaq.export.manifest import MANIFEST, MergeStep, manifest_schema, read_manifest
 from mkaq.handoff import digest_of
-from mkaq.merge.fuse import FusedLayer, advance, fuse, pass_fused
+from mkaq.merge.fuse import FusedLayer, advance, first_batch, fuse, pass_fused
 from mkaq.merge.measure import COEFFICIENTS, best_average
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import digest_layer
 from mkaq.model.observe import outputs_of
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
+from mkaq.ranks import ALONE
 from tests.runs import Mkaq, forge, run_quietly, tree
 from tests.test_families import IDS, walk_logits
 from tests.tiny import CHANNELS, FAMILIES, make_model, write_recipe
@@ -344,6 +346,20 @@ def test_attention_is_asked_to_mend_the_error_that_reaches_it(model: Path) -> No
     attended = advance(walk, [1, 2], writer, original, before + error)
     assert torch.equal(original, expected)
     assert torch.allclose(attended, added - error, atol=1e-4)
+
+
+@pytest.mark.parametrize(("samples", "length"), [(6, 32), (66, 128), (450, 128), (48, 2048), (6, 8192)])
+def test_first_batch_is_the_same_for_any_number_of_processes(samples: int, length: int) -> None:
+    alone = list(range(samples)[first_batch(ALONE, samples, length)])
+    assert alone == list(range(min(samples, max(1, 4096 // length))))
+    for size in (2, 3):
+        each = samples // size
+        shared = [
+            rank * each + index
+            for rank in range(size)
+            for index in range(each)[first_batch(replace(ALONE, rank=rank, size=size), each, length)]
+        ]
+        assert shared == alone
 
 
 def test_layer_is_made_of_its_group_alone(model: Path, tmp_path: Path) -> None:

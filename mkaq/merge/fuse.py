@@ -30,7 +30,7 @@ from mkaq.merge.parts import (
 )
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.observe import input_of, outputs_of
-from mkaq.model.walk import LayerWalk, batches, spans
+from mkaq.model.walk import TOKENS_PER_BATCH, LayerWalk, batches, spans
 from mkaq.ranks import Ranks
 
 CANDIDATES = 1.5  # channels that may be kept, for each that is; those that write most
@@ -133,9 +133,13 @@ def fuse(
         features = torch.cat([channels_of(m, normed) for m in modules], -1)
         return features, _without_bias(original[rows] - middle, new, channels)
 
-    def strongest(parts: Parts, features: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
-        weights = [layer[f"{parts.writer}.weight"] for layer in layers]
-        sizes = column_sizes(features.flatten(0, -2), token_weights(final).reshape(-1), torch.cat(weights, 1))
+    def strongest(parts: Parts, rows_at: Rows) -> torch.Tensor:
+        rows = first_batch(walk.ranks, halves(compressed)[0][-1].stop, compressed.shape[1])
+        writers = torch.cat([layer[f"{parts.writer}.weight"] for layer in layers], 1)
+        sizes = torch.zeros(writers.shape[1], device=walk.device)
+        if len(original[rows]):  # or all of them are other processes'
+            features, weights = rows_at(rows)[0], token_weights(original[rows])
+            sizes += column_sizes(features.flatten(0, -2), weights.reshape(-1), writers)
         walk.ranks.add(sizes)
         return sizes.topk(int(CANDIDATES * parts.count)).indices.sort().values.cpu()
 
@@ -153,7 +157,7 @@ def fuse(
         learn, held = halves(compressed)
         origins = all_parts(len(group), parts)
         if parts.width == 1 and len(group) > 1:
-            origins = origins[strongest(parts, rows_at(learn[0])[0], original[learn[0]])]
+            origins = origins[strongest(parts, rows_at)]
         moments = moments_at(parts, origins, rows_at, learn)
         if len(group) > 1:
             chosen = keep_columns(moments, parts.count, SELECTION_RIDGE, parts.width)
@@ -243,6 +247,18 @@ def halves(states: torch.Tensor) -> tuple[list[slice], list[slice]]:
     last = len(states) - held_out_samples(len(states))
     held_out = [slice(last + rows.start, last + rows.stop) for rows in spans(states[last:])]
     return list(spans(states[:last])), held_out
+
+
+def first_batch(ranks: Ranks, samples: int, length: int) -> slice:
+    """A process's part of the first batch of all samples, which is the same for any number of processes.
+
+    Args:
+        ranks: The processes.
+        samples: Of each process.
+        length: Tokens of a sample.
+    """
+    size = max(1, TOKENS_PER_BATCH // length)
+    return slice(0, min(max(0, size - ranks.rank * samples), samples))
 
 
 def moments_of(walk: LayerWalk, features: int) -> Moments:
