@@ -47,7 +47,7 @@ def test_groups_with_an_idle_layer_cost_nothing(fuse: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("count", [48, 72, 100, 512])
 def test_what_measures_builds_nothing(count: int, processes: int) -> None:
     tokens = torch.arange(count)[:, None]
-    sample, probes = (set(part[:, 0].tolist()) for part in split_samples(tokens, processes))
+    sample, probes = (set(part[:, 0].tolist()) for part in split_samples(tokens, processes, 5))
     assert sample.isdisjoint(probes) and len(probes) == min(24, count // 4) // processes * processes
     assert len(sample) >= 16 and len(sample) % (8 * processes) == 0 and 0 in sample
 
@@ -55,9 +55,14 @@ def test_what_measures_builds_nothing(count: int, processes: int) -> None:
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_few_samples_build_and_measure_all(processes: int) -> None:
     tokens = torch.arange(8 * processes)[:, None]
-    sample, probes = split_samples(tokens, processes)
+    sample, probes = split_samples(tokens, processes, 5)
     assert torch.equal(sample, tokens) and torch.equal(probes, tokens[-2 * processes :])
-    assert [len(part) for part in split_samples(tokens[:1], 1)] == [1, 1]
+    assert [len(part) for part in split_samples(tokens[:1], 1, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize(("candidates", "probes"), [(1, 24), (25, 24), (58, 11), (160, 4), (2000, 1)])
+def test_more_candidates_are_measured_on_fewer_samples(candidates: int, probes: int) -> None:
+    assert len(split_samples(torch.zeros(512, 1), 1, candidates)[1]) == probes
 
 
 def test_walks_over_one_checkpoint_do_not_touch_each_other(tmp_path: Path) -> None:

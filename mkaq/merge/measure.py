@@ -47,7 +47,7 @@ def measure_groups(
         For each candidate the mean Kullback-Leibler divergence of its next-token distributions from the
         source's, in nats.
     """
-    sample, probes = split_samples(tokens, walk.ranks.size)
+    sample, probes = split_samples(tokens, walk.ranks.size, len(candidates))
     sample = shared_samples(walk.ranks, half_in_random_order(sample, seed))
     probes = torch.cat([walk.ranks.samples(part) for part in probing_tokens(probes, seed).chunk(2)])
     hidden_states, expected = walk.embed(sample), walk.embed(probes)
@@ -70,17 +70,19 @@ def measure_groups(
     return {group: walk.ranks.mean(nats) for group, nats in zip(merged, found, strict=True)}
 
 
-def split_samples(tokens: torch.Tensor, processes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The samples from which candidates are built, and others on which they are measured.
 
-    Of too few samples to spare any, all build.
+    The more candidates there are, the fewer samples measure them, so that all of them together cost little
+    more than a walk over `tokens`, whatever the depth. Of too few samples to spare any, all build.
 
     Args:
         tokens: Shape (samples, length).
         processes: Among which each part is shared.
+        candidates: How many there are.
     """
     least = HELD_OUT * processes
-    probes = _multiple(max(1, min(PROBES, len(tokens) // 4)), processes)
+    probes = _multiple(max(1, min(PROBES, len(tokens) // 4, 5 * len(tokens) // (4 * candidates))), processes)
     others = tokens[:-probes] if len(tokens) - probes >= least else tokens
     sample = others[:: max(1, min(SHARE, len(others) // max(16, least)))]
     return sample[: _multiple(len(sample), least)], tokens[-probes:]
