@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mkaq.merge.least_squares import columns_of
+
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -123,8 +125,7 @@ def take_columns(layers: Sequence[Tensors], parts: Parts, origins: torch.Tensor)
 
 def part_columns(parts: Parts, origins: torch.Tensor) -> torch.Tensor:
     """Where the columns of parts lie among those of all layers, side by side."""
-    first = (origins[:, :1] * parts.count + origins[:, 1:]) * parts.width
-    return (first + torch.arange(parts.width)).reshape(-1)
+    return columns_of(origins[:, 0] * parts.count + origins[:, 1], parts.width)
 
 
 def all_parts(layers: int, parts: Parts) -> torch.Tensor:
