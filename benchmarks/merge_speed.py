@@ -201,7 +201,7 @@ def apply(model: str, out: str) -> dict[str, Any]:
 
     def build(folder: Path) -> dict[str, str]:
         layers = averaged_layers(source, plan, source.dtype)
-        return write_merged(source, layers, plan.kept, folder, source.dtype, SHARD_SIZE)[2]
+        return write_merged(source, layers, plan.kept, folder, source.dtype, SHARD_SIZE).digests
 
     prepare(source.path)
     began = time.perf_counter()

@@ -108,7 +108,7 @@ def merged(source: Checkpoint, weights: list[dict[int, float]], folder: Path) ->
     folder.mkdir()
     plan = MergePlan((), tuple(weights))
     layers = averaged_layers(source, plan, source.dtype)
-    return write_merged(source, layers, plan.kept, folder, source.dtype, 200_000)[0]
+    return write_merged(source, layers, plan.kept, folder, source.dtype, 200_000).rows
 
 
 def test_pieces_of_a_group_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

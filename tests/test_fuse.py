@@ -110,6 +110,10 @@ def test_manifest_tells_what_was_tried_and_the_cheapest_was_taken(made: Path) ->
         assert sum(layer.from_.values()) == pytest.approx(1)
         assert layer.fused is not None and layer.fused.mlp.error <= layer.fused.mlp.error_before
     assert step.merges == []
+    norm = step.final_norm
+    assert norm is not None and 0.5 < norm.scale < 1 and norm.error < norm.error_before
+    before, after = (load_file(path / SINGLE)["model.norm.weight"] for path in (made / "model", artifact))
+    assert after.equal((before.double() * norm.scale).bfloat16())
 
 
 def test_verify_fuses_again(made: Path, mkaq: Mkaq) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from mkaq.export.manifest import MANIFEST, RecoverStep, manifest_schema, read_manifest
 from mkaq.merge.apply import merge_layers
+from mkaq.merge.final_norm import FINAL_NORM
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
 from mkaq.recipe import LayerwiseSection
@@ -176,7 +177,10 @@ def test_recovered_run(family: str, text: Path, mkaq: Mkaq, tmp_path: Path) -> N
     merged, tuned = load_file(folder / "merge" / SINGLE), load_file(folder / "recover" / SINGLE)
     assert merged.keys() == tuned.keys()
     changed = {name for name in merged if not torch.equal(merged[name], tuned[name])}
-    assert changed and all(name.startswith("model.layers.1.") for name in changed)
+    assert changed and all(name.startswith("model.layers.1.") for name in changed - {FINAL_NORM})
+    scale, offset = step.final_norm.scale, float(family == "gemma2")
+    assert scale != 1 and step.final_norm.error < step.final_norm.error_before
+    assert tuned[FINAL_NORM].equal(((merged[FINAL_NORM].double() + offset) * scale - offset).bfloat16())
     assert (artifact / SINGLE).read_bytes() == (folder / "recover" / SINGLE).read_bytes()
 
     before = tree(artifact)
@@ -190,6 +194,10 @@ def test_recovered_run(family: str, text: Path, mkaq: Mkaq, tmp_path: Path) -> N
     forge(artifact, lambda m: m["steps"][1]["layers"][1].update(error=step.layers[1].error * 0.9))
     refused = mkaq("verify", artifact, "--source", model)
     assert refused.code == 5 and "layer 1 leaves an error of" in refused.err
+    forge(artifact, lambda m: m["steps"][1]["layers"][1].update(error=step.layers[1].error))
+    forge(artifact, lambda m: m["steps"][1]["final_norm"].update(error=step.final_norm.error * 0.9))
+    refused = mkaq("verify", artifact, "--source", model)
+    assert refused.code == 5 and "the final norm leaves an error of" in refused.err
 
 
 def test_changed_settings_redo_the_recovery_and_what_follows(

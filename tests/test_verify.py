@@ -84,6 +84,7 @@ FORGERIES: dict[str, Callable[[Any], Any]] = {
         m["steps"][0]["layers"][1].update({"from": {"1": 0.5, "2": 0.5}}),
         m["steps"][0]["merges"][0].update(coefficient=0.5),
     ),
+    "rescaled": lambda m: m["steps"][0].update(final_norm={"scale": 1.0, "error_before": 0.1, "error": 0.1}),
     "digest of a layer": lambda m: m["steps"][0]["layers"][0].update(sha256="0" * 64),
     "one layer less": lambda m: m["steps"][0]["layers"].pop(),
     "number of a layer": lambda m: m["steps"][0]["layers"][0].update(new=5),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from mkaq.calibrate.tokens import calibration_tokens, half_in_random_order, load
 from mkaq.errors import MkaqError, VerificationError
 from mkaq.export.manifest import (
     MANIFEST,
+    FinalNorm,
     Fused,
     Manifest,
     MergeStep,
@@ -21,12 +23,13 @@ from mkaq.export.manifest import (
     RecoverStep,
 )
 from mkaq.handoff import digest_of
+from mkaq.merge.final_norm import FINAL_NORM, rescale, scaled_norm
 from mkaq.merge.fuse import known_tensors
 from mkaq.merge.hold_out import held_out_error
 from mkaq.merge.origins import ORIGINS, Origins, as_tensor, read_origins
 from mkaq.merge.parts import attention_parts, mlp_parts
 from mkaq.merge.plan import MergePlan
-from mkaq.merge.stage import digest_layer, fused_layers, merged_layers
+from mkaq.merge.stage import Streams, digest_layer, fused_layers, merged_layers
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk, compute_dtype, dense_layer
 from mkaq.progress import Progress
@@ -63,11 +66,8 @@ def check_against(
     recover_step = next((step for step in manifest.steps if isinstance(step, RecoverStep)), None)
     quantize_step = next((step for step in manifest.steps if isinstance(step, QuantizeStep)), None)
     dtype = getattr(torch, merge_step.dtype) if merge_step else artifact.dtype
-    faults = [
-        f"{name} is not the source's"
-        for name, tensor in source.each(source.outer_tensor_names)
-        if not torch.equal(tensor.to(dtype), artifact.read([name])[name])
-    ]
+    scales = [s.final_norm.scale for s in (merge_step, recover_step) if s and s.final_norm]
+    faults = list(_outer_faults(artifact, source, scales, dtype))
     origins = []
     if merge_step is not None:
         fused = any(layer.fused for layer in merge_step.layers)
@@ -109,6 +109,18 @@ def check_against(
     return told
 
 
+def _outer_faults(
+    artifact: Checkpoint, source: Checkpoint, scales: list[float], dtype: torch.dtype
+) -> Iterator[str]:
+    """What is wrong with the tensors outside of the layers, given the factors of the final norm in turn."""
+    for name, tensor in source.each(source.outer_tensor_names):
+        expected = tensor
+        for scale in scales if name == FINAL_NORM else ():
+            expected = scaled_norm(expected, scale, source.family.norm_offset, dtype)
+        if not torch.equal(expected.to(dtype), artifact.read([name])[name]):
+            yield f"{name} is not the source's" + (", rescaled" if expected is not tensor else "")
+
+
 def _calibration_again(manifest: Manifest, source: Checkpoint) -> torch.Tensor | None:
     """The calibration tokens of the run, or None if the text is not here or is another one."""
     try:
@@ -139,7 +151,8 @@ def _fuse_again(
 ) -> str:
     """Fuses the recorded groups again: heads, channels, ridges and errors must be those of the manifest."""
     groups, faults = [sorted(_weights(layer)) for layer in step.layers], []
-    made = progress.track(fused_layers(walk, tokens, groups, dtype), "fuse again", len(groups))
+    streams = Streams.of(walk, tokens)
+    made = progress.track(fused_layers(streams, groups, dtype), "fuse again", len(groups))
     for layer, origin, again in zip(step.layers, origins, made, strict=True):
         told = layer.fused
         assert told is not None
@@ -157,6 +170,11 @@ def _fuse_again(
                 f"layer {layer.new} fused again leaves an error of {found.residual:.6g}, the manifest says "
                 f"{told.residual:.6g}"
             )
+    norm, norm_again = step.final_norm, FinalNorm.model_validate(asdict(streams.rescale()))
+    if norm is None or not all(
+        _near(a, b) for a, b in zip(norm.model_dump().values(), norm_again.model_dump().values(), strict=True)
+    ):
+        faults.append(f"the final norm rescaled again has {norm_again}, the manifest says {norm}")
     raise_faults(where, faults)
     return f"{len(groups)} layers fused again: heads, channels, ridges and errors are those of the manifest"
 
@@ -235,6 +253,10 @@ def _check_errors(
         actual = held_out_error(states, original)
         if not _near(actual, told):
             faults.append(f"layer {new} leaves an error of {actual:.6g}, the manifest says {told:.6g}")
+    norm = recover_step.final_norm if recover_step else merge_step.final_norm
+    actual = rescale(source, walk, original, states).error_before  # with the artifact's own final norm
+    if norm and not _near(actual, norm.error):
+        faults.append(f"the final norm leaves an error of {actual:.6g}, the manifest says {norm.error:.6g}")
     raise_faults(artifact.path, faults)
     return f"the hidden states of {len(merge_step.layers)} layers have the errors that the manifest says"
 
@@ -317,3 +339,5 @@ def _plan_faults(step: MergeStep, source: Checkpoint) -> Iterator[str]:
         yield "the new layers are not numbered from 0"
     if recorded != [groups[index] for index in sorted(groups)]:
         yield "the weights of the new layers do not follow from the recorded merges"
+    if step.final_norm:
+        yield "the final norm is said to be rescaled, and averaging does not"

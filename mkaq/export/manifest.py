@@ -117,6 +117,17 @@ class Fused(_Part):
     """Mean of |output - original|^2 / |original|^2 over held-out tokens, on the compressed prefix."""
 
 
+class FinalNorm(_Part):
+    """How the final norm was rescaled; errors are shares of the energy of its output, held-out tokens."""
+
+    scale: float = Field(gt=0)
+    """The factor."""
+    error_before: float
+    """With factor 1."""
+    error: float
+    """With this factor."""
+
+
 class NewLayer(_Part):
     """A layer of the result and the layers of the source that it stands for."""
 
@@ -176,6 +187,8 @@ class MergeStep(_Sized):
     """Every group that was tried (order: measured)."""
     layers: list[NewLayer]
     """Every layer of the result."""
+    final_norm: FinalNorm | None = None
+    """How the final norm was rescaled, if it was."""
 
 
 class RecoverStep(_Sized):
@@ -189,6 +202,8 @@ class RecoverStep(_Sized):
     """The recipe's section."""
     layers: list[RecoveredLayer]
     """Every layer."""
+    final_norm: FinalNorm
+    """How the final norm was rescaled, after the merge did."""
 
 
 class Module(_Part):

@@ -13,6 +13,7 @@ from mkaq.export.manifest import (
     Budget,
     Calibration,
     FileEntry,
+    FinalNorm,
     Manifest,
     MeasuredGroup,
     MergeEntry,
@@ -66,6 +67,7 @@ def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dty
             merges=[MergeEntry(**row) for row in plan["merges"]],
             measured=[MeasuredGroup(**row) for row in plan["measured"]],
             layers=[NewLayer(**row) for row in plan["layers"]],
+            final_norm=plan["final_norm"] and FinalNorm(**plan["final_norm"]),
             **_sizes(*before_after["merge"]),
         )
         steps.append(merge_step)
@@ -74,6 +76,7 @@ def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dty
         recover_step = RecoverStep(
             settings=recipe.recover.model_dump(mode="json"),
             layers=[RecoveredLayer(**row) for row in record["layers"]],
+            final_norm=FinalNorm(**record["final_norm"]),
             **_sizes(*before_after["recover"]),
         )
         steps.append(recover_step)

@@ -1,8 +1,8 @@
 """The merge stage: choose the groups of layers, make one layer of each, write the smaller checkpoint."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mkaq.handoff import digest_of
 from mkaq.heap import return_freed_memory
 from mkaq.merge.apply import weighted_sum
 from mkaq.merge.choose import choose_groups
+from mkaq.merge.final_norm import FINAL_NORM, Rescaled, rescale, scaled_norm
 from mkaq.merge.fuse import check_fusable, fuse, pass_fused
 from mkaq.merge.hold_out import shared_samples
 from mkaq.merge.least_squares import Fit
@@ -62,23 +63,29 @@ def merge(
         check_fusable(source, len(tokens))
     choice = choose_groups(walk, tokens, section, seed, dtype, progress)
     plan = choice.plan
+    final_norm: Callable[[], Rescaled] | None = None
     if section.fuse == "channels":
-        samples = shared_samples(walk.ranks, half_in_random_order(tokens, seed))
-        made = fused_layers(walk, samples, plan.groups, dtype)
-        merges = []
+        streams = Streams.of(walk, shared_samples(walk.ranks, half_in_random_order(tokens, seed)))
+        made, merges, final_norm = fused_layers(streams, plan.groups, dtype), [], streams.rescale
     else:
-        made = averaged_layers(source, plan, dtype)
-        merges = plan.as_json()["merges"]
+        made, merges = averaged_layers(source, plan, dtype), plan.as_json()["merges"]
     layers = progress.track(made, "merge", len(plan.layers))
-    rows, origins, digests = write_merged(source, layers, plan.kept, folder, dtype, shard_size, walk.ranks)
-    if origins:
-        write_origins(folder / ORIGINS, origins)
-    measured = [{"first": k, "layers": n, "error": error} for (k, n), error in choice.errors.items()]
-    write_json(folder / "merge_plan.json", {"merges": merges, "measured": measured, "layers": rows})
+    written = write_merged(
+        source, layers, plan.kept, folder, dtype, shard_size, walk.ranks, final_norm=final_norm
+    )
+    if written.origins:
+        write_origins(folder / ORIGINS, written.origins)
+    told = {
+        "merges": merges,
+        "measured": [{"first": k, "layers": n, "error": error} for (k, n), error in choice.errors.items()],
+        "layers": written.rows,
+        "final_norm": written.final_norm and asdict(written.final_norm),
+    }
+    write_json(folder / "merge_plan.json", told)
     if choice.similarity is not None:
         arrays = {"npib": choice.similarity.matrix, "coordinates": choice.similarity.coordinates}
         save_file(arrays, folder / "similarity.safetensors")
-    return digests
+    return written.digests
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,48 @@ class NewLayer:
     origins: Origins | None = None
 
 
+@dataclass(frozen=True)
+class Streams:
+    """What the source and the fused model give for the same tokens, up to where both have been walked.
+
+    Attributes:
+        walk: Over the source.
+        original: Hidden states of the source, shape (samples, length, hidden_size).
+        compressed: Those of the fused model, of the same shape.
+    """
+
+    walk: LayerWalk
+    original: torch.Tensor
+    compressed: torch.Tensor
+
+    @classmethod
+    def of(cls, walk: LayerWalk, tokens: torch.Tensor) -> "Streams":
+        """Both before the first layer."""
+        embedded = walk.embed(tokens)
+        return cls(walk, embedded, embedded.clone())
+
+    def rescale(self) -> Rescaled:
+        """The factor of the fused model's final norm, once both are past the last layer."""
+        return rescale(self.walk, self.walk, self.original, self.compressed)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_merged` has to tell.
+
+    Attributes:
+        rows: Of merge_plan.json, one for each layer.
+        origins: Of fused layers.
+        final_norm: How the final norm was rescaled, if it was.
+        digests: sha256 of the weight files by name.
+    """
+
+    rows: list[dict[str, Any]]
+    origins: list[Origins]
+    final_norm: Rescaled | None
+    digests: dict[str, str]
+
+
 def write_merged(
     source: Checkpoint,
     layers: Iterable[NewLayer],
@@ -104,7 +153,8 @@ def write_merged(
     dtype: torch.dtype,
     shard_size: int,
     ranks: Ranks = ALONE,
-) -> tuple[list[dict[str, Any]], list[Origins], dict[str, str]]:
+    final_norm: Callable[[], Rescaled] | None = None,
+) -> Written:
     """Writes the merged checkpoint: the outer tensors of the source, and new layers.
 
     Args:
@@ -115,23 +165,27 @@ def write_merged(
         dtype: Of its tensors.
         shard_size: Bytes per file.
         ranks: Of several processes the first one writes.
-
-    Returns:
-        The rows of merge_plan.json, the origins of fused layers, and sha256 of the weight files by name.
+        final_norm: Asked for the factor of the final norm after the last layer; None: it stays.
     """
     rows: list[dict[str, Any]] = []
     origins: list[Origins] = []
     with writer_of(ranks, folder, shard_size, layout_like(source, kept, dtype)) as writer:
         with one_thread():
             for name in source.outer_tensor_names:
-                writer.put(name, (cast(block, dtype, name) for block in source.blocks(name)))
+                if name != FINAL_NORM:
+                    writer.put(name, (cast(block, dtype, name) for block in source.blocks(name)))
         for new, layer in enumerate(layers):
             rows.append({"new": new, **layer.record, "sha256": write_layer(writer, new, layer.tensors)})
             origins += [layer.origins] if layer.origins else []
             return_freed_memory()
+        rescaled = final_norm() if final_norm else None
+        with one_thread():
+            norm = source.read([FINAL_NORM])[FINAL_NORM]
+        scaled = scaled_norm(norm, rescaled.scale if rescaled else 1.0, source.family.norm_offset, dtype)
+        writer.add(FINAL_NORM, cast(scaled, dtype, FINAL_NORM))
     write_json(folder / "config.json", merged_config(source, kept, dtype))
     write_side_files(source, folder)
-    return rows, origins, dict(writer.digests)
+    return Written(rows, origins, rescaled, dict(writer.digests))
 
 
 def write_layer(writer: Writer, new: int, tensors: Mapping[str, Iterable[torch.Tensor]]) -> str:
@@ -149,12 +203,9 @@ def averaged_layers(source: Checkpoint, plan: MergePlan, dtype: torch.dtype) -> 
         yield NewLayer(tensors, {"from": {str(old): weight for old, weight in weights.items()}})
 
 
-def fused_layers(
-    walk: LayerWalk, tokens: torch.Tensor, groups: Sequence[Sequence[int]], dtype: torch.dtype
-) -> Iterator[NewLayer]:
-    """The new layers of a fusion, in turn, each solved on what those before it hand on."""
-    original = walk.embed(tokens)
-    compressed = original.clone()
+def fused_layers(streams: Streams, groups: Sequence[Sequence[int]], dtype: torch.dtype) -> Iterator[NewLayer]:
+    """The new layers of a fusion, in turn, each solved on what those before it hand on; moves the streams."""
+    walk, original, compressed = streams.walk, streams.original, streams.compressed
     for group in groups:
         layer = fuse(walk, group, original, compressed, dtype)
         pieces = {name: [cast(tensor, dtype, name)] for name, tensor in layer.tensors.items()}

@@ -4,7 +4,7 @@ An explicit table: a family is listed when its merge, both quantizers, export an
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mkaq.errors import CheckpointError, UnsupportedError
@@ -17,9 +17,11 @@ class Family:
     Attributes:
         linears: The linear layers of a decoder layer, grouped by the input that they share, in
             the order in which the forward pass reaches them.
+        norm_offset: Its norms multiply by this plus their weight.
     """
 
     linears: tuple[tuple[str, ...], ...]
+    norm_offset: float = 0.0
 
     @property
     def linear_names(self) -> tuple[str, ...]:
@@ -44,7 +46,7 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": _SPLIT,
     "qwen2": _SPLIT,
     "qwen3": _SPLIT,
-    "gemma2": _SPLIT,
+    "gemma2": replace(_SPLIT, norm_offset=1.0),
     "phi3": _FUSED,
 }
 

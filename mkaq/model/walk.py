@@ -247,18 +247,31 @@ class LayerWalk:
             yield index, hidden_states
 
     @contextmanager
+    def final_norm(self) -> Iterator[nn.Module]:
+        """The norm after the last layer, for a `with` block."""
+        norm: nn.Module = self.skeleton.model.norm
+        norm.weight = self._outer("model.norm.weight")
+        try:
+            yield norm
+        finally:
+            norm.to("meta")
+
+    @contextmanager
     def head(self) -> Iterator[nn.Module]:
         """The final norm and the output layer: call it with `inputs_embeds`, read `.logits`."""
         tied = "lm_head.weight" not in self.checkpoint.tensors
-        names = ["model.norm.weight", "model.embed_tokens.weight" if tied else "lm_head.weight"]
-        norm, output = (t.to(self.device, self.dtype) for t in self.checkpoint.read(names).values())
-        self.skeleton.model.norm.weight = nn.Parameter(norm, requires_grad=False)
-        self.skeleton.lm_head.weight = nn.Parameter(output, requires_grad=False)
-        try:
-            yield self.skeleton
-        finally:
-            self.skeleton.model.norm.to("meta")
-            self.skeleton.lm_head.to("meta")
+        with self.final_norm():
+            self.skeleton.lm_head.weight = self._outer(
+                "model.embed_tokens.weight" if tied else "lm_head.weight"
+            )
+            try:
+                yield self.skeleton
+            finally:
+                self.skeleton.lm_head.to("meta")
+
+    def _outer(self, name: str) -> nn.Parameter:
+        tensor = self.checkpoint.read([name])[name].to(self.device, self.dtype)
+        return nn.Parameter(tensor, requires_grad=False)
 
     @torch.no_grad()
     def _layer_arguments(self, length: int) -> list[dict[str, Any]]:

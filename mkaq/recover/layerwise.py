@@ -1,7 +1,8 @@
 """The recover stage: every layer of the compressed model is tuned alone toward the original hidden states.
 
 Knowledge distillation without the whole model: a layer sees what the tuned layers before it hand on,
-and learns to give the hidden state that the source has at the end of the layers that it stands for.
+and learns to give the hidden state that the source has at the end of the layers that it stands for;
+the final norm is rescaled to what has been reached.
 One layer, its optimizer state and two streams of activations are in memory.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from mkaq.heap import return_freed_memory
+from mkaq.merge.final_norm import FINAL_NORM, rescale, scaled_norm
 from mkaq.merge.hold_out import held_out_samples, mean_relative_error, token_weights
 from mkaq.model.products import has_fast_bfloat16
 from mkaq.model.walk import LayerWalk, batches
@@ -77,7 +79,7 @@ def recover(
     records = []
     layout = layout_like(compressed, range(compressed.num_layers), dtype)
     with writer_of(walk.ranks, folder, shard_size, layout) as writer:
-        for name, tensor in compressed.each(compressed.outer_tensor_names):
+        for name, tensor in compressed.each(n for n in compressed.outer_tensor_names if n != FINAL_NORM):
             writer.add(name, tensor.to(dtype))
         for new, group in enumerate(progress.track(groups, "recover (layerwise)")):
             for index in group:
@@ -89,9 +91,13 @@ def recover(
                 for name, parameter in layer.named_parameters():
                     writer.add(f"model.layers.{new}.{name}", parameter.detach().to("cpu", dtype))
             return_freed_memory()
+        final_norm = rescale(source, walk, original, states)
+        norm = compressed.read([FINAL_NORM])[FINAL_NORM]
+        writer.add(FINAL_NORM, scaled_norm(norm, final_norm.scale, compressed.family.norm_offset, dtype))
     write_json(folder / "config.json", compressed.config)
     write_side_files(compressed, folder)
-    write_json(folder / "recovery.json", {"layers": [asdict(record) for record in records]})
+    told = {"layers": [asdict(record) for record in records], "final_norm": asdict(final_norm)}
+    write_json(folder / "recovery.json", told)
     return records
 
 

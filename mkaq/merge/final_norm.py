@@ -1,0 +1,77 @@
+"""The final norm, rescaled: a model that knows less must not be as sure.
+
+What least squares cannot foresee it leaves out, so the last hidden state of a fused or tuned model is
+shorter than the original's in just the directions that were lost. The final norm divides by the length,
+which undoes that: the logits become as large as the original's with less behind them. One factor on its
+weight, the least squares solution toward the original's normed states, puts them right.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mkaq.merge.fuse import halves
+from mkaq.model.walk import LayerWalk
+
+FINAL_NORM = "model.norm.weight"
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """The factor of the final norm; errors are shares of the target's energy, held-out tokens.
+
+    Attributes:
+        scale: To four decimals; 1 if no other is better on the held-out tokens.
+        error_before: With factor 1.
+        error: With `scale`.
+    """
+
+    scale: float
+    error_before: float
+    error: float
+
+
+@torch.no_grad()
+def rescale(source: LayerWalk, walk: LayerWalk, original: torch.Tensor, compressed: torch.Tensor) -> Rescaled:
+    """The factor with which the compressed model's final norm comes closest to the original's.
+
+    Args:
+        source: Over the original model.
+        walk: Over a checkpoint with the compressed model's final norm.
+        original: Last hidden states of the source, shape (samples, length, hidden_size); the last
+            samples are held out.
+        compressed: Those of the compressed model, of the same shape.
+    """
+    sums = torch.zeros(2, 3, dtype=torch.float64, device=walk.device)
+    with source.final_norm() as theirs, walk.final_norm() as own:
+        for half, parts in zip(sums, halves(compressed), strict=True):
+            for rows in parts:
+                target, found = theirs(original[rows]).double(), own(compressed[rows]).double()
+                products = (target * target, target * found, found * found)
+                half += torch.stack([product.sum() for product in products])
+    walk.ranks.add(sums)
+    (_, cross, energy), (held_out, *measured) = sums.tolist()
+    if not (energy > 0 and held_out > 0):
+        return Rescaled(1.0, 0.0, 0.0)
+    scale = round(float(cross / energy), 4)
+
+    def error(factor: float) -> float:
+        return max(0.0, float(1 - (2 * factor * measured[0] - factor**2 * measured[1]) / held_out))
+
+    if scale <= 0 or error(scale) >= error(1.0):
+        scale = 1.0
+    return Rescaled(scale, error(1.0), error(scale))
+
+
+def scaled_norm(weight: torch.Tensor, scale: float, offset: float, dtype: torch.dtype) -> torch.Tensor:
+    """The weight of a norm that gives `scale` times as much.
+
+    Args:
+        weight: Of a norm that multiplies by offset + weight.
+        scale: The factor.
+        offset: 0, or 1 in families whose norms are written so.
+        dtype: Of the result; the product is taken in float64.
+    """
+    if scale == 1:
+        return weight.to(dtype)
+    return ((weight.double() + offset) * scale - offset).to(dtype)
