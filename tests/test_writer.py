@@ -173,13 +173,59 @@ def test_digest_does_not_depend_on_the_order_of_arrival(
 
 
 def test_memory_of_a_tensor_is_the_callers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was handed over is hashed when `put` returns, though a thread beside does it."""
-    monkeypatch.setattr(writer, "_WAITING", 2)
-    tensor = torch.empty(100_000)
+    """What was handed over is hashed when `add` returns, though a thread beside does it."""
+    tensor = torch.empty(10_000_000)
     with ShardWriter(tmp_path, 10**9, layout_of({"a": tensor, "b": tensor, "c": tensor})) as output:
         for number, name in enumerate("abc"):
-            output.put(name, tensor.fill_(number).split(1000))
+            output.add(name, tensor.fill_(number))
     assert output.digests == {SINGLE: hashlib.sha256((tmp_path / SINGLE).read_bytes()).hexdigest()}
+
+
+class Slow:
+    """A sha256 that does nothing until it may."""
+
+    def __init__(self, data: bytes) -> None:
+        self._begun, self.may = hashlib.sha256(data), threading.Event()
+
+    def update(self, data: memoryview) -> None:
+        assert self.may.wait(30)
+        self._begun.update(data)
+
+    def hexdigest(self) -> str:
+        return self._begun.hexdigest()
+
+
+@pytest.mark.parametrize("waiting", [0, 80, 10**9])
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_comes_faster_than_it_is_hashed_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, changed: bool
+) -> None:
+    """Writing does not wait for it; a change on the disk is found, but in what waited in memory."""
+    made: list[Slow] = []
+
+    def slow(data: bytes) -> Slow:
+        made.append(Slow(data))
+        return made[-1]
+
+    monkeypatch.setattr(writer, "sha256", slow)
+    monkeypatch.setattr(writer, "_WAITING", waiting)
+
+    def run() -> None:
+        with ShardWriter(tmp_path, 10**9, layout_of(numbered(3))) as output:
+            for name, tensor in numbered(3).items():
+                output.put(name, tensor.split(2))
+            if changed:
+                part = tmp_path / ".part-0"
+                part.write_bytes(part.read_bytes()[:-1] + b"\x11")
+            made[0].may.set()
+        held = (tmp_path / SINGLE).read_bytes()
+        assert (output.digests == {SINGLE: hashlib.sha256(held).hexdigest()}) != changed
+
+    if changed and waiting < 10**9:
+        with pytest.raises(VerificationError, match=r"tensor t2 reads back changed"):
+            run()
+    else:
+        run()
 
 
 def test_sync_that_fails_once_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ _NAMES = {  # in the order in which the safetensors library lays types: aligned,
     torch.uint8: "U8",
 }
 _STEP = 256 * 1024 * 1024  # bytes that are synced at once
-_WAITING = 8  # blocks that may wait to be hashed
+_WAITING = 64 * 1024 * 1024  # bytes in memory that may wait to be hashed
 _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 
 
@@ -56,9 +56,9 @@ class ShardWriter:
     is full. Within a shard tensors lie as the safetensors library lays them (by type, the largest
     first, then by name), so that each is aligned. A file has its whole size from the beginning, so that a
     disk that is too small says so at once, and so that syncing it need not wait for its size. Files are
-    hashed while they are written, by a thread beside and from memory, and synced to disk by another; only a
-    tensor that comes before its turn is read again when its turn comes, and must have the checksum that it
-    had in memory, or leaving the `with` block fails.
+    hashed while they are written, by a thread beside and from memory, and synced to disk by another. What
+    comes before its turn, or faster than it can be hashed, is read again when its turn comes, and must have
+    the checksum that it had in memory, or leaving the `with` block fails.
 
     Args:
         folder: Where the files go.
@@ -98,6 +98,7 @@ class ShardWriter:
             if name in self._shard_of and self._shard_of[name].specs[name] != spec:
                 raise ValueError(f"tensor {name} is {spec}, unlike in the layout")
             self.put(name, [tensor])
+            self._shard_of[name].hashed()  # its memory is the caller's again
             return
         self._note(name, spec)
         if self._pending and self._spool.tell() + spec.nbytes > self.shard_size:
@@ -107,6 +108,8 @@ class ShardWriter:
 
     def put(self, name: str, pieces: Iterable[torch.Tensor]) -> str:
         """Writes one tensor of the layout, given in pieces: flat, in order, of its own type.
+
+        Pieces must not change later: they may be hashed after this returns.
 
         Returns:
             Its `checksum_of`.
@@ -232,9 +235,10 @@ class _Shard:
         self._header = len(encoded).to_bytes(8, "little") + encoded
         self._start = {name: len(self._header) + place for name, place in places.items()}
         self._size = len(self._header) + end
-        self._checksums: dict[str, str] = {}
+        self._again: dict[str, tuple[int, str]] = {}  # from which byte on to read again; its checksum
         self._digest = sha256(self._header)
-        self._hashed = 0  # tensors that are handed over to be hashed, in their order
+        self._handed = 0  # tensors that are handed over to be hashed, in their order
+        self._waiting = deque[tuple[Future[None], int]]()  # what is to be hashed from memory, and its bytes
         self._hashing, self._syncing = hashing, syncing
         self._unsynced = 0  # bytes that were written since the last sync was asked for
         self._underway: list[Future[None]] = []
@@ -246,44 +250,55 @@ class _Shard:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             os.posix_fallocate(self._handle, 0, self._size)
             _write(self._handle, 0, memoryview(self._header))
-        in_turn = name == self._order[self._hashed]
-        place, checksum, waiting = self._start[name], xxh3_128(), deque[Future[None]]()
+        in_turn = name == self._order[self._handed]
+        place, checksum, left = self._start[name], xxh3_128(), xxh3_128()
         end = place + self.specs[name].nbytes
+        again = self._start[name] if not in_turn else end  # from there on it is to be read again
         for block in blocks:
-            if in_turn:
-                waiting.append(self._hashing.submit(self._digest.update, block))
             if place + block.nbytes <= end:
                 _write(self._handle, place, block)
             checksum.update(block)
+            if place < again and self._has_room(block.nbytes):
+                self._waiting.append((self._hashing.submit(self._digest.update, block), block.nbytes))
+            else:
+                again = min(again, place)
+                left.update(block)
             place += block.nbytes
-            if len(waiting) > _WAITING:
-                waiting.popleft().result()
-        for hashed in waiting:
-            hashed.result()  # the memory is the caller's again
         if place != end:
             raise ValueError(f"tensor {name} has {place - end:+} bytes more than the layout says")
-        self._checksums[name] = checksum.hexdigest()
-        self._hashed += in_turn
+        self._again[name] = again, left.hexdigest()
         self._unsynced += self.specs[name].nbytes
         self._go_on()
-        return self._checksums[name]
+        return checksum.hexdigest()
+
+    def _has_room(self, size: int) -> bool:
+        """Whether a block of so many bytes may wait in memory to be hashed."""
+        while self._waiting and self._waiting[0][0].done():
+            self._waiting.popleft()[0].result()
+        return not self._waiting or sum(waiting for _, waiting in self._waiting) + size <= _WAITING
+
+    def hashed(self) -> None:
+        """Waits until nothing in memory is left to be hashed."""
+        while self._waiting:
+            self._waiting.popleft()[0].result()
 
     def _go_on(self) -> None:
-        """Hashes those that came before their turn and whose turn it is now; syncs, if it is time."""
-        while self._hashed < len(self._order) and self._order[self._hashed] in self._checksums:
-            self._underway.append(self._hashing.submit(self._hash_again, self._order[self._hashed]))
-            self._hashed += 1
-        if len(self._checksums) == len(self.specs) or self._unsynced >= _STEP:
+        """Has hashed what is left of those whose turn it is; syncs, if it is time."""
+        while self._handed < len(self._order) and (name := self._order[self._handed]) in self._again:
+            self._underway.append(self._hashing.submit(self._hash_again, name))
+            self._handed += 1
+        if len(self._again) == len(self.specs) or self._unsynced >= _STEP:
             self._unsynced = 0
             self._underway.append(self._syncing.submit(self._sync))
 
     def _hash_again(self, name: str) -> None:
         assert self._handle is not None
-        checksum = xxh3_128()
-        for block in _read(self._handle, self._start[name], self.specs[name].nbytes):
+        (start, expected), checksum = self._again[name], xxh3_128()
+        end = self._start[name] + self.specs[name].nbytes
+        for block in _read(self._handle, start, end - start):
             self._digest.update(block)
             checksum.update(block)
-        if checksum.hexdigest() != self._checksums[name]:
+        if checksum.hexdigest() != expected:
             raise VerificationError(
                 f"tensor {name} reads back changed: the disk is failing", where=self.path.parent
             )
