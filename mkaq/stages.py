@@ -140,11 +140,9 @@ class Stages:
         assert section is not None
 
         def build(folder: Path) -> None:
-            modules: list[Any]
             if isinstance(section, BitsandbytesSection):
-                modules = list(
-                    quantize_bitsandbytes(model, section, folder, device=self.device, **self._output())
-                )
+                done = quantize_bitsandbytes(model, section, folder, device=self.device, **self._output())
+                told = {"modules": [asdict(module) for module in done]}
             else:
                 tokens, target = self._tokens(), None
                 if section.target == "source" and writes_linearly(self.source):
@@ -155,10 +153,11 @@ class Stages:
                 else:
                     tokens = self.ranks.samples(tokens)
                 walk = self._walk(model, fast=target is None)
-                modules = list(
-                    quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **self._output())
+                output = self._output()
+                told = asdict(
+                    quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **output)
                 )
-            write_json(folder / "quantization.json", {"modules": [asdict(module) for module in modules]})
+            write_json(folder / "quantization.json", told)
 
         inputs = self._inputs(self._last("quantize"))
         if not isinstance(section, BitsandbytesSection):

@@ -57,7 +57,7 @@ def quantize(model: Path, folder: Path, *, joint: bool, **settings: Any) -> list
     section = GptqSection(method="gptq", group_size=32, **settings)
     output: dict[str, Any] = {"dtype": torch.bfloat16, "shard_size": 10**9, "progress": Progress(quiet=True)}
     walk = LayerWalk(checkpoint, CPU)
-    return quantize_gptq(checkpoint, TOKENS, section, folder, walk=walk, target=target, **output)
+    return quantize_gptq(checkpoint, TOKENS, section, folder, walk=walk, target=target, **output).modules
 
 
 def test_eight_bits_of_an_unmerged_model_stay_with_the_source(model: Path, tmp_path: Path) -> None:
@@ -121,6 +121,10 @@ def test_merged_model_is_mended_while_it_is_rounded(
         assert isinstance(step, QuantizeStep) and step.settings["target"] == target
         raw = json.loads((folder / "artifact" / MANIFEST).read_text())["steps"][-1]["modules"]
         assert all("ridge" in module for module in raw)
+        norms = [load_file(folder / s / SINGLE)["model.norm.weight"] for s in ("merge", "artifact")]
+        assert (step.final_norm is not None) == (target == "source")
+        scale = step.final_norm.scale if step.final_norm else 1.0
+        assert norms[1].equal((norms[0].double() * scale).bfloat16())
         solved = {module.name for module in step.modules if module.ridge is not None}
         assert all(name.endswith(WRITERS) for name in solved)
         if fuse == "average":  # fusing has solved the same already

@@ -66,7 +66,7 @@ def check_against(
     recover_step = next((step for step in manifest.steps if isinstance(step, RecoverStep)), None)
     quantize_step = next((step for step in manifest.steps if isinstance(step, QuantizeStep)), None)
     dtype = getattr(torch, merge_step.dtype) if merge_step else artifact.dtype
-    scales = [s.final_norm.scale for s in (merge_step, recover_step) if s and s.final_norm]
+    scales = [s.final_norm.scale for s in (merge_step, recover_step, quantize_step) if s and s.final_norm]
     faults = list(_outer_faults(artifact, source, scales, dtype))
     origins = []
     if merge_step is not None:

@@ -236,6 +236,8 @@ class QuantizeStep(_Sized):
     """The recipe's section."""
     modules: list[Module]
     """Every quantized layer."""
+    final_norm: FinalNorm | None = None
+    """How the final norm was rescaled, if weights were solved toward the original model."""
 
 
 class BudgetOption(_Part):

@@ -67,7 +67,7 @@ def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dty
             merges=[MergeEntry(**row) for row in plan["merges"]],
             measured=[MeasuredGroup(**row) for row in plan["measured"]],
             layers=[NewLayer(**row) for row in plan["layers"]],
-            final_norm=plan["final_norm"] and FinalNorm(**plan["final_norm"]),
+            final_norm=FinalNorm(**plan["final_norm"]) if plan["final_norm"] else None,
             **_sizes(*before_after["merge"]),
         )
         steps.append(merge_step)
@@ -87,6 +87,7 @@ def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dty
             bits=recipe.quantize.bits,
             settings=recipe.quantize.model_dump(mode="json"),
             modules=[Module(**module) for module in record["modules"]],
+            final_norm=FinalNorm(**norm) if (norm := record.get("final_norm")) else None,
             **_sizes(*before_after["quantize"]),
         )
         steps.append(quantize_step)

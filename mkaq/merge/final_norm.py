@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mkaq.merge.fuse import halves
+from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk
 
 FINAL_NORM = "model.norm.weight"
@@ -61,6 +62,12 @@ def rescale(source: LayerWalk, walk: LayerWalk, original: torch.Tensor, compress
     if scale <= 0 or error(scale) >= error(1.0):
         scale = 1.0
     return Rescaled(scale, error(1.0), error(scale))
+
+
+def rescaled(checkpoint: Checkpoint, found: Rescaled | None, dtype: torch.dtype) -> torch.Tensor:
+    """The weight of a checkpoint's final norm, rescaled as was found, if anything was."""
+    weight = checkpoint.read([FINAL_NORM])[FINAL_NORM]
+    return scaled_norm(weight, found.scale if found else 1.0, checkpoint.family.norm_offset, dtype)
 
 
 def scaled_norm(weight: torch.Tensor, scale: float, offset: float, dtype: torch.dtype) -> torch.Tensor:

@@ -107,17 +107,19 @@ def divergences(head: nn.Module, streams: Sequence[torch.Tensor], original: torc
     """
     totals = [0.0] * len(streams)
     for rows in spans(original):
-        p = _log_probabilities(head, original[rows])
-        likely = p.exp()
+        log_p = _logits(head, original[rows]).log_softmax(-1)
+        p = log_p.exp()
+        negative_entropy = log_p.mul_(p).sum(-1)
         for number, states in enumerate(streams):
-            difference = p - _log_probabilities(head, states[rows])
-            totals[number] += float(difference.mul_(likely).sum(-1).double().sum())
+            q = _logits(head, states[rows])  # -log q = logsumexp - logit
+            nats = negative_entropy + q.logsumexp(-1) - (p.unsqueeze(-2) @ q.unsqueeze(-1))[..., 0, 0]
+            totals[number] += float(nats.double().sum())
     return [total / original[..., 0].numel() for total in totals]
 
 
-def _log_probabilities(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
+def _logits(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = head(inputs_embeds=states, use_cache=False).logits
-    return logits.float().log_softmax(-1)
+    return logits.float()
 
 
 def by_channels(walk: LayerWalk, dtype: torch.dtype) -> Build:

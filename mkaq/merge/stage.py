@@ -15,7 +15,7 @@ from mkaq.handoff import digest_of
 from mkaq.heap import return_freed_memory
 from mkaq.merge.apply import weighted_sum
 from mkaq.merge.choose import choose_groups
-from mkaq.merge.final_norm import FINAL_NORM, Rescaled, rescale, scaled_norm
+from mkaq.merge.final_norm import FINAL_NORM, Rescaled, rescale, rescaled
 from mkaq.merge.fuse import check_fusable, fuse, pass_fused
 from mkaq.merge.hold_out import shared_samples
 from mkaq.merge.least_squares import Fit
@@ -178,14 +178,12 @@ def write_merged(
             rows.append({"new": new, **layer.record, "sha256": write_layer(writer, new, layer.tensors)})
             origins += [layer.origins] if layer.origins else []
             return_freed_memory()
-        rescaled = final_norm() if final_norm else None
+        found = final_norm() if final_norm else None
         with one_thread():
-            norm = source.read([FINAL_NORM])[FINAL_NORM]
-        scaled = scaled_norm(norm, rescaled.scale if rescaled else 1.0, source.family.norm_offset, dtype)
-        writer.add(FINAL_NORM, cast(scaled, dtype, FINAL_NORM))
+            writer.add(FINAL_NORM, cast(rescaled(source, found, dtype), dtype, FINAL_NORM))
     write_json(folder / "config.json", merged_config(source, kept, dtype))
     write_side_files(source, folder)
-    return Written(rows, origins, rescaled, dict(writer.digests))
+    return Written(rows, origins, found, dict(writer.digests))
 
 
 def write_layer(writer: Writer, new: int, tensors: Mapping[str, Iterable[torch.Tensor]]) -> str:

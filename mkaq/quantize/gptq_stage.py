@@ -10,6 +10,7 @@ from torch import nn
 
 from mkaq import __version__
 from mkaq.errors import CheckpointError, UsageError
+from mkaq.merge.final_norm import FINAL_NORM, Rescaled, rescaled
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.finite import all_finite
 from mkaq.model.piecewise import Piecewise
@@ -48,6 +49,19 @@ class GptqModule:
     fallback: bool = False
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """What is recorded of a quantized checkpoint.
+
+    Attributes:
+        modules: Every quantized layer.
+        final_norm: How the final norm was rescaled, if it was.
+    """
+
+    modules: list[GptqModule]
+    final_norm: Rescaled | None
+
+
 def quantize_gptq(
     source: Checkpoint,
     tokens: torch.Tensor,
@@ -59,8 +73,8 @@ def quantize_gptq(
     shard_size: int,
     progress: Progress,
     target: JointTarget | None = None,
-) -> list[GptqModule]:
-    """Writes the quantized checkpoint and returns the record of every module.
+) -> Quantized:
+    """Writes the quantized checkpoint and returns its record.
 
     Args:
         source: The checkpoint to quantize.
@@ -81,7 +95,7 @@ def quantize_gptq(
     hidden_states = walk.embed(tokens)
     writers = source.family.linears[1][0], source.family.linears[3][0]
     with writer_of(walk.ranks, folder, shard_size) as writer:
-        for name, tensor in source.each(source.outer_tensor_names):
+        for name, tensor in source.each(n for n in source.outer_tensor_names if n != FINAL_NORM):
             writer.add(name, tensor.to(dtype))
         for index in progress.track(range(walk.num_layers), "quantize (gptq)"):
             prefix = f"model.layers.{index}."
@@ -101,6 +115,8 @@ def quantize_gptq(
                         for part, tensor in packed.items():
                             writer.add(f"{prefix}{name}.{part}", tensor)
                 pieces.finish()
+        final_norm = target.rescale(walk, hidden_states) if target else None
+        writer.add(FINAL_NORM, rescaled(source, final_norm, dtype))
     config = {
         **source.config,
         "dtype": str(dtype).removeprefix("torch."),
@@ -110,7 +126,7 @@ def quantize_gptq(
     write_json(folder / "config.json", config)
     write_json(folder / "quantize_config.json", config["quantization_config"])
     write_side_files(source, folder)
-    return modules
+    return Quantized(modules, final_norm)
 
 
 def checkpoint_config(section: GptqSection) -> dict[str, Any]:

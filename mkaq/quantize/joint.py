@@ -2,8 +2,9 @@
 
 What a layer writes to the residual stream (`o_proj`, `down_proj`) is solved in closed form, on what
 the merged and already quantized layers before it hand on, so that the hidden states of the source
-come back; GPTQ then rounds that weight. For tokens X, target R and W* = argmin |R - X W^T|^2,
-|R - X Q^T|^2 = |R - X W*^T|^2 + |X (W* - Q)^T|^2: rounding W* is rounding toward the source.
+come back; GPTQ then rounds that weight, and in the end the final norm is rescaled. For tokens X, target
+R and W* = argmin |R - X W^T|^2, |R - X Q^T|^2 = |R - X W*^T|^2 + |X (W* - Q)^T|^2: rounding W* is rounding
+toward the source.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from mkaq.merge.final_norm import Rescaled, rescale
 from mkaq.merge.fuse import add_rows, add_up, advance, halves, moments_of
 from mkaq.merge.least_squares import Fit, fit
 from mkaq.merge.parts import attention_parts, mlp_parts
@@ -76,3 +78,12 @@ class JointTarget:
                 add_rows(half, inputs, target, final)
         add_up(self._source.ranks, *moments)
         return fit(*moments, linear.weight, NEARLY_BEST)
+
+    def rescale(self, walk: LayerWalk, states: torch.Tensor) -> Rescaled:
+        """The factor of the final norm, once all layers are quantized.
+
+        Args:
+            walk: Over the model that is quantized.
+            states: What its last layer gives.
+        """
+        return rescale(self._source, walk, self._original, states)

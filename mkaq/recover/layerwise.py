@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mkaq.heap import return_freed_memory
-from mkaq.merge.final_norm import FINAL_NORM, rescale, scaled_norm
+from mkaq.merge.final_norm import FINAL_NORM, rescale, rescaled
 from mkaq.merge.hold_out import held_out_samples, mean_relative_error, token_weights
 from mkaq.model.products import has_fast_bfloat16
 from mkaq.model.walk import LayerWalk, batches
@@ -92,8 +92,7 @@ def recover(
                     writer.add(f"model.layers.{new}.{name}", parameter.detach().to("cpu", dtype))
             return_freed_memory()
         final_norm = rescale(source, walk, original, states)
-        norm = compressed.read([FINAL_NORM])[FINAL_NORM]
-        writer.add(FINAL_NORM, scaled_norm(norm, final_norm.scale, compressed.family.norm_offset, dtype))
+        writer.add(FINAL_NORM, rescaled(compressed, final_norm, dtype))
     write_json(folder / "config.json", compressed.config)
     write_side_files(compressed, folder)
     told = {"layers": [asdict(record) for record in records], "final_norm": asdict(final_norm)}
