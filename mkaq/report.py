@@ -57,7 +57,10 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 {% for x in s.modules %}<tr><td><code>{{ x.name }}</code>
 <td>{{ "%.2e"|format(x.error) if x.error is not none else "-" }}
 <td>{{ "%.2e"|format(x.weight_error) }}<td>{{ x.damp_percent if x.damp_percent is not none else "-" }}</tr>
-{% endfor %}</table>{% endif %}{% endfor %}
+{% endfor %}</table>{% endif %}
+{% if s.final_norm %}<p>Final norm times {{ "%.4f"|format(s.final_norm.scale) }}; error
+{{ "%.4f"|format(s.final_norm.error_before) }} to {{ "%.4f"|format(s.final_norm.error) }}.</p>{% endif %}
+{% endfor %}
 <h2>Times</h2>
 <table><tr><th>stage<th>seconds<th></tr>
 {% for x in log.stages %}<tr><td>{{ x.stage }}<td>{{ "%.1f"|format(x.seconds) }}<td>{{ "kept" if x.reused else "" }}</tr>

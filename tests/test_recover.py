@@ -183,6 +183,9 @@ def test_recovered_run(family: str, text: Path, mkaq: Mkaq, tmp_path: Path) -> N
     assert tuned[FINAL_NORM].equal(((merged[FINAL_NORM].double() + offset) * scale - offset).bfloat16())
     assert (artifact / SINGLE).read_bytes() == (folder / "recover" / SINGLE).read_bytes()
 
+    told_norm = f"inal norm times {scale:.4f}; error"
+    assert told_norm in mkaq("inspect", artifact).out and told_norm in (folder / "report.html").read_text()
+
     before = tree(artifact)
     again = mkaq("run", recipe, "--output", folder)
     assert told(again) == dict.fromkeys(("calibrate", "merge", "recover", "artifact"), True)

@@ -26,6 +26,8 @@ def describe_step(step: MergeStep | RecoverStep | QuantizeStep) -> Iterator[str]
             f"{step.method}, {step.bits} bits, {len(step.modules)} modules; "
             f"largest {kind} error {error:.2e} ({worst.name})"
         )
+    if norm := step.final_norm:
+        yield f"final norm times {norm.scale:.4f}; error {norm.error_before:.4f} to {norm.error:.4f}"
 
 
 def _describe_layer(layer: NewLayer) -> str:
