@@ -96,7 +96,9 @@ def fuse(
     compressed: torch.Tensor,
     dtype: torch.dtype,
 ) -> FusedLayer:
-    """Fuses neighbouring layers into one, and moves the original stream past them, in place.
+    """Fuses neighbouring layers into one.
+
+    Moves the original stream past them and the compressed one past the new attention, in place.
 
     Args:
         walk: Over the source.
@@ -128,10 +130,9 @@ def fuse(
         return features, _without_bias(attended[rows], new, heads)
 
     def channels_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        middle = run_to(attentive, channels.norm, compressed[rows])
-        normed = attentive.get_submodule(channels.norm)(middle)
+        normed = attentive.get_submodule(channels.norm)(compressed[rows])
         features = torch.cat([channels_of(m, normed) for m in modules], -1)
-        return features, _without_bias(original[rows] - middle, new, channels)
+        return features, _without_bias(original[rows] - compressed[rows], new, channels)
 
     def strongest(parts: Parts, rows_at: Rows) -> torch.Tensor:
         rows = first_batch(walk.ranks, halves(compressed)[0][-1].stop, compressed.shape[1])
@@ -173,24 +174,32 @@ def fuse(
 
     head_origins, attention = solve(heads, heads_at)
     attentive = walk.assemble(group[0], new)
+    for rows in spans(compressed):
+        compressed[rows] = run_to(attentive, channels.norm, compressed[rows])
+        walk.activations.release()
     channel_origins, mlp = solve(channels, channels_at)
     return FusedLayer(tuple(group), new, head_origins, channel_origins, attention, mlp)
 
 
+@torch.no_grad()
 def pass_fused(walk: LayerWalk, layer: FusedLayer, original: torch.Tensor, compressed: torch.Tensor) -> float:
-    """Moves the compressed stream past a fused layer, in place.
+    """Moves the compressed stream past the MLP of a fused layer, in place.
 
     Args:
         walk: Over the source.
         layer: The fused layer.
         original: Hidden states of the source after its group.
-        compressed: What the compressed model hands to it.
+        compressed: Past its attention, as `fuse` leaves it.
 
     Returns:
         Mean over held-out tokens of |output - original|^2 / |original|^2.
     """
-    first = layer.group[0]
-    walk.run_all(walk.assemble(first, layer.tensors), first, compressed)
+    first, parts = layer.group[0], mlp_parts(walk.checkpoint.hf_config, walk.checkpoint.family.linear_names)
+    module = walk.assemble(first, layer.tensors)
+    norm, mlp = module.get_submodule(parts.norm), module.get_submodule("mlp")
+    for states in batches(compressed):
+        states.copy_(walk.checked(states + mlp(norm(states)), first))
+        walk.activations.release()
     return walk.ranks.mean(held_out_error(compressed, original))
 
 
