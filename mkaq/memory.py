@@ -57,7 +57,11 @@ def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, *, spill: bo
         found["merge"] = _merging(recipe.merge, source, shape, tokens, length)
     if recipe.recover is not None:
         states = 2 * tokens * shape.hidden * shape.exact
-        found["recover"] = states + shape.walked(shape.exact) + _tuning(recipe, recipe.recover, shape)
+        found["recover"] = (
+            states
+            + shape.walked(shape.exact)
+            + _tuning(recipe, recipe.recover, shape, eager=device.type == "cpu")
+        )
     if isinstance(recipe.quantize, GptqSection):
         joint = recipe.quantize.target == "source"
         found["quantize"] = _gptq(recipe.quantize, source, shape, tokens, length, joint)
@@ -115,12 +119,15 @@ def _longest(section: MergeSection, source: Checkpoint) -> int:
     return longest_group(free, layers_to_remove(section, source.num_layers))
 
 
-def _tuning(recipe: Recipe, section: LayerwiseSection, shape: _Shape) -> int:
-    """Weights, gradients, optimizer and best weights in float32; activations for backward."""
+def _tuning(recipe: Recipe, section: LayerwiseSection, shape: _Shape, eager: bool) -> int:
+    """Weights, gradients, optimizer, best and rounded weights in float32; activations for backward.
+
+    Eager attention keeps its weights, and has as many gradients at once: 16 bytes for two tokens and a head.
+    """
     length = recipe.calibration.max_seq_length
     batch = min(section.batch_size, recipe.calibration.num_samples) * length
-    kept = 12 * shape.intermediate + 40 * shape.hidden + 6 * length * shape.heads
-    return 4 * 6 * shape.layer + batch * kept
+    kept = 12 * shape.intermediate + 40 * shape.hidden + (16 * length * shape.heads if eager else 0)
+    return 4 * 8 * shape.layer + batch * kept
 
 
 def _gptq(
