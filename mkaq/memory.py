@@ -51,10 +51,12 @@ def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, *, spill: bo
     """
     shape, calibration = _shape(source, device), recipe.calibration
     length = calibration.max_seq_length
-    tokens = 0 if spill else calibration.num_samples * length
+    everything = calibration.num_samples * length
+    tokens = 0 if spill else everything
     found = {"export": 0}
     if recipe.merge is not None:
-        found["merge"] = _merging(recipe.merge, source, shape, tokens, length)
+        fusing = recipe.merge.fuse == "channels"  # it keeps streams in memory, those of candidates too
+        found["merge"] = _merging(recipe.merge, source, shape, everything if fusing else tokens, length)
     if recipe.recover is not None:
         states = 2 * tokens * shape.hidden * shape.exact
         found["recover"] = (

@@ -47,9 +47,11 @@ def rescale(source: LayerWalk, walk: LayerWalk, original: torch.Tensor, compress
     with source.final_norm() as theirs, walk.final_norm() as own:
         for half, parts in zip(sums, halves(compressed), strict=True):
             for rows in parts:
-                target, found = theirs(original[rows]).double(), own(compressed[rows]).double()
-                products = (target * target, target * found, found * found)
-                half += torch.stack([product.sum() for product in products])
+                target, found = theirs(original[rows]).float(), own(compressed[rows]).float()
+                for number, (a, b) in enumerate(((target, target), (target, found), (found, found))):
+                    half[number] += (a * b).sum(-1).double().sum()
+                source.activations.release()
+                walk.activations.release()
     walk.ranks.add(sums)
     (_, cross, energy), (held_out, *measured) = sums.tolist()
     if not (energy > 0 and held_out > 0):
