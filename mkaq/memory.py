@@ -55,8 +55,7 @@ def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, *, spill: bo
     tokens = 0 if spill else everything
     found = {"export": 0}
     if recipe.merge is not None:
-        fusing = recipe.merge.fuse == "channels"  # it keeps streams in memory, those of candidates too
-        found["merge"] = _merging(recipe.merge, source, shape, everything if fusing else tokens, length)
+        found["merge"] = _merging(recipe.merge, source, shape, tokens, everything, length)
     if recipe.recover is not None:
         states = 2 * tokens * shape.hidden * shape.exact
         found["recover"] = (
@@ -100,20 +99,22 @@ def _shape(source: Checkpoint, device: torch.device) -> _Shape:
     )
 
 
-def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, tokens: int, length: int) -> int:
+def _merging(
+    section: MergeSection, source: Checkpoint, shape: _Shape, tokens: int, everything: int, length: int
+) -> int:
     points = 8 * 6 * section.manifold.points**2
     if section.fuse == "average":
         measured = 3 if section.order == "measured" or section.coefficient == "measured" else 1
         states = tokens * shape.hidden * shape.fast
         return measured * (states + shape.walked(shape.fast)) + shape.batch(length, shape.fast) + points
-    states = tokens * shape.hidden * shape.exact
+    states = (tokens + 3 * everything) * shape.hidden * shape.exact  # of all streams one goes to files
     group = _longest(section, source)
     channels = group * shape.intermediate
     kept = channels if group == 1 else int(CANDIDATES * shape.intermediate)
     moments = 8 * (2 * kept**2 + 3 * kept * shape.hidden)  # the Gram matrix and its inverse
     modules = group * shape.layer * (shape.stored + 2 * shape.exact)
     features = max(TOKENS_PER_BATCH, length) * 4 * (2 * channels + 2 * kept)
-    return 4 * states + shape.walked(shape.exact) + modules + features + moments
+    return states + shape.walked(shape.exact) + modules + features + moments
 
 
 def _longest(section: MergeSection, source: Checkpoint) -> int:
