@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mkaq.merge.final_norm import FINAL_NORM, rescale, scaled_norm
+from mkaq.merge.final_norm import rescale, scaled_norm
+from mkaq.model.architecture import FINAL_NORM
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
-from tests.tiny import make_model
+from tests.tiny import FAMILIES, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_factor_that_does_not_hold_elsewhere_is_not_taken(walk: LayerWalk) -> No
     assert found.scale == 1 and found.error == found.error_before == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_scaled_weight_scales_the_output(family: str, tmp_path: Path) -> None:
     source = open_checkpoint(make_model(tmp_path / "model", family))
     weight = source.read([FINAL_NORM])[FINAL_NORM].float()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mkaq.export.manifest import MANIFEST, RecoverStep, manifest_schema, read_manifest
 from mkaq.merge.apply import merge_layers
-from mkaq.merge.final_norm import FINAL_NORM
+from mkaq.model.architecture import FINAL_NORM
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
 from mkaq.recipe import LayerwiseSection

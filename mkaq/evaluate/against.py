@@ -13,7 +13,6 @@ from mkaq.calibrate.tokens import calibration_tokens, half_in_random_order, load
 from mkaq.errors import MkaqError, VerificationError
 from mkaq.export.manifest import (
     MANIFEST,
-    FinalNorm,
     Fused,
     Manifest,
     MergeStep,
@@ -23,13 +22,14 @@ from mkaq.export.manifest import (
     RecoverStep,
 )
 from mkaq.handoff import digest_of
-from mkaq.merge.final_norm import FINAL_NORM, rescale, scaled_norm
+from mkaq.merge.final_norm import rescale, scaled_norm
 from mkaq.merge.fuse import known_tensors
 from mkaq.merge.hold_out import held_out_error
 from mkaq.merge.origins import ORIGINS, Origins, as_tensor, read_origins
 from mkaq.merge.parts import attention_parts, mlp_parts
 from mkaq.merge.plan import MergePlan
 from mkaq.merge.stage import Streams, digest_layer, fused_layers, merged_layers
+from mkaq.model.architecture import FINAL_NORM
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk, compute_dtype, dense_layer
 from mkaq.progress import Progress
@@ -170,9 +170,9 @@ def _fuse_again(
                 f"layer {layer.new} fused again leaves an error of {found.residual:.6g}, the manifest says "
                 f"{told.residual:.6g}"
             )
-    norm, norm_again = step.final_norm, FinalNorm.model_validate(asdict(streams.rescale()))
+    norm, norm_again = step.final_norm, streams.rescale()
     if norm is None or not all(
-        _near(a, b) for a, b in zip(norm.model_dump().values(), norm_again.model_dump().values(), strict=True)
+        _near(a, b) for a, b in zip(norm.model_dump().values(), asdict(norm_again).values(), strict=True)
     ):
         faults.append(f"the final norm rescaled again has {norm_again}, the manifest says {norm}")
     raise_faults(where, faults)

@@ -13,7 +13,6 @@ from mkaq.export.manifest import (
     Budget,
     Calibration,
     FileEntry,
-    FinalNorm,
     Manifest,
     MeasuredGroup,
     MergeEntry,
@@ -67,7 +66,7 @@ def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dty
             merges=[MergeEntry(**row) for row in plan["merges"]],
             measured=[MeasuredGroup(**row) for row in plan["measured"]],
             layers=[NewLayer(**row) for row in plan["layers"]],
-            final_norm=FinalNorm(**plan["final_norm"]) if plan["final_norm"] else None,
+            final_norm=plan["final_norm"],
             **_sizes(*before_after["merge"]),
         )
         steps.append(merge_step)
@@ -76,7 +75,7 @@ def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dty
         recover_step = RecoverStep(
             settings=recipe.recover.model_dump(mode="json"),
             layers=[RecoveredLayer(**row) for row in record["layers"]],
-            final_norm=FinalNorm(**record["final_norm"]),
+            final_norm=record["final_norm"],
             **_sizes(*before_after["recover"]),
         )
         steps.append(recover_step)
@@ -87,7 +86,7 @@ def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dty
             bits=recipe.quantize.bits,
             settings=recipe.quantize.model_dump(mode="json"),
             modules=[Module(**module) for module in record["modules"]],
-            final_norm=FinalNorm(**norm) if (norm := record.get("final_norm")) else None,
+            final_norm=record.get("final_norm"),
             **_sizes(*before_after["quantize"]),
         )
         steps.append(quantize_step)

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from mkaq.merge.fuse import halves
+from mkaq.model.architecture import FINAL_NORM
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk
-
-FINAL_NORM = "model.norm.weight"
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from mkaq.handoff import digest_of
 from mkaq.heap import return_freed_memory
 from mkaq.merge.apply import weighted_sum
 from mkaq.merge.choose import choose_groups
-from mkaq.merge.final_norm import FINAL_NORM, Rescaled, rescale, rescaled
+from mkaq.merge.final_norm import Rescaled, rescale, rescaled
 from mkaq.merge.fuse import check_fusable, fuse, pass_fused
 from mkaq.merge.hold_out import shared_samples
 from mkaq.merge.least_squares import Fit
 from mkaq.merge.origins import ORIGINS, Origins, origins_of, shares, write_origins
 from mkaq.merge.plan import MergePlan
-from mkaq.model.architecture import LAYER_PREFIX, keep_layers
+from mkaq.model.architecture import FINAL_NORM, LAYER_PREFIX, keep_layers
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk
 from mkaq.model.writer import Writer, checksum_of, layout_like, write_json, write_side_files, writer_of

@@ -51,6 +51,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 LAYER_PREFIX = "model.layers."
+FINAL_NORM = "model.norm.weight"
 PER_LAYER_LISTS = frozenset({"layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta"})
 _CANNOT_SLICE = (
     "first_k_dense_replace",

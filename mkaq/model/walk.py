@@ -20,6 +20,7 @@ from torch import nn
 from mkaq.errors import CheckpointError, UsageError
 from mkaq.heap import return_freed_memory
 from mkaq.model.activations import Activations
+from mkaq.model.architecture import FINAL_NORM
 from mkaq.model.attention import attend_by_products
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.expected import build_skeleton
@@ -250,7 +251,7 @@ class LayerWalk:
     def final_norm(self) -> Iterator[nn.Module]:
         """The norm after the last layer, for a `with` block."""
         norm: nn.Module = self.skeleton.model.norm
-        norm.weight = self._outer("model.norm.weight")
+        norm.weight = self._outer(FINAL_NORM)
         try:
             yield norm
         finally:

@@ -253,7 +253,7 @@ class _Shard:
         in_turn = name == self._order[self._handed]
         place, checksum, left = self._start[name], xxh3_128(), xxh3_128()
         end = place + self.specs[name].nbytes
-        again = self._start[name] if not in_turn else end  # from there on it is to be read again
+        again = end if in_turn else place  # from there on it is to be read again
         for block in blocks:
             if place + block.nbytes <= end:
                 _write(self._handle, place, block)

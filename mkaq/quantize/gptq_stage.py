@@ -10,7 +10,8 @@ from torch import nn
 
 from mkaq import __version__
 from mkaq.errors import CheckpointError, UsageError
-from mkaq.merge.final_norm import FINAL_NORM, Rescaled, rescaled
+from mkaq.merge.final_norm import Rescaled, rescaled
+from mkaq.model.architecture import FINAL_NORM
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.finite import all_finite
 from mkaq.model.piecewise import Piecewise

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from mkaq.heap import return_freed_memory
-from mkaq.merge.final_norm import FINAL_NORM, rescale, rescaled
+from mkaq.merge.final_norm import rescale, rescaled
 from mkaq.merge.hold_out import held_out_samples, mean_relative_error, token_weights
+from mkaq.model.architecture import FINAL_NORM
 from mkaq.model.products import has_fast_bfloat16
 from mkaq.model.walk import LayerWalk, batches
 from mkaq.model.writer import layout_like, write_json, write_side_files, writer_of
