@@ -51,11 +51,10 @@ def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, *, spill: bo
     """
     shape, calibration = _shape(source, device), recipe.calibration
     length = calibration.max_seq_length
-    everything = calibration.num_samples * length
-    tokens = 0 if spill else everything
+    tokens = 0 if spill else calibration.num_samples * length
     found = {"export": 0}
     if recipe.merge is not None:
-        found["merge"] = _merging(recipe.merge, source, shape, tokens, everything, length)
+        found["merge"] = _merging(recipe.merge, source, shape, tokens, length)
     if recipe.recover is not None:
         states = 2 * tokens * shape.hidden * shape.exact
         found["recover"] = (
@@ -99,15 +98,13 @@ def _shape(source: Checkpoint, device: torch.device) -> _Shape:
     )
 
 
-def _merging(
-    section: MergeSection, source: Checkpoint, shape: _Shape, tokens: int, everything: int, length: int
-) -> int:
+def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, tokens: int, length: int) -> int:
     points = 8 * 6 * section.manifold.points**2
     if section.fuse == "average":
         measured = 3 if section.order == "measured" or section.coefficient == "measured" else 1
         states = tokens * shape.hidden * shape.fast
         return measured * (states + shape.walked(shape.fast)) + shape.batch(length, shape.fast) + points
-    states = (tokens + 3 * everything) * shape.hidden * shape.exact  # of all streams one goes to files
+    states = 4 * tokens * shape.hidden * shape.exact
     group = _longest(section, source)
     channels = group * shape.intermediate
     kept = channels if group == 1 else int(CANDIDATES * shape.intermediate)
@@ -146,10 +143,12 @@ def _gptq(
         panel = 6 * min(4096, columns) * columns
         solving = max(solving, 4 * copies * columns**2 + rows * columns * (4 + 4 + 1 + 2 + 4) + panel)
         if joint:
+            hessian = max(hessian, 8 * 2 * columns**2)  # moments of two halves
             solving = max(solving, 8 * 4 * columns**2)
     item = shape.exact if joint else shape.fast
     streams = tokens * item * ((5 if joint else 3) * shape.hidden + shape.intermediate)
-    weights = shape.walked(item) + shape.layer * item  # those that were read stay mapped beside the new ones
+    walks = 2 if joint else 1
+    weights = walks * shape.walked(item) + shape.layer * item  # what was read stays mapped beside the new
     return streams + weights + max(solving, shape.batch(length, item) + hessian)
 
 

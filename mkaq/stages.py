@@ -12,20 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mkaq.calibrate.text import documents, text_digest
-from mkaq.calibrate.tokens import (
-    calibration_tokens,
-    evaluation_sequences,
-    half_in_random_order,
-    load_tokenizer,
-)
+from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer
 from mkaq.evaluate.perplexity import perplexity
 from mkaq.export.artifact import write_artifact
 from mkaq.export.record import Published, build_manifest
 from mkaq.handoff import Handoff, digest_of, find_published, publish
 from mkaq.merge.fuse import writes_linearly
-from mkaq.merge.hold_out import shared_samples
+from mkaq.merge.hold_out import learning_samples
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import merge
+from mkaq.model.activations import Activations
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk, compute_dtype
@@ -126,8 +122,9 @@ class Stages:
         assert section is not None
 
         def build(folder: Path) -> None:
-            tokens = shared_samples(self.ranks, half_in_random_order(self._tokens(), seed))
-            source, walk = self._walk(self.source), self._walk(model)
+            tokens = learning_samples(self.ranks, self._tokens(), seed)
+            source = self._walk(self.source)
+            walk = self._walk(model, beside=source)
             recover(source, walk, self._groups(), tokens, section, seed, folder, **self._output())
 
         settings = {**section.model_dump(mode="json"), "seed": seed, **self._numerics(), **self._files()}
@@ -144,15 +141,14 @@ class Stages:
                 done = quantize_bitsandbytes(model, section, folder, device=self.device, **self._output())
                 told = {"modules": [asdict(module) for module in done]}
             else:
-                tokens, target = self._tokens(), None
+                tokens, original, target = self._tokens(), None, None
                 if section.target == "source" and writes_linearly(self.source):
-                    tokens = shared_samples(
-                        self.ranks, half_in_random_order(tokens, self.recipe.calibration.seed)
-                    )
-                    target = JointTarget(self._walk(self.source), self._groups(), tokens)
+                    tokens = learning_samples(self.ranks, tokens, self.recipe.calibration.seed)
+                    original = self._walk(self.source)
+                    target = JointTarget(original, self._groups(), tokens)
                 else:
                     tokens = self.ranks.samples(tokens)
-                walk = self._walk(model, fast=target is None)
+                walk = self._walk(model, fast=target is None, beside=original)
                 output = self._output()
                 told = asdict(
                     quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **output)
@@ -277,10 +273,12 @@ class Stages:
     def _tokens(self) -> torch.Tensor:
         return load_file(self.folder / "calibrate" / "calibration.safetensors")["input_ids"]
 
-    def _walk(self, model: Checkpoint, *, fast: bool = False) -> LayerWalk:
+    def _walk(self, model: Checkpoint, *, fast: bool = False, beside: LayerWalk | None = None) -> LayerWalk:
+        """A walk over a checkpoint; one that goes beside another shares its place for hidden states."""
         dtype = compute_dtype(self.source, self.device, fast=fast)
         spill = self.folder if self.plan.spill else None
-        walk = LayerWalk(model, self.device, dtype, spill=spill, ranks=self.ranks)
+        activations = beside.activations if beside else Activations(self.device, spill)
+        walk = LayerWalk(model, self.device, dtype, activations=activations, ranks=self.ranks)
         if fast:
             walk.use_fast_attention()
         return walk

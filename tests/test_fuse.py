@@ -120,8 +120,8 @@ def test_attention_is_asked_to_mend_the_error_that_reaches_it(model: Path) -> No
         with walk.layer(index) as layer, outputs_of(layer.get_submodule(writer)) as seen:
             walk.run_all(layer, index, expected)
             added += seen.pop()
-    original = before.clone()
-    attended = advance(walk, [1, 2], writer, original, before + error)
+    original, attended = before.clone(), torch.empty_like(before)
+    advance(walk, [1, 2], writer, original, before + error, attended)
     assert torch.equal(original, expected)
     assert torch.allclose(attended, added - error, atol=1e-4)
 

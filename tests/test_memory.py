@@ -59,12 +59,24 @@ def test_peak_is_as_planned(logs: dict[int, dict[str, Any]], layers: int) -> Non
     assert log["peak_memory_bytes"] == pytest.approx(log["expected_memory_bytes"], rel=0.25)
 
 
-@pytest.mark.parametrize("merge", [{"layers": 1}, {"layers": 1, "fuse": "channels", "order": "measured"}])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"merge": {"layers": 1, "manifold": {"points": 128}}},
+        {"merge": {"layers": 1, "fuse": "average", "order": "measured", "coefficient": "measured"}},
+        {
+            "merge": {"layers": 1, "fuse": "channels", "order": "measured"},
+            "recover": {"method": "layerwise", "steps": 2},
+            "quantize": {"method": "gptq", "bits": 4, "group_size": 16, "target": "source"},
+        },
+    ],
+    ids=["similarity", "average", "channels"],
+)
 def test_hidden_states_in_files_are_the_same(
-    merge: dict[str, Any], recipe: Callable[..., Path], mkaq: Mkaq, tmp_path: Path
+    sections: dict[str, Any], recipe: Callable[..., Path], mkaq: Mkaq, tmp_path: Path
 ) -> None:
     calibration = {"dataset": "builtin", "num_samples": 16, "max_seq_length": 32}
-    written = recipe(merge={"manifold": {"points": 128}, **merge}, calibration=calibration)
+    written = recipe(**sections, calibration=calibration)
     planned = json.loads(mkaq("plan", written, "--json").out)
     assert not planned["spill"]
     limit = planned["memory_bytes"] - 1
@@ -89,6 +101,15 @@ def test_limit_that_is_too_low_is_refused_with_what_fits(
 @pytest.mark.parametrize("size", ["lots", "-1GB", "0", "6 GBs"])
 def test_limit_that_is_no_size(size: str, recipe: Callable[..., Path], mkaq: Mkaq) -> None:
     one_message(mkaq("plan", recipe(), f"--max-memory={size}"), 2, "--max-memory", "is not a size")
+
+
+def test_a_copy_is_on_its_own(tmp_path: Path) -> None:
+    activations = Activations(torch.device("cpu"), tmp_path)
+    values = torch.randn(3, 5, 7)
+    copied = activations.copy(values)
+    assert torch.equal(copied, values)
+    activations.overwrite(copied, values + 1)
+    assert torch.equal(copied, values + 1) and not torch.equal(copied, values)
 
 
 def test_what_is_let_go_of_comes_back(tmp_path: Path) -> None:

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mkaq.calibrate.tokens import half_in_random_order
 from mkaq.merge.compare import LayerSimilarity, compare_layers
-from mkaq.merge.hold_out import shared_samples
+from mkaq.merge.hold_out import learning_samples
 from mkaq.merge.measure import best_average, by_average, by_channels, measure_groups
 from mkaq.merge.plan import MergePlan, chain_plan, layers_to_remove, plan_merge
 from mkaq.merge.segment import cheapest_groups, longest_group
@@ -71,7 +70,7 @@ def choose_groups(
         groups = cheapest_groups(errors, walk.num_layers, removed)
     coefficients = {}
     if average and section.coefficient == "measured":
-        measured = shared_samples(walk.ranks, half_in_random_order(tokens, seed))
+        measured = learning_samples(walk.ranks, tokens, seed)
         coefficients = _measure_coefficients(walk, measured, groups, progress)
     matrix = None if similarity is None else similarity.matrix
     return Choice(chain_plan(groups, section, matrix, coefficients), similarity, errors)
@@ -94,7 +93,7 @@ def _measure_coefficients(
 ) -> dict[int, float]:
     """The best coefficient of every group, each on what the compressed layers before it give."""
     original = walk.embed(tokens)
-    compressed = original.clone()
+    compressed = walk.activations.copy(original)
     found = {}
     for group in progress.track(groups, "measure coefficients"):
         found[group[0]] = best_average(walk, group, original, compressed, 1.0 if len(group) == 1 else None)[0]

@@ -49,7 +49,6 @@ def rescale(source: LayerWalk, walk: LayerWalk, original: torch.Tensor, compress
                 target, found = theirs(original[rows]).float(), own(compressed[rows]).float()
                 for number, (a, b) in enumerate(((target, target), (target, found), (found, found))):
                     half[number] += (a * b).sum(-1).double().sum()
-                source.activations.release()
                 walk.activations.release()
     walk.ranks.add(sums)
     (_, cross, energy), (held_out, *measured) = sums.tolist()

@@ -111,7 +111,8 @@ def fuse(
     config, linears = walk.checkpoint.hf_config, walk.checkpoint.family.linear_names
     heads, channels = attention_parts(config, linears), mlp_parts(config, linears)
     layers = [walk.layer_tensors(index) for index in group]
-    attended = advance(walk, group, heads.writer, original, compressed)
+    attended = walk.activations.empty(tuple(original.shape), original.dtype)
+    advance(walk, group, heads.writer, original, compressed, attended)
     candidates = [
         fold_norm(layer, heads, layers[0], dtype) | fold_norm(layer, channels, layers[0], dtype)
         for layer in layers
@@ -151,6 +152,7 @@ def fuse(
             features, target = rows_at(rows)
             chosen = features if len(columns) == features.shape[-1] else features[..., columns]
             add_rows(moments, chosen, target, original[rows])
+            walk.activations.release()
         add_up(walk.ranks, moments)
         return moments
 
@@ -173,6 +175,7 @@ def fuse(
         return origins.to(torch.int32), solved
 
     head_origins, attention = solve(heads, heads_at)
+    walk.activations.give_back(attended)
     attentive = walk.assemble(group[0], new)
     for rows in spans(compressed):
         compressed[rows] = run_to(attentive, channels.norm, compressed[rows])
@@ -236,19 +239,25 @@ def untouched(
 
 
 def advance(
-    walk: LayerWalk, group: Sequence[int], writer: str, original: torch.Tensor, compressed: torch.Tensor
-) -> torch.Tensor:
-    """Moves the original stream past the group; returns what the new attention should add.
+    walk: LayerWalk,
+    group: Sequence[int],
+    writer: str,
+    original: torch.Tensor,
+    compressed: torch.Tensor,
+    attended: torch.Tensor,
+) -> None:
+    """Moves the original stream past the group; puts into `attended` what the new attention should add.
 
     That is what the group's attention adds in the original, and the error of the compressed stream.
     """
-    attended = original - compressed
+    for target, *streams in zip(batches(attended), batches(original), batches(compressed), strict=True):
+        torch.sub(*streams, out=target)
+        walk.activations.release()
     for index in group:
         with walk.layer(index) as layer, outputs_of(layer.get_submodule(writer)) as seen:
             for states, target in zip(batches(original), batches(attended), strict=True):
                 states.copy_(walk.run(layer, index, states))
                 target += seen.pop()
-    return attended
 
 
 def halves(states: torch.Tensor) -> tuple[list[slice], list[slice]]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from mkaq.calibrate.tokens import half_in_random_order
 from mkaq.ranks import Ranks
 
 HELD_OUT = 8
@@ -12,13 +13,13 @@ def held_out_samples(samples: int) -> int:
     return max(1, samples // HELD_OUT)
 
 
-def shared_samples(ranks: Ranks, tokens: torch.Tensor) -> torch.Tensor:
-    """A process's part of the samples, of those to learn from and of those that are held out.
+def learning_samples(ranks: Ranks, tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    """A process's part of the samples to learn from and of those that are held out, half in random order.
 
     Raises:
         UsageError: If they cannot be shared so.
     """
-    return ranks.samples(tokens, held_out_samples(len(tokens)))
+    return ranks.samples(half_in_random_order(tokens, seed), held_out_samples(len(tokens)))
 
 
 def token_weights(target: torch.Tensor) -> torch.Tensor:

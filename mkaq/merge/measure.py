@@ -1,14 +1,14 @@
 """What merging a group of layers would do to the model, measured for every candidate in one walk."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from mkaq.calibrate.tokens import half_in_random_order, probing_tokens
+from mkaq.calibrate.tokens import probing_tokens
 from mkaq.merge.apply import merge_layers
 from mkaq.merge.fuse import fuse
-from mkaq.merge.hold_out import HELD_OUT, held_out_error, shared_samples
+from mkaq.merge.hold_out import HELD_OUT, held_out_error, learning_samples
 from mkaq.model.walk import LayerWalk, spans
 from mkaq.progress import Progress
 
@@ -48,16 +48,18 @@ def measure_groups(
         source's, in nats.
     """
     sample, probes = split_samples(tokens, walk.ranks.size, len(candidates))
-    sample = shared_samples(walk.ranks, half_in_random_order(sample, seed))
+    sample = learning_samples(walk.ranks, sample, seed)
     probes = torch.cat([walk.ranks.samples(part) for part in probing_tokens(probes, seed).chunk(2)])
     hidden_states, expected = walk.embed(sample), walk.embed(probes)
     merged: dict[tuple[int, int], torch.Tensor] = {}
     for index in progress.track(range(walk.num_layers), "measure groups"):
         for start, length in candidates:
             if start == index:
-                streams = hidden_states.clone(), hidden_states.clone()
+                streams = walk.activations.copy(hidden_states), walk.activations.copy(hidden_states)
                 layer = walk.assemble(start, build(range(start, start + length), *streams))
-                merged[start, length] = expected.clone()
+                for states in streams:
+                    walk.activations.give_back(states)
+                merged[start, length] = walk.activations.copy(expected)
                 walk.run_all(layer, start, merged[start, length])
         with walk.layer(index) as layer:
             walk.run_all(layer, index, hidden_states)
@@ -65,9 +67,13 @@ def measure_groups(
             for (start, length), states in merged.items():
                 if start + length <= index:
                     walk.run_all(layer, index, states)
+    nats = torch.zeros(len(merged), dtype=torch.float64, device=walk.device)
     with walk.head() as head:
-        found = divergences(head, list(merged.values()), expected)
-    return {group: walk.ranks.mean(nats) for group, nats in zip(merged, found, strict=True)}
+        for rows in spans(expected):
+            nats += divergences(head, (states[rows] for states in merged.values()), expected[rows])
+            walk.activations.release()
+    means = (nats / expected[..., 0].numel()).tolist()
+    return {group: walk.ranks.mean(mean) for group, mean in zip(merged, means, strict=True)}
 
 
 def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,8 +100,8 @@ def _multiple(count: int, size: int) -> int:
 
 
 @torch.no_grad()
-def divergences(head: nn.Module, streams: Sequence[torch.Tensor], original: torch.Tensor) -> list[float]:
-    """Mean over tokens of KL(p || q) in nats, p the original's next-token distribution, q another's.
+def divergences(head: nn.Module, streams: Iterable[torch.Tensor], original: torch.Tensor) -> torch.Tensor:
+    """Sums over tokens of KL(p || q) in nats, p the original's next-token distribution, q another's.
 
     Args:
         head: The final norm and the output layer.
@@ -103,18 +109,17 @@ def divergences(head: nn.Module, streams: Sequence[torch.Tensor], original: torc
         original: Those of the original model, of the same shape.
 
     Returns:
-        One for each stream.
+        One for each stream, float64.
     """
-    totals = [0.0] * len(streams)
-    for rows in spans(original):
-        log_p = _logits(head, original[rows]).log_softmax(-1)
-        p = log_p.exp()
-        negative_entropy = log_p.mul_(p).sum(-1)
-        for number, states in enumerate(streams):
-            q = _logits(head, states[rows])  # -log q = logsumexp - logit
-            nats = negative_entropy + q.logsumexp(-1) - (p.unsqueeze(-2) @ q.unsqueeze(-1))[..., 0, 0]
-            totals[number] += float(nats.double().sum())
-    return [total / original[..., 0].numel() for total in totals]
+    log_p = _logits(head, original).log_softmax(-1)
+    p = log_p.exp()
+    negative_entropy = log_p.mul_(p).sum(-1)
+    sums = []
+    for states in streams:
+        q = _logits(head, states)  # -log q = logsumexp - logit
+        nats = negative_entropy + q.logsumexp(-1) - (p.unsqueeze(-2) @ q.unsqueeze(-1))[..., 0, 0]
+        sums.append(nats.double().sum())
+    return torch.stack(sums)
 
 
 def _logits(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -168,17 +173,20 @@ def best_average(
     layers = {index: walk.layer_tensors(index) for index in group}
     for index in group:
         walk.pass_layer(index, original)
-    best: tuple[float, float, torch.Tensor] | None = None
+    activations = walk.activations
+    tried, kept = activations.copy(compressed), activations.copy(compressed)
+    best = 1.0, float("inf")
     for share in COEFFICIENTS if coefficient is None else (coefficient,):
-        states = compressed.clone()
+        activations.overwrite(tried, compressed)
         module = walk.assemble(group[0], merge_layers(layers, chain_weights(group, share)))
-        walk.run_all(module, group[0], states)
-        error = walk.ranks.mean(held_out_error(states, original))
-        if best is None or error < best[1]:
-            best = (share, error, states)
-    assert best is not None
-    compressed.copy_(best[2])
-    return best[0], best[1]
+        walk.run_all(module, group[0], tried)
+        error = walk.ranks.mean(held_out_error(tried, original))
+        if error < best[1]:
+            best, tried, kept = (share, error), kept, tried
+    activations.overwrite(compressed, kept)
+    activations.give_back(tried)
+    activations.give_back(kept)
+    return best
 
 
 def chain_weights(group: Sequence[int], coefficient: float) -> dict[int, float]:

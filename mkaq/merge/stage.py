@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.numpy import save_file
 
-from mkaq.calibrate.tokens import half_in_random_order
 from mkaq.errors import UnsupportedError
 from mkaq.handoff import digest_of
 from mkaq.heap import return_freed_memory
@@ -17,7 +16,7 @@ from mkaq.merge.apply import weighted_sum
 from mkaq.merge.choose import choose_groups
 from mkaq.merge.final_norm import Rescaled, rescale, rescaled
 from mkaq.merge.fuse import check_fusable, fuse, pass_fused
-from mkaq.merge.hold_out import shared_samples
+from mkaq.merge.hold_out import learning_samples
 from mkaq.merge.least_squares import Fit
 from mkaq.merge.origins import ORIGINS, Origins, origins_of, shares, write_origins
 from mkaq.merge.plan import MergePlan
@@ -65,7 +64,7 @@ def merge(
     plan = choice.plan
     final_norm: Callable[[], Rescaled] | None = None
     if section.fuse == "channels":
-        streams = Streams.of(walk, shared_samples(walk.ranks, half_in_random_order(tokens, seed)))
+        streams = Streams.of(walk, learning_samples(walk.ranks, tokens, seed))
         made, merges, final_norm = fused_layers(streams, plan.groups, dtype), [], streams.rescale
     else:
         made, merges = averaged_layers(source, plan, dtype), plan.as_json()["merges"]
@@ -121,7 +120,7 @@ class Streams:
     def of(cls, walk: LayerWalk, tokens: torch.Tensor) -> "Streams":
         """Both before the first layer."""
         embedded = walk.embed(tokens)
-        return cls(walk, embedded, embedded.clone())
+        return cls(walk, embedded, walk.activations.copy(embedded))
 
     def rescale(self) -> Rescaled:
         """The factor of the fused model's final norm, once both are past the last layer."""

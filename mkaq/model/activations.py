@@ -36,6 +36,18 @@ class Activations:
             self._maps.append(mmap.mmap(file.fileno(), size))
         return torch.frombuffer(self._maps[-1], dtype=dtype).reshape(shape)
 
+    def copy(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states once more, on their own."""
+        copied = self.empty(tuple(states.shape), states.dtype)
+        self.overwrite(copied, states)
+        return copied
+
+    def overwrite(self, states: torch.Tensor, values: torch.Tensor) -> None:
+        """Gives hidden states other values, with few of either in memory at a time."""
+        for place, sample in zip(states, values, strict=True):
+            place.copy_(sample)
+            self.release()
+
     def give_back(self, tensor: torch.Tensor) -> None:
         """Lets the next `empty` of its shape and type have a tensor that is not needed any more.
 

@@ -11,7 +11,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +53,8 @@ class LayerWalk:
         checkpoint: Plain, GPTQ or bitsandbytes; quantized layers behave as in a runtime.
         device: Where layers run and activations live.
         dtype: The type that layers compute in.
-        spill: The folder for hidden states that are too many for the memory; None: they are not.
+        activations: Where hidden states are, in memory if None. Walks side by side share them, so that
+            each lets go of what it has read of the other's.
         ranks: The processes among which the samples are shared.
     """
 
@@ -64,11 +64,11 @@ class LayerWalk:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         *,
-        spill: Path | None = None,
+        activations: Activations | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.activations, self.ranks = Activations(device, spill), ranks
+        self.activations, self.ranks = activations or Activations(device), ranks
         self.skeleton = build_skeleton(copy.deepcopy(checkpoint.hf_config))
         self._layers = list(self.skeleton.model.layers)
         names = checkpoint.family.linear_names

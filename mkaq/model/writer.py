@@ -273,13 +273,12 @@ class _Shard:
 
     def _has_room(self, size: int) -> bool:
         """Whether a block of so many bytes may wait in memory to be hashed."""
-        while self._waiting and self._waiting[0][0].done():
-            self._waiting.popleft()[0].result()
+        self.hashed(wait=False)
         return not self._waiting or sum(waiting for _, waiting in self._waiting) + size <= _WAITING
 
-    def hashed(self) -> None:
-        """Waits until nothing in memory is left to be hashed."""
-        while self._waiting:
+    def hashed(self, *, wait: bool = True) -> None:
+        """Lets go of what is hashed; waits until that is all that is in memory, if asked to."""
+        while self._waiting and (wait or self._waiting[0][0].done()):
             self._waiting.popleft()[0].result()
 
     def _go_on(self) -> None:

@@ -34,7 +34,7 @@ class JointTarget:
     def __init__(self, source: LayerWalk, groups: Sequence[Sequence[int]], tokens: torch.Tensor) -> None:
         self._source, self._groups = source, groups
         self._original = source.embed(tokens)
-        self._attended = self._original
+        self._attended = source.activations.empty(tuple(self._original.shape), self._original.dtype)
         checkpoint = source.checkpoint
         linears = checkpoint.family.linear_names
         self._heads = attention_parts(checkpoint.hf_config, linears)
@@ -47,9 +47,8 @@ class JointTarget:
             index: Of the model that is quantized.
             states: What its layers before hand on, shape (samples, length, hidden_size).
         """
-        self._attended = advance(
-            self._source, self._groups[index], self._heads.writer, self._original, states
-        )
+        group, writer = self._groups[index], self._heads.writer
+        advance(self._source, group, writer, self._original, states, self._attended)
 
     @torch.no_grad()
     def solve(self, pieces: Piecewise, layer: nn.Module, name: str, states: torch.Tensor) -> Fit | None:
@@ -76,6 +75,7 @@ class JointTarget:
                 if linear.bias is not None:
                     target = target - linear.bias
                 add_rows(half, inputs, target, final)
+                self._source.activations.release()
         add_up(self._source.ranks, *moments)
         return fit(*moments, linear.weight, NEARLY_BEST)
 
