@@ -163,7 +163,8 @@ def take_turns(
             os.sync()
             runs[name].append(job())
             print(name, runs[name][-1], flush=True)
-            shutil.rmtree(out, ignore_errors=True)
+            if out.exists():
+                shutil.rmtree(out)
     return runs
 
 

@@ -30,10 +30,11 @@ from benchmarks import baselines
 from benchmarks.quality_report import describe, write_report
 from benchmarks.quality_text import Text, load_text, measure, section_of, windows
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, half_in_random_order, load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
 from mkaq.errors import MkaqError
 from mkaq.handoff import describe_files, digest_of, library_versions
 from mkaq.heap import arrange_heap
+from mkaq.merge.hold_out import learning_samples
 from mkaq.merge.plan import layers_to_remove
 from mkaq.merge.segment import groups_of
 from mkaq.merge.stage import merge
@@ -45,6 +46,7 @@ from mkaq.model.writer import write_json
 from mkaq.progress import Progress
 from mkaq.quantize.gptq_stage import quantize_gptq
 from mkaq.quantize.joint import JointTarget
+from mkaq.ranks import ALONE
 from mkaq.recipe import GptqSection, LayerwiseSection, MergeSection
 from mkaq.recover.layerwise import recover
 
@@ -213,13 +215,13 @@ class Bench:
 
     def _recover(self, job: Job, base: Made, folder: Path) -> None:
         walk = self._walk(open_checkpoint(base.path))
-        tokens = half_in_random_order(self.tokens, 0)
+        tokens = learning_samples(ALONE, self.tokens, 0)
         recover(self._walk(self.source), walk, base.groups, tokens, self.recovery, 0, folder, **self.output)
 
     def _quantize(self, job: Job, base: Made, folder: Path) -> None:
         model, tokens, target = open_checkpoint(base.path), self.tokens[: self.gptq_samples], None
         if job.joint:
-            tokens = half_in_random_order(tokens, 0)
+            tokens = learning_samples(ALONE, tokens, 0)
             target = JointTarget(self.walk, base.groups, tokens)
         names = model.family.linear_names
         widths = [model.tensors[f"model.layers.0.{name}.weight"].shape[1] for name in names]

@@ -141,14 +141,13 @@ class Stages:
                 done = quantize_bitsandbytes(model, section, folder, device=self.device, **self._output())
                 told = {"modules": [asdict(module) for module in done]}
             else:
-                tokens, original, target = self._tokens(), None, None
+                tokens, target = self._tokens(), None
                 if section.target == "source" and writes_linearly(self.source):
                     tokens = learning_samples(self.ranks, tokens, self.recipe.calibration.seed)
-                    original = self._walk(self.source)
-                    target = JointTarget(original, self._groups(), tokens)
+                    target = JointTarget(self._walk(self.source), self._groups(), tokens)
                 else:
                     tokens = self.ranks.samples(tokens)
-                walk = self._walk(model, fast=target is None, beside=original)
+                walk = self._walk(model, fast=target is None, beside=target.source if target else None)
                 output = self._output()
                 told = asdict(
                     quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **output)

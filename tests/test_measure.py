@@ -26,7 +26,7 @@ def test_divergence_of_two_coins() -> None:
     p, q = (0.25, 0.75), (0.5, 0.5)
     states = [torch.tensor(x).log().expand(2, 3, 2) for x in (q, p)]
     expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert divergences(Head(), states, states[1]).tolist() == pytest.approx([6 * expected, 0], rel=1e-6)
+    assert divergences(Head(), states, states[1]).tolist() == [pytest.approx(6 * expected, rel=1e-6), 0]
 
 
 @pytest.mark.parametrize("fuse", ["channels", "average"])

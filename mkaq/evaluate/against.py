@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, half_in_random_order, load_tokenizer, tokens_digest
+from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer, tokens_digest
 from mkaq.errors import MkaqError, VerificationError
 from mkaq.export.manifest import (
     MANIFEST,
@@ -24,7 +24,7 @@ from mkaq.export.manifest import (
 from mkaq.handoff import digest_of
 from mkaq.merge.final_norm import rescale, scaled_norm
 from mkaq.merge.fuse import known_tensors
-from mkaq.merge.hold_out import held_out_error
+from mkaq.merge.hold_out import held_out_error, learning_samples
 from mkaq.merge.origins import ORIGINS, Origins, as_tensor, read_origins
 from mkaq.merge.parts import attention_parts, mlp_parts
 from mkaq.merge.plan import MergePlan
@@ -34,6 +34,7 @@ from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk, compute_dtype, dense_layer
 from mkaq.progress import Progress
 from mkaq.quantize.error import relative_error
+from mkaq.ranks import ALONE
 from mkaq.recipe import Recipe
 
 _SAME = 1e-6
@@ -134,7 +135,7 @@ def _calibration_again(manifest: Manifest, source: Checkpoint) -> torch.Tensor |
     except MkaqError:
         return None
     return (
-        half_in_random_order(tokens, section.seed)
+        learning_samples(ALONE, tokens, section.seed)
         if claim and tokens_digest(tokens) == claim.tokens_sha256
         else None
     )

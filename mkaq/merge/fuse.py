@@ -111,7 +111,7 @@ def fuse(
     config, linears = walk.checkpoint.hf_config, walk.checkpoint.family.linear_names
     heads, channels = attention_parts(config, linears), mlp_parts(config, linears)
     layers = [walk.layer_tensors(index) for index in group]
-    attended = walk.activations.empty(tuple(original.shape), original.dtype)
+    attended = walk.activations.empty_like(original)
     advance(walk, group, heads.writer, original, compressed, attended)
     candidates = [
         fold_norm(layer, heads, layers[0], dtype) | fold_norm(layer, channels, layers[0], dtype)
@@ -179,7 +179,6 @@ def fuse(
     attentive = walk.assemble(group[0], new)
     for rows in spans(compressed):
         compressed[rows] = run_to(attentive, channels.norm, compressed[rows])
-        walk.activations.release()
     channel_origins, mlp = solve(channels, channels_at)
     return FusedLayer(tuple(group), new, head_origins, channel_origins, attention, mlp)
 

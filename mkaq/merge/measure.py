@@ -174,15 +174,16 @@ def best_average(
     for index in group:
         walk.pass_layer(index, original)
     activations = walk.activations
-    tried, kept = activations.copy(compressed), activations.copy(compressed)
-    best = 1.0, float("inf")
+    tried, kept = activations.empty_like(compressed), activations.empty_like(compressed)
+    best: tuple[float, float] | None = None
     for share in COEFFICIENTS if coefficient is None else (coefficient,):
         activations.overwrite(tried, compressed)
         module = walk.assemble(group[0], merge_layers(layers, chain_weights(group, share)))
         walk.run_all(module, group[0], tried)
         error = walk.ranks.mean(held_out_error(tried, original))
-        if error < best[1]:
+        if best is None or error < best[1]:
             best, tried, kept = (share, error), kept, tried
+    assert best is not None
     activations.overwrite(compressed, kept)
     activations.give_back(tried)
     activations.give_back(kept)

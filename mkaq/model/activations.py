@@ -36,9 +36,13 @@ class Activations:
             self._maps.append(mmap.mmap(file.fileno(), size))
         return torch.frombuffer(self._maps[-1], dtype=dtype).reshape(shape)
 
+    def empty_like(self, states: torch.Tensor) -> torch.Tensor:
+        """A tensor with room for as many hidden states of the same type."""
+        return self.empty(tuple(states.shape), states.dtype)
+
     def copy(self, states: torch.Tensor) -> torch.Tensor:
         """Hidden states once more, on their own."""
-        copied = self.empty(tuple(states.shape), states.dtype)
+        copied = self.empty_like(states)
         self.overwrite(copied, states)
         return copied
 

@@ -29,12 +29,15 @@ class JointTarget:
         source: Over the original model.
         groups: For each layer of the model that is quantized, the layers that it stands for.
         tokens: Token ids, shape (samples, length); the last samples are held out.
+
+    Attributes:
+        source: As given.
     """
 
     def __init__(self, source: LayerWalk, groups: Sequence[Sequence[int]], tokens: torch.Tensor) -> None:
-        self._source, self._groups = source, groups
+        self.source, self._groups = source, groups
         self._original = source.embed(tokens)
-        self._attended = source.activations.empty(tuple(self._original.shape), self._original.dtype)
+        self._attended = source.activations.empty_like(self._original)
         checkpoint = source.checkpoint
         linears = checkpoint.family.linear_names
         self._heads = attention_parts(checkpoint.hf_config, linears)
@@ -48,7 +51,7 @@ class JointTarget:
             states: What its layers before hand on, shape (samples, length, hidden_size).
         """
         group, writer = self._groups[index], self._heads.writer
-        advance(self._source, group, writer, self._original, states, self._attended)
+        advance(self.source, group, writer, self._original, states, self._attended)
 
     @torch.no_grad()
     def solve(self, pieces: Piecewise, layer: nn.Module, name: str, states: torch.Tensor) -> Fit | None:
@@ -66,7 +69,7 @@ class JointTarget:
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         width = linear.in_features
-        moments = moments_of(self._source, width), moments_of(self._source, width)
+        moments = moments_of(self.source, width), moments_of(self.source, width)
         for half, batches in zip(moments, halves(states), strict=True):
             for rows in batches:
                 inputs, final = pieces.input_of(name, rows), self._original[rows]
@@ -75,8 +78,7 @@ class JointTarget:
                 if linear.bias is not None:
                     target = target - linear.bias
                 add_rows(half, inputs, target, final)
-                self._source.activations.release()
-        add_up(self._source.ranks, *moments)
+        add_up(self.source.ranks, *moments)
         return fit(*moments, linear.weight, NEARLY_BEST)
 
     def rescale(self, walk: LayerWalk, states: torch.Tensor) -> Rescaled:
@@ -86,4 +88,4 @@ class JointTarget:
             walk: Over the model that is quantized.
             states: What its last layer gives.
         """
-        return rescale(self._source, walk, self._original, states)
+        return rescale(self.source, walk, self._original, states)
