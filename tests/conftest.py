@@ -12,8 +12,8 @@ import yaml
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from mkaq import threads
 from mkaq.cli import main
+from tests import runs
 from tests.runs import Mkaq, Outcome, run_quietly
 from tests.tiny import make_model, write_recipe, write_text
 
@@ -36,7 +36,7 @@ def mkaq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """One thread for a module's tests: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
-    with threads.one_thread():
+    with runs.one_thread():
         yield
 
 

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from mkaq.export.manifest import MANIFEST
 from mkaq.handoff import digest_of
 from mkaq.progress import Progress
 from mkaq.recipe_file import load_recipe
-from mkaq.threads import one_thread
 
 
 @dataclass
@@ -33,6 +33,17 @@ STAGES += ["quantize", "evaluate/quantize", "artifact"]
 MAIN = "from mkaq.cli import main; main()"
 ONE_THREAD = "import torch; torch.set_num_threads(1)"
 LOGS = ("recipe.yaml", "run.json", ".lock")  # of the last run, whatever became of it
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for a test: what is tiny takes longer with two on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run_quietly(recipe: Path, folder: Path) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mkaq.model.gram import add_gram, factorize, mirror
+from mkaq.model.gram import add_gram, factorize, mirror, solve_positive
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)
 NOTHING = 1e-9
@@ -168,11 +168,11 @@ def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> t
         columns = columns_of(left, group).reshape(len(left), group)
         blocks = inverse[columns[:, :, None], columns[:, None, :]]
         own = weight[columns]
-        cost = (own * (own / blocks if group == 1 else torch.linalg.solve(blocks, own))).sum((1, 2))
+        cost = (own * (own / blocks if group == 1 else solve_positive(blocks, own))).sum((1, 2))
         go = left[cost.topk(min(at_once, surplus), largest=False).indices]
         index = columns_of(go, group)
         stripe = inverse[:, index]
-        update = torch.linalg.solve(stripe[index], stripe.T)
+        update = solve_positive(stripe[index], stripe.T)
         weight.addmm_(update.T, weight[index], alpha=-1)
         inverse.addmm_(stripe, update, alpha=-1)
         inverse[index], inverse[:, index], weight[index] = 0.0, 0.0, 0.0

@@ -27,7 +27,6 @@ from mkaq.model.writer import Writer, checksum_of, layout_like, write_json, writ
 from mkaq.progress import Progress
 from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import MergeSection
-from mkaq.threads import one_thread
 
 
 def merge(
@@ -169,17 +168,15 @@ def write_merged(
     rows: list[dict[str, Any]] = []
     origins: list[Origins] = []
     with writer_of(ranks, folder, shard_size, layout_like(source, kept, dtype)) as writer:
-        with one_thread():
-            for name in source.outer_tensor_names:
-                if name != FINAL_NORM:
-                    writer.put(name, (cast(block, dtype, name) for block in source.blocks(name)))
+        for name in source.outer_tensor_names:
+            if name != FINAL_NORM:
+                writer.put(name, (cast(block, dtype, name) for block in source.blocks(name)))
         for new, layer in enumerate(layers):
             rows.append({"new": new, **layer.record, "sha256": write_layer(writer, new, layer.tensors)})
             origins += [layer.origins] if layer.origins else []
             return_freed_memory()
         found = final_norm() if final_norm else None
-        with one_thread():
-            writer.add(FINAL_NORM, cast(rescaled(source, found, dtype), dtype, FINAL_NORM))
+        writer.add(FINAL_NORM, cast(rescaled(source, found, dtype), dtype, FINAL_NORM))
     write_json(folder / "config.json", merged_config(source, kept, dtype))
     write_side_files(source, folder)
     return Written(rows, origins, found, dict(writer.digests))
@@ -187,8 +184,7 @@ def write_merged(
 
 def write_layer(writer: Writer, new: int, tensors: Mapping[str, Iterable[torch.Tensor]]) -> str:
     """Writes a layer piece by piece; returns what `digest_layer` gives."""
-    with one_thread():
-        return _digest((n, writer.put(f"{LAYER_PREFIX}{new}.{n}", tensors[n])) for n in sorted(tensors))
+    return _digest((n, writer.put(f"{LAYER_PREFIX}{new}.{n}", tensors[n])) for n in sorted(tensors))
 
 
 def averaged_layers(source: Checkpoint, plan: MergePlan, dtype: torch.dtype) -> Iterator[NewLayer]:
@@ -236,8 +232,7 @@ def merged_layers(
     """The tensors of every new layer of an average in turn, whole, by their names below the layer."""
     for weights, layer in zip(plan.layers, averaged_layers(source, plan, dtype), strict=True):
         infos = {name: source.tensors[f"{LAYER_PREFIX}{min(weights)}.{name}"] for name in layer.tensors}
-        with one_thread():
-            whole = {name: torch.cat(list(pieces)) for name, pieces in layer.tensors.items()}
+        whole = {name: torch.cat(list(pieces)) for name, pieces in layer.tensors.items()}
         yield {name: tensor.reshape(infos[name].shape) for name, tensor in whole.items()}
 
 

@@ -1,12 +1,15 @@
 """The inner loops of GPTQ for a CPU, compiled by numba, rows side by side on all cores.
 
+Rows are shared out among threads of Python's own, which need no lock in compiled code. numba's threads, or
+OpenMP's, would change how many torch uses.
+
 Rows do not influence one another, so the number of threads changes no result. Tiles of rows are worked
 on together, their numbers side by side in memory, so that every inner loop is one of vectors. The
 operations are those of the plain version in its order, but for sums, whose terms are added in another one.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -17,6 +20,7 @@ from mkaq.quantize.gptq import SHRINK, Kernels
 
 _CONTRACT = {"contract"}
 _TILE = 64  # rows that are worked on side by side
+_PARTS = 4  # of the rows for each thread, so that none waits long for another
 _SHRINK = np.array(SHRINK, dtype=np.float32)  # an argument: a cached loop would keep the old ones
 _TINY, _HUGE = np.float32(2.0**-24), np.float32(65504)
 
@@ -54,24 +58,9 @@ def round_block(
     codes = torch.empty(rows, width, dtype=torch.uint8)
     error, loss = torch.empty(rows, width), torch.empty(rows)
     top, middle = _levels(bits)
-    with _threads():
-        _round_rows(
-            target.contiguous().numpy(),  # of one layout: numba compiles for each
-            carried.contiguous().numpy(),
-            local.T.contiguous().numpy(),
-            importance.numpy(),
-            scales.numpy(),
-            zeros.numpy(),
-            groups.numpy(),
-            _SHRINK,
-            search,
-            sym,
-            top,
-            middle,
-            codes.numpy(),
-            error.numpy(),
-            loss.numpy(),
-        )
+    by_row = [t.numpy() for t in (target.contiguous(), carried.contiguous(), scales, zeros, codes, error, loss)]
+    shared = [local.T.contiguous().numpy(), importance.numpy(), groups.numpy(), _SHRINK]
+    _share_rows(_round_rows, by_row, *shared, search, sym, top, middle)
     return codes, error, loss
 
 
@@ -84,10 +73,8 @@ def find_scales(
     costs = importance.reshape(-1, size).contiguous()
     scales = torch.empty(grouped.shape[:2])
     zeros = torch.empty(grouped.shape[:2], dtype=torch.int32)
-    with _threads():
-        _search_rows(
-            grouped.numpy(), costs.numpy(), _SHRINK, sym, *_levels(bits), scales.numpy(), zeros.numpy()
-        )
+    by_row = [grouped.numpy(), scales.numpy(), zeros.numpy()]
+    _share_rows(_search_rows, by_row, costs.numpy(), _SHRINK, sym, *_levels(bits))
     return scales.reshape(shape), zeros.reshape(shape)
 
 
@@ -95,18 +82,20 @@ def _levels(bits: int) -> tuple[Any, Any]:
     return np.float32(2**bits - 1), np.float32(2 ** (bits - 1))
 
 
-@contextmanager
-def _threads() -> Iterator[None]:
-    """As many threads as torch uses; numba's, which may be the same ones, leave torch's number changed."""
-    threads = torch.get_num_threads()  # first: the other question may start numba's threads
-    before = numba.get_num_threads()
-    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(min(threads, most))
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
-        torch.set_num_threads(threads)
+def _share_rows(kernel: Callable[..., None], by_row: list[Any], *shared: Any) -> None:
+    """Runs a kernel on rows, shared out among as many threads as torch uses.
+
+    Args:
+        kernel: Takes `by_row`, then `shared`.
+        by_row: Arrays whose rows are shared out; those that it fills are contiguous.
+        shared: What every thread gets whole.
+    """
+    rows, threads = len(by_row[0]), torch.get_num_threads()
+    step = _TILE * max(1, -(-rows // (_TILE * _PARTS * threads)))
+    parts = [[array[first : first + step] for array in by_row] for first in range(0, rows, step)]
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(kernel, *part, *shared) for part in parts]:
+            done.result()
 
 
 @_compiled()
@@ -179,13 +168,13 @@ def _search(
                 best[row], scales[row], zeros[row] = cost[row], scale[row], zero[row]
 
 
-@_compiled(parallel=True)
+@_compiled(nogil=True)
 def _search_rows(
-    weight: Any, importance: Any, shrink: Any, sym: bool, top: Any, middle: Any, scales: Any, zeros: Any
+    weight: Any, scales: Any, zeros: Any, importance: Any, shrink: Any, sym: bool, top: Any, middle: Any
 ) -> None:
     rows, groups, size = weight.shape
     tiles = (rows + _TILE - 1) // _TILE
-    for number in numba.prange(tiles * groups):
+    for number in range(tiles * groups):
         group, first = number // tiles, number % tiles * _TILE
         count = min(_TILE, rows - first)
         values = np.zeros((size, _TILE), dtype=np.float32)
@@ -198,27 +187,27 @@ def _search_rows(
             scales[first + row, group], zeros[first + row, group] = scale[row], np.int32(zero[row])
 
 
-@_compiled(parallel=True, fastmath=_CONTRACT)
+@_compiled(nogil=True, fastmath=_CONTRACT)
 def _round_rows(
     target: Any,
     carried: Any,
-    columns: Any,
-    importance: Any,
     scales: Any,
     zeros: Any,
+    codes: Any,
+    error: Any,
+    loss: Any,
+    columns: Any,
+    importance: Any,
     groups: Any,
     shrink: Any,
     search: bool,
     sym: bool,
     top: Any,
     middle: Any,
-    codes: Any,
-    error: Any,
-    loss: Any,
 ) -> None:
     """Rounds a block, a tile of rows at a time; row j of `columns` is column j of the factor."""
     rows, width = target.shape
-    for number in numba.prange((rows + _TILE - 1) // _TILE):
+    for number in range((rows + _TILE - 1) // _TILE):
         first = number * _TILE
         count = min(_TILE, rows - first)
         wanted = np.zeros((width, _TILE), dtype=np.float32)  # tiles lie with the rows side by side
