@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from mkaq import __version__
 from mkaq.errors import UsageError, VerificationError
-from mkaq.handoff import digest_of, library_versions
 from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.writer import write_json
+from mkaq.model.writer import is_blank, replace_json
 from mkaq.plan import RunPlan, plan_run
 from mkaq.progress import Progress
 from mkaq.recipe import GptqSection, Recipe
@@ -62,7 +60,11 @@ def settle(recipe: Recipe, option: Option) -> Recipe:
 
 
 def plan_budget(
-    recipe: Recipe, source: Checkpoint, device: torch.device, limit: int | None = None
+    recipe: Recipe,
+    source: Checkpoint,
+    device: torch.device,
+    limit: int | None = None,
+    processes: int = 1,
 ) -> tuple[list[Option], RunPlan]:
     """Every option of a recipe, none if it has no budget, and the plan that has room for each.
 
@@ -71,7 +73,7 @@ def plan_budget(
         UnsupportedError: As `plan_run`.
     """
     if recipe.budget is None:
-        return [], plan_run(recipe, source, device, limit)
+        return [], plan_run(recipe, source, device, limit, processes)
     options = options_of(recipe, source)
     if not options:
         raise UsageError("no layer may be merged and nothing is quantized", where="budget")
@@ -80,8 +82,10 @@ def plan_budget(
     memory = {
         stage: max(p.memory.get(stage, 0) for p in plans) for stage in set().union(*(p.memory for p in plans))
     }
-    disk, spill = max(plan.disk_bytes for plan in plans), any(plan.spill for plan in plans)
-    return options, replace(largest, memory=memory, disk_bytes=disk, spill=spill)
+    disk = max(plan.disk_bytes for plan in plans)
+    place = max((plan.place for plan in plans), key=("device", "host", "files").index)
+    host = max(plan.host_bytes for plan in plans)
+    return options, replace(largest, memory=memory, disk_bytes=disk, place=place, host_bytes=host)
 
 
 class Trials:
@@ -89,12 +93,19 @@ class Trials:
 
     Args:
         path: Of the file.
-        context: Plain data on which numbers depend beside the recipe.
-        run: Runs a recipe without a budget as far as its last model.
+        key: A digest of all that the stages of a recipe without a budget depend on.
+        run: Runs such a recipe as far as its last model.
+        progress: Told of what was lost in a power cut.
     """
 
-    def __init__(self, path: Path, context: Any, run: Callable[[Recipe], RunResult]) -> None:
-        self._path, self._context, self._run = path, context, run
+    def __init__(
+        self,
+        path: Path,
+        key: Callable[[Recipe], str],
+        run: Callable[[Recipe], RunResult],
+        progress: Progress,
+    ) -> None:
+        self._path, self._key, self._run, self._progress = path, key, run, progress
 
     def __call__(self, recipe: Recipe) -> tuple[float, float]:
         """The perplexity of what a recipe makes, and of its source: looked up or measured.
@@ -102,18 +113,18 @@ class Trials:
         Raises:
             VerificationError: If the file is damaged.
         """
-        known = self._read()
-        key = digest_of([__version__, library_versions(), recipe.dump(), self._context])
+        known, key = self._read(), self._key(recipe)
         if key not in known:
             result = self._run(recipe)
             known[key] = [result.perplexity, result.source_perplexity]
-            fresh = self._path.with_name(f".{self._path.name}.new")
-            write_json(fresh, known)
-            fresh.rename(self._path)
+            replace_json(self._path, known)
         return known[key][0], known[key][1]
 
     def _read(self) -> dict[str, list[float]]:
         try:
+            if is_blank(self._path):
+                self._progress.say(f"{self._path} is blank, as after a power cut: the search begins anew")
+                return {}
             known = json.loads(self._path.read_text())
             return {key: [float(made), float(source)] for key, (made, source) in known.items()}
         except FileNotFoundError:

@@ -114,6 +114,7 @@ def plan(
     output: Output = None,
     device: Device = "auto",
     max_memory: MaxMemory = None,
+    processes: Annotated[int, typer.Option(min=1, help="As many as torchrun will start.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run would do: layers, sizes, memory, disk. Changes nothing."""
@@ -123,11 +124,13 @@ def plan(
     from mkaq.model.opening import open_checkpoint
     from mkaq.model.source import resolve_model
     from mkaq.model.walk import pick_device
+    from mkaq.plan import remarks
     from mkaq.report import table_rows
     from mkaq.units import human
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
-    options, planned = plan_budget(loaded, source, pick_device(device), _bytes(max_memory))
+    told = list(remarks(loaded, processes))
+    options, planned = plan_budget(loaded, source, pick_device(device), _bytes(max_memory), processes)
     if as_json:
         stages = [vars(size) for size in planned.sizes]
         print_json(
@@ -136,7 +139,9 @@ def plan(
                 "options": [vars(option) for option in options],
                 "memory_bytes": planned.memory_bytes,
                 "memory": planned.memory,
-                "spill": planned.spill,
+                "hidden_states": planned.place,
+                "host_bytes": planned.host_bytes,
+                "remarks": told,
                 "disk_bytes": planned.disk_bytes,
                 "run": str(folder),
             }
@@ -149,9 +154,14 @@ def plan(
     rows = [row[:4] for row in table_rows(list(planned.sizes), {})]
     print_table(("stage", "layers", "parameters", "bytes of weights"), rows)
     needs = ", ".join(f"{stage} {human(need)}" for stage, need in planned.memory.items())
-    print(f"memory: about {human(planned.memory_bytes)} at the peak ({needs})")
-    if planned.spill:
+    each = "" if processes == 1 else f" of each of {processes} processes"
+    print(f"memory: about {human(planned.memory_bytes)} at the peak{each} ({needs})")
+    if planned.place == "files":
         print("        hidden states go to files in the run's folder")
+    elif planned.place == "host":
+        print(f"        hidden states lie in the host's memory: {human(planned.host_bytes)}")
+    for line in told:
+        print(line)
     print(f"disk:   {human(planned.disk_bytes)} in {folder}")
 
 

@@ -8,10 +8,10 @@ and files match is not made again.
 import fcntl
 import hashlib
 import json
-import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,7 +20,7 @@ from typing import Any
 
 from mkaq import __version__
 from mkaq.errors import UsageError, VerificationError
-from mkaq.model.writer import write_json
+from mkaq.model.writer import is_blank, replace_json, sync, write_json
 
 HANDOFF = "handoff.json"
 PLACES = (
@@ -34,6 +34,7 @@ PLACES = (
     "evaluate/recover",
     "evaluate/quantize",
 )
+_PATIENCE = 60  # seconds in which a shared file system shows what another process has published
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "numba", "scipy", "bitsandbytes")
 
 
@@ -109,6 +110,7 @@ def publish(
     *,
     fresh: bool = False,
     inside: bool = True,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Handoff:
     """Makes a stage, or finds it made.
 
@@ -122,14 +124,18 @@ def publish(
         fresh: Make it again in any case.
         inside: Put handoff.json into the folder; the artifact's lies beside it instead, hidden,
             because the folder is for others.
+        say: Told of what was lost in a power cut and is made again.
 
     Raises:
         VerificationError: If a handoff.json is there that cannot be read.
     """
     fingerprint = fingerprint_of(stage, section, inputs)
     place = _handoff_place(folder, inside)
-    if not fresh and (found := _find(folder, place, fingerprint)):
-        return found
+    if not fresh and place.exists():
+        if is_blank(place):
+            say(f"{place} is blank, as after a power cut: {stage} is made again")
+        elif found := _find(folder, place, fingerprint):
+            return found
     scratch = _scratch(folder)
     _remove(scratch)
     scratch.mkdir(parents=True)
@@ -143,23 +149,37 @@ def publish(
         _sync(scratch)
         _replace(scratch, folder)
         if not inside:
-            fresh_handoff = place.with_name(f"{place.name}.new")
-            write_json(fresh_handoff, handoff)
-            fresh_handoff.rename(place)
+            replace_json(place, handoff)
     except BaseException:
         _remove(scratch)
         raise
     return Handoff(folder, fingerprint, tuple(files), reused=False)
 
 
-def find_published(folder: Path, *, inside: bool = True) -> Handoff:
-    """A stage that another process has just published.
+def find_published(folder: Path, claim: Sequence[str], *, inside: bool = True) -> Handoff:
+    """The stage that another process has just published.
+
+    Args:
+        folder: Where.
+        claim: Its fingerprint and digest, as that process has them: a network file system may show an
+            earlier one for a while.
+        inside: As for `publish`.
 
     Raises:
-        VerificationError: If its handoff.json is missing or damaged.
+        VerificationError: If it does not appear, or its handoff.json is damaged.
     """
-    data = read_handoff(_handoff_place(folder, inside))
-    return Handoff(folder, data["fingerprint"], tuple(data["files"]), reused=True)
+    for _ in range(_PATIENCE):
+        if (place := _handoff_place(folder, inside)).exists():
+            data = read_handoff(place)
+            found = Handoff(folder, data["fingerprint"], tuple(data["files"]), reused=True)
+            if [found.fingerprint, found.digest] == list(claim):
+                return found
+        time.sleep(1)
+    raise VerificationError(
+        "is not what the first process has published here",
+        where=folder,
+        fix="put the run's folder on a file system that all processes share",
+    )
 
 
 def read_handoff(where: Path) -> dict[str, Any]:
@@ -180,8 +200,6 @@ def read_handoff(where: Path) -> dict[str, Any]:
 
 
 def _find(folder: Path, place: Path, fingerprint: str) -> Handoff | None:
-    if not place.exists():
-        return None
     data = read_handoff(place)
     if data["fingerprint"] != fingerprint:
         return None
@@ -203,7 +221,7 @@ def _replace(scratch: Path, folder: Path) -> None:
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise
-    _sync_folder(folder.parent)
+    sync(folder.parent)
     _remove(old)
 
 
@@ -231,18 +249,8 @@ def _remove(folder: Path) -> None:
 
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
+    sync(folder)
 
 
 @contextmanager

@@ -4,18 +4,36 @@ A stage holds one layer as it is stored, the next one, which is read ahead, and 
 constants were set beside measured peaks: benchmarks/memory.py prints both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mkaq.merge.fuse import CANDIDATES
 from mkaq.merge.plan import layers_to_remove
 from mkaq.merge.segment import longest_group
+from mkaq.model.activations import Place
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import TOKENS_PER_BATCH, compute_dtype
 from mkaq.recipe import GptqSection, LayerwiseSection, MergeSection, PerplexitySection, Recipe
 
 _INTERPRETER = {"cpu": 600_000_000, "cuda": 500_000_000}  # with torch and transformers
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a stage is expected to need at its peak.
+
+    Attributes:
+        device: Of the process, or on the GPU, without the hidden states of all samples.
+        states: Of these, wherever they lie.
+    """
+
+    device: int
+    states: int = 0
+
+    def at(self, place: Place) -> int:
+        """Bytes on the device, with hidden states at a place."""
+        return self.device + (self.states if place == "device" else 0)
 
 
 @dataclass(frozen=True)
@@ -40,42 +58,39 @@ class _Shape:
         return max(TOKENS_PER_BATCH, length) * item * (3 * self.intermediate + 6 * self.hidden)
 
 
-def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, *, spill: bool = False) -> dict[str, int]:
-    """Bytes that each stage is expected to need at its peak: of the process, or of the GPU.
+def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, processes: int = 1) -> dict[str, Need]:
+    """What each stage is expected to need at its peak.
 
     Args:
         recipe: What is to be done.
         source: The model.
         device: Where layers run.
-        spill: Whether the hidden states of all samples lie in files.
+        processes: That share the samples; the need is that of one.
     """
     shape, calibration = _shape(source, device), recipe.calibration
     length = calibration.max_seq_length
-    tokens = 0 if spill else calibration.num_samples * length
-    found = {"export": 0}
+    tokens = -(-calibration.num_samples // processes) * length
+    found = {"export": Need(0)}
     if recipe.merge is not None:
         found["merge"] = _merging(recipe.merge, source, shape, tokens, length)
     if recipe.recover is not None:
+        tuning = _tuning(recipe, recipe.recover, shape, processes, eager=device.type == "cpu")
         states = 2 * tokens * shape.hidden * shape.exact
-        found["recover"] = (
-            states
-            + shape.walked(shape.exact)
-            + _tuning(recipe, recipe.recover, shape, eager=device.type == "cpu")
-        )
+        found["recover"] = Need(shape.walked(shape.exact) + tuning, states)
     if isinstance(recipe.quantize, GptqSection):
         joint = recipe.quantize.target == "source"
         found["quantize"] = _gptq(recipe.quantize, source, shape, tokens, length, joint)
     elif recipe.quantize is not None:
-        found["quantize"] = max(
-            shape.layer * (2 * shape.stored + 4), shape.vocabulary * shape.hidden * shape.stored
-        )
+        outer = shape.vocabulary * shape.hidden * shape.stored
+        found["quantize"] = Need(max(shape.layer * (2 * shape.stored + 4), outer))
     if recipe.evaluate and (section := recipe.evaluate.perplexity):
-        found["evaluate"] = _perplexity(section, shape, spill)
-    return {stage: need + _INTERPRETER[device.type] for stage, need in found.items()}
+        found["evaluate"] = _perplexity(section, shape, processes)
+    base = _INTERPRETER[device.type]
+    return {stage: replace(need, device=need.device + base) for stage, need in found.items()}
 
 
 def spilled_bytes(recipe: Recipe, source: Checkpoint) -> int:
-    """Bytes of the files in which hidden states lie, at most, when they are spilled (on a CPU)."""
+    """Bytes of hidden states, those of all processes, at most, where they lie in files."""
     calibration, hidden = recipe.calibration, int(source.hf_config.hidden_size)
     streams = calibration.num_samples * calibration.max_seq_length
     streams *= 5 + int(source.hf_config.intermediate_size) // hidden
@@ -98,12 +113,13 @@ def _shape(source: Checkpoint, device: torch.device) -> _Shape:
     )
 
 
-def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, tokens: int, length: int) -> int:
+def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, tokens: int, length: int) -> Need:
     points = 8 * 6 * section.manifold.points**2
     if section.fuse == "average":
         measured = 3 if section.order == "measured" or section.coefficient == "measured" else 1
         states = tokens * shape.hidden * shape.fast
-        return measured * (states + shape.walked(shape.fast)) + shape.batch(length, shape.fast) + points
+        walked = measured * shape.walked(shape.fast)
+        return Need(walked + shape.batch(length, shape.fast) + points, measured * states)
     states = 4 * tokens * shape.hidden * shape.exact
     group = _longest(section, source)
     channels = group * shape.intermediate
@@ -111,7 +127,7 @@ def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, tokens: i
     moments = 8 * (2 * kept**2 + 3 * kept * shape.hidden)  # the Gram matrix and its inverse
     modules = group * shape.layer * (shape.stored + 2 * shape.exact)
     features = max(TOKENS_PER_BATCH, length) * 4 * (2 * channels + 2 * kept)
-    return states + shape.walked(shape.exact) + modules + features + moments
+    return Need(shape.walked(shape.exact) + modules + features + moments, states)
 
 
 def _longest(section: MergeSection, source: Checkpoint) -> int:
@@ -119,20 +135,20 @@ def _longest(section: MergeSection, source: Checkpoint) -> int:
     return longest_group(free, layers_to_remove(section, source.num_layers))
 
 
-def _tuning(recipe: Recipe, section: LayerwiseSection, shape: _Shape, eager: bool) -> int:
+def _tuning(recipe: Recipe, section: LayerwiseSection, shape: _Shape, processes: int, eager: bool) -> int:
     """Weights, gradients, optimizer, best and rounded weights in float32; activations for backward.
 
     Eager attention keeps its weights, and has as many gradients at once: 16 bytes for two tokens and a head.
     """
     length = recipe.calibration.max_seq_length
-    batch = min(section.batch_size, recipe.calibration.num_samples) * length
+    batch = -(-min(section.batch_size, recipe.calibration.num_samples) // processes) * length
     kept = 12 * shape.intermediate + 40 * shape.hidden + (16 * length * shape.heads if eager else 0)
     return 4 * 8 * shape.layer + batch * kept
 
 
 def _gptq(
     section: GptqSection, source: Checkpoint, shape: _Shape, tokens: int, length: int, joint: bool
-) -> int:
+) -> Need:
     """The Hessian and its factor; the stacked weight, what was rounded, its error and codes."""
     solving = hessian = 0
     for group in source.family.linears:
@@ -149,12 +165,12 @@ def _gptq(
     streams = tokens * item * ((5 if joint else 3) * shape.hidden + shape.intermediate)
     walks = 2 if joint else 1
     weights = walks * shape.walked(item) + shape.layer * item  # what was read stays mapped beside the new
-    return streams + weights + max(solving, shape.batch(length, item) + hessian)
+    return Need(weights + max(solving, shape.batch(length, item) + hessian), streams)
 
 
-def _perplexity(section: PerplexitySection, shape: _Shape, spill: bool) -> int:
-    sequences = section.num_samples or 1024
+def _perplexity(section: PerplexitySection, shape: _Shape, processes: int) -> Need:
+    sequences = -(-(section.num_samples or 1024) // processes)
     length, item = section.max_seq_length, shape.exact
-    states = 0 if spill else sequences * length * shape.hidden * item
     head = shape.vocabulary * shape.hidden * (item + shape.stored) + length * shape.vocabulary * 12
-    return states + max(shape.walked(item) + shape.batch(length, item), head)
+    compute = max(shape.walked(item) + shape.batch(length, item), head)
+    return Need(compute, sequences * length * shape.hidden * item)

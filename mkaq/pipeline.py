@@ -10,12 +10,11 @@ from typing import Literal
 import torch
 
 from mkaq.budget import Trials, meet_budget, plan_budget
-from mkaq.errors import UsageError
 from mkaq.handoff import describe_files, locked
 from mkaq.heap import arrange_heap
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.source import resolve_model
-from mkaq.plan import check_resources, plan_run
+from mkaq.plan import check_resources, plan_run, remarks
 from mkaq.progress import Progress
 from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import Recipe
@@ -53,18 +52,18 @@ def run(
         MkaqError: Of the kind that fits; earlier stages and artifacts stay as they were.
     """
     source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))
-    options, plan = plan_budget(recipe, source, device, max_memory)
-    check_resources(plan, folder, device, max_memory)
+    for line in remarks(recipe, ranks.size):
+        progress.say(line)
+    options, plan = plan_budget(recipe, source, device, max_memory, ranks.size)
+    check_resources(plan, folder, device, max_memory, ranks.local_size)
     arrange_heap(sparing=max_memory is not None)
-    if ranks.size > 1 and recipe.budget is not None:
-        raise UsageError("a budget is searched by one process", where="budget", fix="run it without torchrun")
     with locked(folder) if ranks.main else nullcontext():
         progress.say(f"reading {recipe.model.path}")
         files = describe_files(source.path, source.files) if ranks.main else []
         ranks.wait()
 
         def stages_of(settled: Recipe) -> Stages:
-            sizes = plan_run(settled, source, device, max_memory)
+            sizes = plan_run(settled, source, device, max_memory, ranks.size)
             return Stages(settled, folder, device, progress, fresh, source, files, sizes, ranks)
 
         budget = None
@@ -75,7 +74,7 @@ def run(
 
             if fresh:
                 (folder / "budget.json").unlink(missing_ok=True)
-            trials = Trials(folder / "budget.json", [files, str(device)], trial)
+            trials = Trials(folder / "budget.json", lambda tried: stages_of(tried).key(), trial, progress)
             recipe, budget = meet_budget(recipe, options, trials, progress)
         stages = stages_of(recipe)
         stages.budget = budget
@@ -88,6 +87,7 @@ def run(
 
 def _run(stages: Stages, until: Until) -> RunResult:
     recipe, model = stages.recipe, stages.source
+    stages.write_recipe()
     stages.evaluate("source", model)
     if recipe.needs_calibration:
         stages.calibrate()

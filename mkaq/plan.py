@@ -1,7 +1,7 @@
 """What a run would do, from the headers alone: sizes after each stage, memory and disk needed."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,17 @@ import torch
 from mkaq.errors import ResourceError, UsageError
 from mkaq.handoff import PLACES
 from mkaq.memory import peaks, spilled_bytes
-from mkaq.merge.fuse import check_fusable
+from mkaq.merge.fuse import check_solvable
 from mkaq.merge.plan import layers_to_remove
+from mkaq.model.activations import Place
 from mkaq.model.architecture import keep_layers
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.quantize.check import check_gptq
 from mkaq.recipe import BitsandbytesSection, GptqSection, Recipe
 from mkaq.units import human, parse_size
 
+_ROOM = 0.8  # of the host's memory that hidden states may take
+_AVERAGE = "fuse: average, with recover: {method: layerwise}"
 _LESS = {
     "merge": "merge.fuse: average, which needs less than channels",
     "recover": "lower recover.batch_size or calibration.max_seq_length, or leave recover out",
@@ -46,13 +49,16 @@ class RunPlan:
         memory: Expected peak of each stage, in bytes, on the device where layers run (on a CPU, of the
             process).
         disk_bytes: Needed in the run's folder, scratch included.
-        spill: Whether hidden states go to files, because the memory is too small for all of them.
+        place: Where the hidden states of all samples lie: on the device if it has room, else in its
+            host's memory, else in files.
+        host_bytes: Of hidden states in the host's memory.
     """
 
     sizes: tuple[StageSize, ...]
     memory: Mapping[str, int]
     disk_bytes: int
-    spill: bool = False
+    place: Place = "device"
+    host_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -66,7 +72,13 @@ def output_dtype(recipe: Recipe, source: Checkpoint) -> torch.dtype:
     return named
 
 
-def plan_run(recipe: Recipe, source: Checkpoint, device: torch.device, limit: int | None = None) -> RunPlan:
+def plan_run(
+    recipe: Recipe,
+    source: Checkpoint,
+    device: torch.device,
+    limit: int | None = None,
+    processes: int = 1,
+) -> RunPlan:
     """Plans a run and checks everything that headers can tell.
 
     Args:
@@ -74,6 +86,7 @@ def plan_run(recipe: Recipe, source: Checkpoint, device: torch.device, limit: in
         source: The model.
         device: Where layers run.
         limit: Bytes of memory that the run may use; all that the device has if None.
+        processes: That share the samples.
 
     Raises:
         UsageError: If there is nothing to do, or the layers asked for cannot be merged away.
@@ -103,13 +116,17 @@ def plan_run(recipe: Recipe, source: Checkpoint, device: torch.device, limit: in
         sizes.append(StageSize("merge", layers, parameters, parameters * itemsize))
         disk += parameters * itemsize
         if recipe.merge.fuse == "channels":
-            check_fusable(source, recipe.calibration.num_samples)
+            check_solvable(source, recipe.calibration.num_samples, "merge.fuse: channels", _AVERAGE)
         if recipe.recover is not None:
             sizes.append(StageSize("recover", layers, parameters, parameters * itemsize))
             disk += parameters * itemsize
     if recipe.quantize is not None:
         if isinstance(recipe.quantize, GptqSection):
             check_gptq(source, recipe.quantize)
+            if recipe.quantize.target == "source":
+                check_solvable(
+                    source, recipe.calibration.num_samples, "quantize.target: source", "target: input"
+                )
         linears = _linear_shapes(source)
         dense = layer - sum(rows * columns for rows, columns in linears)
         stored = sum(_quantized_bytes(rows, columns, recipe.quantize) for rows, columns in linears)
@@ -118,16 +135,39 @@ def plan_run(recipe: Recipe, source: Checkpoint, device: torch.device, limit: in
         disk += size
     disk += sizes[-1].bytes + min(parse_size(recipe.export.shard_size), max(s.bytes for s in sizes[1:]))
     disk += 20_000_000 + recipe.calibration.num_samples * length * 4
-    memory = peaks(recipe, source, device)
-    spill = device.type == "cpu" and max(memory.values()) > (limit or memory_of(device))
-    if spill:
-        memory = peaks(recipe, source, device, spill=True)
+    needs = peaks(recipe, source, device, processes)
+    states = max(need.states for need in needs.values())
+    place: Place = "device"
+    if max(need.at("device") for need in needs.values()) > (limit or memory_of(device, processes)):
+        roomy = device.type != "cpu" and states <= _ROOM * memory_of(torch.device("cpu"), processes)
+        place = "host" if roomy else "files"
+    if place == "files":
         disk += spilled_bytes(recipe, source)
-    return RunPlan(tuple(sizes), memory, disk, spill)
+    memory = {stage: need.at(place) for stage, need in needs.items()}
+    return RunPlan(tuple(sizes), memory, disk, place, states if place == "host" else 0)
 
 
-def check_resources(plan: RunPlan, folder: Path, device: torch.device, limit: int | None = None) -> None:
-    """Refuses a run that cannot end well.
+def remarks(recipe: Recipe, processes: int) -> Iterator[str]:
+    """What a user should know of a run of several processes before it starts, in lines.
+
+    Raises:
+        UsageError: If there is something that several cannot do.
+    """
+    if processes == 1:
+        return
+    if recipe.budget is not None:
+        raise UsageError("a budget is searched by one process", where="budget", fix="run it without torchrun")
+    samples = recipe.calibration.num_samples
+    if recipe.needs_calibration and samples < processes:
+        yield f"{samples} samples for {processes} processes: {processes - samples} of them have nothing to do"
+    if isinstance(recipe.quantize, BitsandbytesSection):
+        yield "bitsandbytes quantizes in the first process alone"
+
+
+def check_resources(
+    plan: RunPlan, folder: Path, device: torch.device, limit: int | None = None, processes: int = 1
+) -> None:
+    """Refuses a run that cannot end well; of several processes on this machine each needs its part.
 
     Raises:
         ResourceError: If the disk or the memory is too small.
@@ -141,7 +181,7 @@ def check_resources(plan: RunPlan, folder: Path, device: torch.device, limit: in
             where=folder,
             fix="choose another folder with --output",
         )
-    allowed = limit or memory_of(device)
+    allowed = limit or memory_of(device, processes)
     if plan.memory_bytes > allowed:
         stage = max(plan.memory, key=lambda name: plan.memory[name])
         has = f"--max-memory allows {human(allowed)}" if limit else f"{device} has {human(allowed)}"
@@ -152,10 +192,10 @@ def check_resources(plan: RunPlan, folder: Path, device: torch.device, limit: in
         )
 
 
-def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has."""
+def memory_of(device: torch.device, processes: int = 1) -> int:
+    """Bytes of memory that a device has for each of the processes of this machine: a GPU is one's alone."""
     if device.type == "cpu":
-        return int(psutil.virtual_memory().total)
+        return int(psutil.virtual_memory().total) // processes
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 

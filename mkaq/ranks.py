@@ -1,21 +1,25 @@
 """Several processes that share the calibration samples: one on each GPU, as `torchrun` starts them.
 
 Every process walks the same layers with its share of the samples. Sums over tokens (Hessians, Gram
-matrices, losses) are added up over all of them, so each comes to the same weights; the first process
-alone writes. One process is the case of a group of one, in which nothing is exchanged.
+matrices, losses) are added up over all of them, so each comes to the same weights; whatever is chosen is
+the choice of the first one, and the first one alone writes. One process is the case of a group of one, in
+which nothing is exchanged.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # if imported later, its default arguments keep the group
 
 from mkaq.errors import UsageError
+from mkaq.model.products import has_fast_bfloat16
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,14 @@ class Ranks:
     Attributes:
         rank: Its number; 0 writes.
         size: The number of processes.
+        local_size: The number of those on this machine.
+        fast_bfloat16: Whether the processors of all of them multiply in bfloat16; None: not asked yet.
     """
 
     rank: int = 0
     size: int = 1
+    local_size: int = 1
+    fast_bfloat16: bool | None = None
 
     @property
     def main(self) -> bool:
@@ -36,33 +44,14 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's part of `count` things, in their order; parts differ by one at most."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
-    def samples(self, tokens: torch.Tensor, held_out: int = 0) -> torch.Tensor:
-        """This process's part of the samples.
-
-        Args:
-            tokens: Shape (samples, length).
-            held_out: How many of them, the last ones, are held out: every process gets its part of the
-                others, and of these.
-
-        Raises:
-            UsageError: If there are too few for everyone, or those held out cannot be shared evenly.
+        """This process's part of `count` things, in their order; parts differ by one at most, and with
+        fewer things than processes the last processes have none.
         """
-        if self.size == 1:
-            return tokens
-        count = len(tokens)
-        uneven = held_out and (held_out % self.size or count % self.size)
-        if count < self.size or uneven:
-            raise UsageError(
-                f"{count} samples cannot be shared by {self.size} processes",
-                where="calibration.num_samples",
-                fix=f"use a multiple of {8 * self.size}",
-            )
-        kept = count - held_out
-        learn, held = self.share(kept), self.share(held_out)
-        return torch.cat([tokens[learn], tokens[kept:][held]])
+        return slice(-(-count * self.rank // self.size), -(-count * (self.rank + 1) // self.size))
+
+    def has_fast_bfloat16(self, device: torch.device) -> bool:
+        """Whether the processors of all processes multiply in bfloat16 the faster."""
+        return has_fast_bfloat16(device) if self.fast_bfloat16 is None else self.fast_bfloat16
 
     def add(self, *tensors: torch.Tensor) -> None:
         """Replaces tensors by their sums over all processes, in place."""
@@ -70,18 +59,29 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def average(self, *tensors: torch.Tensor) -> None:
-        """Replaces tensors by their means over all processes, in place."""
+    def average(self, count: int, *tensors: torch.Tensor) -> None:
+        """Replaces means over `count` things of each process by those over all things, in place."""
         if self.size > 1:
-            self.add(*(tensor.div_(self.size) for tensor in tensors))
+            total = torch.tensor(count, dtype=torch.float64, device=_device())
+            dist.all_reduce(total)
+            self.add(*(tensor.mul_(count / float(total)) for tensor in tensors))
 
-    def mean(self, value: float) -> float:
-        """The mean of a number that each process has measured on as many tokens."""
+    def mean(self, value: float, count: int) -> float:
+        """The mean over all processes of what each has found the mean of on `count` tokens of its own."""
         if self.size == 1:
             return value
-        total = torch.tensor([value], dtype=torch.float64, device=_device())
+        sums = [value * count if count else 0.0, float(count)]
+        total = torch.tensor(sums, dtype=torch.float64, device=_device())
         dist.all_reduce(total)
-        return float(total) / self.size
+        return float(total[0] / total[1].clamp(min=1))
+
+    def largest(self, value: float) -> float:
+        """The largest of a number of each process."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.float64, device=_device())
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return float(found)
 
     def join(self, part: torch.Tensor, count: int) -> torch.Tensor:
         """Puts together what each process has made of its `share` of `count` rows.
@@ -106,11 +106,17 @@ class Ranks:
             dist.broadcast(tensor, 0)
         return tensor
 
-    def tell(self, flag: bool = False) -> bool:
-        """What the first process says."""
+    def tell(self, data: Any = None) -> Any:
+        """What the first process says, as plain data: what others compute alike may differ in a last bit,
+        and a choice made from it may then be another one.
+        """
         if self.size == 1:
-            return flag
-        return bool(self.from_first(torch.tensor([int(flag)], device=_device())))
+            return data
+        raw = torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8).to(_device())
+        size = self.from_first(torch.tensor([len(raw)], device=_device()))
+        if not self.main:
+            raw = torch.empty(int(size), dtype=torch.uint8, device=_device())
+        return json.loads(bytes(self.from_first(raw).tolist()))
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -151,6 +157,8 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=7))  # the first one may write for long
     try:
-        yield Ranks(dist.get_rank(), size), device
+        ranks = Ranks(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        slowest = -ranks.largest(-float(has_fast_bfloat16(device)))
+        yield replace(ranks, fast_bfloat16=bool(slowest)), device
     finally:
         dist.destroy_process_group()

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from mkaq.calibrate.text import documents, text_digest
 from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer
 from mkaq.evaluate.perplexity import perplexity
+from mkaq.evaluate.residuals import residuals
 from mkaq.export.artifact import write_artifact
 from mkaq.export.record import Published, build_manifest
-from mkaq.handoff import Handoff, digest_of, find_published, publish
-from mkaq.merge.fuse import writes_linearly
+from mkaq.handoff import Handoff, digest_of, find_published, fingerprint_of, publish
 from mkaq.merge.hold_out import learning_samples
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import merge
@@ -32,8 +32,8 @@ from mkaq.progress import Progress
 from mkaq.quantize.bnb_stage import quantize_bitsandbytes
 from mkaq.quantize.gptq_stage import quantize_gptq
 from mkaq.quantize.joint import JointTarget
-from mkaq.ranks import Ranks
-from mkaq.recipe import BitsandbytesSection, Recipe
+from mkaq.ranks import ALONE, Ranks
+from mkaq.recipe import BitsandbytesSection, GptqSection, MergeSection, Recipe
 from mkaq.recover.layerwise import recover
 from mkaq.result import RunResult
 from mkaq.units import parse_size
@@ -55,6 +55,7 @@ class Stages:
 
     Attributes:
         budget: What the search for a budget tried and chose, for the manifest.
+        ran_on: On what each stage ran, for the manifest.
     """
 
     def __init__(
@@ -81,10 +82,25 @@ class Stages:
         self._dtype = output_dtype(recipe, source)
         self.log: list[dict[str, Any]] = []
         self.budget: dict[str, Any] | None = None
-        if ranks.main:
-            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        self.ran_on: dict[str, dict[str, Any]] = {}
         self._source_files = source_files
         self._digests = {"source": digest_of(self._source_files)}
+
+    def write_recipe(self) -> None:
+        """recipe.yaml: the resolved recipe."""
+        if self.ranks.main:
+            (self.folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+
+    def key(self) -> str:
+        """One digest of all that the models of this recipe and what is measured on them depend on."""
+        made = [stage for stage in ("merge", "recover", "quantize") if getattr(self.recipe, stage)]
+        inputs = {**self._inputs("source"), "text": text_digest(self.recipe.calibration)}
+        settings = {"calibrate": self.recipe.calibration.model_dump(mode="json")}
+        settings |= {stage: self._settings(stage) for stage in made}
+        if section := self.recipe.evaluate and self.recipe.evaluate.perplexity:
+            inputs["evaluation"] = text_digest(section)
+            settings["evaluate"] = self._settings("evaluate")
+        return digest_of([fingerprint_of(stage, each, inputs) for stage, each in settings.items()])
 
     def calibrate(self) -> None:
         """Chooses the calibration tokens."""
@@ -110,11 +126,11 @@ class Stages:
         assert section is not None
 
         def build(folder: Path) -> dict[str, str]:
-            walk = self._walk(self.source, fast=section.fuse == "average")
+            walk = self._walk(self.source, fast=self._is_fast("merge"))
             return merge(self.source, self._tokens(), section, seed, folder, walk=walk, **self._output())
 
-        settings = {**section.model_dump(mode="json"), "seed": seed, **self._numerics(), **self._files()}
-        return self._checkpoint(self._publish("merge", settings, self._inputs("source", "calibrate"), build))
+        inputs = self._inputs("source", "calibrate")
+        return self._checkpoint(self._publish("merge", self._settings("merge"), inputs, build))
 
     def recover(self, model: Checkpoint) -> Checkpoint:
         """Tunes the merged model, layer by layer."""
@@ -122,14 +138,13 @@ class Stages:
         assert section is not None
 
         def build(folder: Path) -> None:
-            tokens = learning_samples(self.ranks, self._tokens(), seed)
+            samples = learning_samples(self.ranks, self._tokens(), seed)
             source = self._walk(self.source)
             walk = self._walk(model, beside=source)
-            recover(source, walk, self._groups(), tokens, section, seed, folder, **self._output())
+            recover(source, walk, self._groups(), samples, section, seed, folder, **self._output())
 
-        settings = {**section.model_dump(mode="json"), "seed": seed, **self._numerics(), **self._files()}
         inputs = self._inputs("source", "calibrate", "merge")
-        return self._checkpoint(self._publish("recover", settings, inputs, build))
+        return self._checkpoint(self._publish("recover", self._settings("recover"), inputs, build))
 
     def quantize(self, model: Checkpoint) -> Checkpoint:
         """Quantizes the merged model, or the source."""
@@ -137,29 +152,45 @@ class Stages:
         assert section is not None
 
         def build(folder: Path) -> None:
-            if isinstance(section, BitsandbytesSection):
-                done = quantize_bitsandbytes(model, section, folder, device=self.device, **self._output())
-                told = {"modules": [asdict(module) for module in done]}
-            else:
-                tokens, target = self._tokens(), None
-                if section.target == "source" and writes_linearly(self.source):
-                    tokens = learning_samples(self.ranks, tokens, self.recipe.calibration.seed)
-                    target = JointTarget(self._walk(self.source), self._groups(), tokens)
-                else:
-                    tokens = self.ranks.samples(tokens)
-                walk = self._walk(model, fast=target is None, beside=target.source if target else None)
-                output = self._output()
-                told = asdict(
-                    quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **output)
-                )
+            told = self._quantize(section, model, folder)
+            if self.ranks.main:
+                told["residuals"] = self._residuals(section, folder)
             write_json(folder / "quantization.json", told)
 
         inputs = self._inputs(self._last("quantize"))
-        if not isinstance(section, BitsandbytesSection):
+        if self.recipe.needs_calibration:
             inputs |= self._inputs("source", "calibrate")
-        settings = {**section.model_dump(mode="json"), **self._numerics(), **self._files()}
         alone = isinstance(section, BitsandbytesSection)
-        return self._checkpoint(self._publish("quantize", settings, inputs, build, alone=alone))
+        done = self._publish("quantize", self._settings("quantize"), inputs, build, alone=alone)
+        return self._checkpoint(done)
+
+    def _quantize(
+        self, section: GptqSection | BitsandbytesSection, model: Checkpoint, folder: Path
+    ) -> dict[str, Any]:
+        """Writes the quantized checkpoint; returns what quantization.json says of it."""
+        if isinstance(section, BitsandbytesSection):
+            done = quantize_bitsandbytes(model, section, folder, device=self.device, **self._output())
+            return {"modules": [asdict(module) for module in done]}
+        tokens, target = self._tokens(), None
+        if section.target == "source":
+            samples = learning_samples(self.ranks, tokens, self.recipe.calibration.seed)
+            tokens, target = samples.tokens, JointTarget(self._walk(self.source), self._groups(), samples)
+        else:
+            tokens = tokens[self.ranks.share(len(tokens))]
+        walk = self._walk(model, fast=self._is_fast("quantize"), beside=target.source if target else None)
+        output = self._output()
+        return asdict(quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **output))
+
+    def _residuals(self, section: GptqSection | BitsandbytesSection, folder: Path) -> list[float] | None:
+        """How far each quantized layer is from the source, where weights do not follow from the source."""
+        fused = self.recipe.merge is not None and self.recipe.merge.fuse == "channels"
+        solved = isinstance(section, GptqSection) and section.target == "source"
+        if not (fused or solved or self.recipe.recover):
+            return None
+        samples = learning_samples(ALONE, self._tokens(), self.recipe.calibration.seed)
+        source = self._walk(self.source, ranks=ALONE)
+        made = self._walk(open_checkpoint(folder, quantized=True), beside=source, ranks=ALONE)
+        return residuals(source, made, self._groups(), samples.held()).layers
 
     def evaluate(self, stage: str, model: Checkpoint) -> None:
         """Notes the size of a stage's model and, where the recipe asks for it, measures it."""
@@ -181,14 +212,20 @@ class Stages:
             )
 
         inputs = {**self._inputs(stage), "text": text_digest(section)}
-        done = self._publish(f"evaluate/{stage}", {**settings, **self._numerics()}, inputs, build)
+        done = self._publish(f"evaluate/{stage}", self._settings("evaluate"), inputs, build)
         self.result.evaluation[stage] = json.loads((done.path / "evaluation.json").read_text())
 
     def export(self, model: Checkpoint) -> None:
         """Writes the artifact."""
         tokens = self._tokens() if self.recipe.needs_calibration else None
         published = Published(
-            self.folder, self.result.sizes, self._source_files, tokens, self.result.evaluation, self.budget
+            self.folder,
+            self.result.sizes,
+            self._source_files,
+            tokens,
+            self.result.evaluation,
+            self.budget,
+            self.ran_on,
         )
         manifest = build_manifest(self.recipe, self.source, published, self._dtype)
         inputs = self._inputs(self._last("export"))
@@ -236,20 +273,30 @@ class Stages:
                 self.ranks.tell(not alone)
                 return build(scratch)
 
-            done = publish(folder, stage, section, inputs, call_all, fresh=self.fresh, inside=inside)
+            done = publish(
+                folder,
+                stage,
+                section,
+                inputs,
+                call_all,
+                fresh=self.fresh,
+                inside=inside,
+                say=self.progress.say,
+            )
             if done.reused:
                 self.ranks.tell(False)
-            self.ranks.wait()
+            self.ranks.tell([done.fingerprint, done.digest])
         else:
             if self.ranks.tell():
                 with TemporaryDirectory() as scratch:
                     build(Path(scratch))
-            self.ranks.wait()
-            done = find_published(folder, inside=inside)
+            done = find_published(folder, self.ranks.tell(), inside=inside)
         seconds = time.time() - began
         self.progress.say(f"{stage}: " + ("unchanged, kept" if done.reused else f"done in {seconds:.1f} s"))
         row = {"stage": stage, "started": began, "seconds": seconds, "reused": done.reused}
         self.log.append(row | {"peak_memory_bytes": peak_bytes()})
+        if stage not in ("calibrate", "artifact"):
+            self.ran_on[stage] = self._runs_on(stage.partition("/")[0])
         self._digests[stage] = done.digest
         return done
 
@@ -272,15 +319,28 @@ class Stages:
     def _tokens(self) -> torch.Tensor:
         return load_file(self.folder / "calibrate" / "calibration.safetensors")["input_ids"]
 
-    def _walk(self, model: Checkpoint, *, fast: bool = False, beside: LayerWalk | None = None) -> LayerWalk:
+    def _walk(
+        self,
+        model: Checkpoint,
+        *,
+        fast: bool = False,
+        beside: LayerWalk | None = None,
+        ranks: Ranks | None = None,
+    ) -> LayerWalk:
         """A walk over a checkpoint; one that goes beside another shares its place for hidden states."""
-        dtype = compute_dtype(self.source, self.device, fast=fast)
-        spill = self.folder if self.plan.spill else None
-        activations = beside.activations if beside else Activations(self.device, spill)
-        walk = LayerWalk(model, self.device, dtype, activations=activations, ranks=self.ranks)
+        dtype = compute_dtype(self.source, self.device, fast=fast, ranks=self.ranks)
+        activations = beside.activations if beside else Activations(self.device, self.plan.place, self.folder)
+        walk = LayerWalk(model, self.device, dtype, activations=activations, ranks=ranks or self.ranks)
         if fast:
             walk.use_fast_attention()
         return walk
+
+    def _is_fast(self, stage: str) -> bool:
+        """Whether a stage's walk may differ in the last digits from the model's own forward pass."""
+        section = getattr(self.recipe, stage, None)
+        if isinstance(section, MergeSection):
+            return section.fuse == "average"
+        return isinstance(section, GptqSection) and section.target == "input"
 
     def _checkpoint(self, done: Handoff) -> Checkpoint:
         return open_checkpoint(done.path, quantized=True)
@@ -292,10 +352,24 @@ class Stages:
             "progress": self.progress,
         }
 
-    def _files(self) -> dict[str, Any]:
-        return {"dtype": str(self._dtype), "shard_size": self.recipe.export.shard_size}
+    def _settings(self, stage: str) -> dict[str, Any]:
+        """Of a stage that computes: its part of the recipe, its files, and on what it runs."""
+        if stage == "evaluate":
+            assert self.recipe.evaluate is not None and self.recipe.evaluate.perplexity is not None
+            return {**self.recipe.evaluate.perplexity.model_dump(mode="json"), **self._runs_on(stage)}
+        section = getattr(self.recipe, stage).model_dump(mode="json")
+        files = {"dtype": str(self._dtype), "shard_size": self.recipe.export.shard_size}
+        return {**section, "seed": self.recipe.calibration.seed, **files, "ran_on": self._runs_on(stage)}
 
-    def _numerics(self) -> dict[str, Any]:
-        """What changes the last bits of a computation."""
-        numerics = {"device": self.device.type, "threads": torch.get_num_threads()}
-        return numerics | ({"processes": self.ranks.size} if self.ranks.size > 1 else {})
+    def _runs_on(self, stage: str) -> dict[str, Any]:
+        """What changes the last bits of a stage's computation."""
+        cuda = self.device.type == "cuda"
+        alone = stage == "quantize" and isinstance(self.recipe.quantize, BitsandbytesSection)
+        dtype = compute_dtype(self.source, self.device, fast=self._is_fast(stage), ranks=self.ranks)
+        return {
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "fast_bfloat16": self.ranks.has_fast_bfloat16(self.device),
+            "threads": torch.get_num_threads(),
+            "processes": 1 if alone else self.ranks.size,
+        }

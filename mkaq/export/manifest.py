@@ -223,6 +223,21 @@ class Module(_Part):
     """mkaq has no fallback: a layer is quantized as asked, or the run ends."""
 
 
+class RanOn(_Part):
+    """What a stage has run on: it decides the last bits of sums, and so choices that are made from them."""
+
+    device: str
+    """`cpu`, or the GPU's name."""
+    compute_dtype: str
+    """Type of the hidden states."""
+    fast_bfloat16: bool
+    """Whether matrix products that bear it were taken in bfloat16."""
+    threads: int
+    """Of torch."""
+    processes: int
+    """That shared the samples."""
+
+
 class QuantizeStep(_Sized):
     """Quantization."""
 
@@ -238,6 +253,9 @@ class QuantizeStep(_Sized):
     """Every quantized layer."""
     final_norm: FinalNorm | None = None
     """How the final norm was rescaled, if weights were solved toward the original model."""
+    residuals: list[float] | None = None
+    """After each layer the mean of |output - original|^2 / |original|^2 over held-out tokens, where weights
+    do not follow from the source: they were fused, tuned or solved before they were quantized."""
 
 
 class BudgetOption(_Part):
@@ -290,6 +308,8 @@ class Manifest(_Part):
     """The search that settled the recipe, if it had a budget."""
     steps: list[Annotated[MergeStep | RecoverStep | QuantizeStep, Field(discriminator="step")]]
     """What was done, in order."""
+    ran_on: dict[str, RanOn]
+    """What each stage that computes has run on."""
     evaluation: dict[str, dict[str, Any]]
     """What was measured, by stage."""
     files: list[FileEntry]

@@ -20,6 +20,7 @@ from mkaq.export.manifest import (
     Module,
     NewLayer,
     QuantizeStep,
+    RanOn,
     RecoveredLayer,
     RecoverStep,
     Source,
@@ -41,6 +42,7 @@ class Published:
         tokens: Calibration token ids.
         evaluation: What was measured, by stage.
         budget: What the search for a budget tried and chose.
+        ran_on: What each stage has run on.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class Published:
     tokens: torch.Tensor | None
     evaluation: dict[str, Any]
     budget: dict[str, Any] | None
+    ran_on: dict[str, dict[str, Any]]
 
 
 def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dtype: torch.dtype) -> Manifest:
@@ -87,6 +90,7 @@ def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dty
             settings=recipe.quantize.model_dump(mode="json"),
             modules=[Module(**module) for module in record["modules"]],
             final_norm=record.get("final_norm"),
+            residuals=record["residuals"],
             **_sizes(*before_after["quantize"]),
         )
         steps.append(quantize_step)
@@ -99,6 +103,7 @@ def build_manifest(recipe: Recipe, source: Checkpoint, published: Published, dty
         calibration=None if published.tokens is None else _calibration(recipe, published.tokens),
         budget=None if published.budget is None else Budget(**published.budget),
         steps=steps,
+        ran_on={stage: RanOn(**told) for stage, told in published.ran_on.items()},
         evaluation=published.evaluation,
         files=[],
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mkaq.merge.compare import LayerSimilarity, compare_layers
-from mkaq.merge.hold_out import learning_samples
+from mkaq.merge.hold_out import Samples, learning_samples
 from mkaq.merge.measure import best_average, by_average, by_channels, measure_groups
 from mkaq.merge.plan import MergePlan, chain_plan, layers_to_remove, plan_merge
 from mkaq.merge.segment import cheapest_groups, longest_group
@@ -67,11 +67,11 @@ def choose_groups(
         build = by_average(walk, fixed) if average else by_channels(walk, dtype)
         candidates = candidate_groups(section, walk.num_layers, removed)
         errors = measure_groups(walk, tokens, seed, candidates, build, progress)
-        groups = cheapest_groups(errors, walk.num_layers, removed)
+        groups = walk.ranks.tell(cheapest_groups(errors, walk.num_layers, removed))
     coefficients = {}
     if average and section.coefficient == "measured":
-        measured = learning_samples(walk.ranks, tokens, seed)
-        coefficients = _measure_coefficients(walk, measured, groups, progress)
+        samples = learning_samples(walk.ranks, tokens, seed)
+        coefficients = _measure_coefficients(walk, samples, groups, progress)
     matrix = None if similarity is None else similarity.matrix
     return Choice(chain_plan(groups, section, matrix, coefficients), similarity, errors)
 
@@ -89,12 +89,13 @@ def candidate_groups(section: MergeSection, num_layers: int, removed: int) -> li
 
 
 def _measure_coefficients(
-    walk: LayerWalk, tokens: torch.Tensor, groups: list[list[int]], progress: Progress
+    walk: LayerWalk, samples: Samples, groups: list[list[int]], progress: Progress
 ) -> dict[int, float]:
     """The best coefficient of every group, each on what the compressed layers before it give."""
-    original = walk.embed(tokens)
+    original = walk.embed(samples.tokens)
     compressed = walk.activations.copy(original)
     found = {}
     for group in progress.track(groups, "measure coefficients"):
-        found[group[0]] = best_average(walk, group, original, compressed, 1.0 if len(group) == 1 else None)[0]
+        fixed = 1.0 if len(group) == 1 else None
+        found[group[0]] = best_average(walk, group, original, compressed, samples, fixed)[0]
     return found

@@ -60,4 +60,6 @@ def compare_layers(
                 f"layer {index} has no diffusion map: {error}", where="merge.manifold", fix=fix
             ) from None
     cells = [equal_frequency_cells(coordinates, section.bins) for coordinates in maps]
-    return LayerSimilarity(similarity_matrix(cells, section.bias_correction), np.stack(maps))
+    matrix = similarity_matrix(cells, section.bias_correction)
+    matrix = walk.ranks.from_first(torch.from_numpy(matrix).to(walk.device)).cpu().numpy()
+    return LayerSimilarity(matrix, np.stack(maps))

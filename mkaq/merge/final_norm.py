@@ -7,10 +7,11 @@ weight, the least squares solution toward the original's normed states, puts the
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from mkaq.merge.fuse import halves
+from mkaq.merge.hold_out import Samples
 from mkaq.model.architecture import FINAL_NORM
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.walk import LayerWalk
@@ -32,36 +33,79 @@ class Rescaled:
 
 
 @torch.no_grad()
-def rescale(source: LayerWalk, walk: LayerWalk, original: torch.Tensor, compressed: torch.Tensor) -> Rescaled:
+def rescale(
+    source: LayerWalk,
+    walk: LayerWalk,
+    original: torch.Tensor,
+    compressed: torch.Tensor,
+    samples: Samples,
+) -> Rescaled:
     """The factor with which the compressed model's final norm comes closest to the original's.
 
     Args:
         source: Over the original model.
         walk: Over a checkpoint with the compressed model's final norm.
-        original: Last hidden states of the source, shape (samples, length, hidden_size); the last
-            samples are held out.
+        original: Last hidden states of the source, shape (samples, length, hidden_size).
         compressed: Those of the compressed model, of the same shape.
+        samples: Which ones are held out.
     """
+    learned, held = _energies(source, walk, original, compressed, samples)
+    if not (learned.found > 0 and held.target > 0):
+        return Rescaled(1.0, 0.0, 0.0)
+    scale = round(learned.product / learned.found, 4)
+    if scale <= 0 or held.missed(scale) >= held.missed(1.0):
+        scale = 1.0
+    return Rescaled(scale, held.missed(1.0), held.missed(scale))
+
+
+@torch.no_grad()
+def norm_error(
+    source: LayerWalk,
+    walk: LayerWalk,
+    original: torch.Tensor,
+    compressed: torch.Tensor,
+    samples: Samples,
+) -> float:
+    """The share of the energy of the original's normed states that a model's final norm, as it is, misses on
+    held-out tokens; arguments as for `rescale`.
+    """
+    return _energies(source, walk, original, compressed, samples)[1].missed(1.0)
+
+
+class _Energies(NamedTuple):
+    """Sums over tokens: |t|^2, t f and |f|^2, t what the original's norm gives and f the other one."""
+
+    target: float
+    product: float
+    found: float
+
+    def missed(self, factor: float) -> float:
+        """sum |t - factor f|^2 / sum |t|^2."""
+        if not self.target > 0:
+            return 0.0
+        return max(0.0, 1 - (2 * factor * self.product - factor**2 * self.found) / self.target)
+
+
+def _energies(
+    source: LayerWalk,
+    walk: LayerWalk,
+    original: torch.Tensor,
+    compressed: torch.Tensor,
+    samples: Samples,
+) -> tuple[_Energies, _Energies]:
+    """Of the tokens to learn from, and of those that are held out, of all processes."""
     sums = torch.zeros(2, 3, dtype=torch.float64, device=walk.device)
     with source.final_norm() as theirs, walk.final_norm() as own:
-        for half, parts in zip(sums, halves(compressed), strict=True):
+        for half, parts in zip(sums, samples.halves(), strict=True):
             for rows in parts:
-                target, found = theirs(original[rows]).float(), own(compressed[rows]).float()
+                target = theirs(walk.fetch(original[rows])).float()
+                found = own(walk.fetch(compressed[rows])).float()
                 for number, (a, b) in enumerate(((target, target), (target, found), (found, found))):
                     half[number] += (a * b).sum(-1).double().sum()
                 walk.activations.release()
     walk.ranks.add(sums)
-    (_, cross, energy), (held_out, *measured) = sums.tolist()
-    if not (energy > 0 and held_out > 0):
-        return Rescaled(1.0, 0.0, 0.0)
-    scale = round(float(cross / energy), 4)
-
-    def error(factor: float) -> float:
-        return max(0.0, float(1 - (2 * factor * measured[0] - factor**2 * measured[1]) / held_out))
-
-    if scale <= 0 or error(scale) >= error(1.0):
-        scale = 1.0
-    return Rescaled(scale, error(1.0), error(scale))
+    learned, held = walk.ranks.tell(sums.tolist())
+    return _Energies(*learned), _Energies(*held)
 
 
 def rescaled(checkpoint: Checkpoint, found: Rescaled | None, dtype: torch.dtype) -> torch.Tensor:

@@ -9,14 +9,14 @@ by the inverse of its mean square, as the norms of the layers that follow do.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import nn
 
 from mkaq.errors import UnsupportedError, UsageError
-from mkaq.merge.hold_out import HELD_OUT, held_out_error, held_out_samples, token_weights
+from mkaq.merge.hold_out import HELD_OUT, Samples, held_out_error, token_weights
 from mkaq.merge.least_squares import Fit, Moments, column_sizes, columns_of, fit, keep_columns
 from mkaq.merge.parts import (
     Parts,
@@ -62,13 +62,14 @@ class FusedLayer:
     mlp: Fit
 
 
-def writes_linearly(source: Checkpoint) -> bool:
-    """Whether nothing stands between `o_proj` or `down_proj` and the residual stream."""
-    return not any(name.endswith(".post_feedforward_layernorm.weight") for name in source.tensors)
+def check_solvable(source: Checkpoint, samples: int, where: str, instead: str) -> None:
+    """Refuses what has no closed form toward the source's hidden states.
 
-
-def check_fusable(source: Checkpoint, samples: int) -> None:
-    """Refuses what cannot be fused.
+    Args:
+        source: The model.
+        samples: Of the calibration.
+        where: The setting that asks for it.
+        instead: What to use otherwise.
 
     Raises:
         UnsupportedError: If there is a norm between `o_proj` or `down_proj` and the residual stream.
@@ -80,11 +81,11 @@ def check_fusable(source: Checkpoint, samples: int) -> None:
             where="calibration.num_samples",
             fix=f"use at least {HELD_OUT}, better 128 or more",
         )
-    if not writes_linearly(source):
+    if any(name.endswith(".post_feedforward_layernorm.weight") for name in source.tensors):
         raise UnsupportedError(
             f"{source.config['model_type']} normalizes what its layers write, so no closed form exists",
-            where="merge.fuse: channels",
-            fix="use fuse: average, with recover: {method: layerwise}",
+            where=where,
+            fix=f"use {instead}",
         )
 
 
@@ -94,6 +95,7 @@ def fuse(
     group: Sequence[int],
     original: torch.Tensor,
     compressed: torch.Tensor,
+    samples: Samples,
     dtype: torch.dtype,
 ) -> FusedLayer:
     """Fuses neighbouring layers into one.
@@ -104,14 +106,15 @@ def fuse(
         walk: Over the source.
         group: The layers, rising and without gaps.
         original: Hidden states of the source before the first of them, shape (samples, length,
-            hidden_size); the last samples are held out.
+            hidden_size).
         compressed: Hidden states that the compressed model hands on, of the same shape.
+        samples: Which ones are held out.
         dtype: Of the new tensors.
     """
     config, linears = walk.checkpoint.hf_config, walk.checkpoint.family.linear_names
     heads, channels = attention_parts(config, linears), mlp_parts(config, linears)
     layers = [walk.layer_tensors(index) for index in group]
-    attended = walk.activations.empty_like(original)
+    attended = walk.activations.empty(tuple(original.shape), torch.float32)
     advance(walk, group, heads.writer, original, compressed, attended)
     candidates = [
         fold_norm(layer, heads, layers[0], dtype) | fold_norm(layer, channels, layers[0], dtype)
@@ -128,50 +131,56 @@ def fuse(
 
     def heads_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         features = torch.cat([run_to(m, heads.writer, compressed[rows]) for m in modules], -1)
-        return features, _without_bias(attended[rows], new, heads)
+        return features, _without_bias(walk.fetch(attended[rows]), new, heads)
 
     def channels_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        normed = attentive.get_submodule(channels.norm)(compressed[rows])
+        states = walk.fetch(compressed[rows])
+        normed = attentive.get_submodule(channels.norm)(states)
         features = torch.cat([channels_of(m, normed) for m in modules], -1)
-        return features, _without_bias(original[rows] - compressed[rows], new, channels)
+        return features, _without_bias(walk.fetch(original[rows]).float() - states, new, channels)
 
     def strongest(parts: Parts, rows_at: Rows) -> torch.Tensor:
-        rows = first_batch(walk.ranks, halves(compressed)[0][-1].stop, compressed.shape[1])
+        rows = first_batch(samples)
         writers = torch.cat([layer[f"{parts.writer}.weight"] for layer in layers], 1)
         sizes = torch.zeros(writers.shape[1], device=walk.device)
         if len(original[rows]):  # or all of them are other processes'
-            features, weights = rows_at(rows)[0], token_weights(original[rows])
+            features, weights = rows_at(rows)[0], token_weights(walk.fetch(original[rows]))
             sizes += column_sizes(features.flatten(0, -2), weights.reshape(-1), writers)
         walk.ranks.add(sizes)
-        return sizes.topk(int(CANDIDATES * parts.count)).indices.sort().values.cpu()
+        strong = sizes.topk(int(CANDIDATES * parts.count)).indices.sort().values
+        return walk.ranks.from_first(strong).cpu()
 
-    def moments_at(parts: Parts, origins: torch.Tensor, rows_at: Rows, samples: Sequence[slice]) -> Moments:
+    def moments_at(parts: Parts, origins: torch.Tensor, rows_at: Rows, batches: Sequence[slice]) -> Moments:
         columns = part_columns(parts, origins).to(walk.device)
         moments = moments_of(walk, len(columns))
-        for rows in samples:
+        for rows in batches:
             features, target = rows_at(rows)
             chosen = features if len(columns) == features.shape[-1] else features[..., columns]
-            add_rows(moments, chosen, target, original[rows])
+            add_rows(moments, chosen, target, walk.fetch(original[rows]))
             walk.activations.release()
         add_up(walk.ranks, moments)
         return moments
 
     def solve(parts: Parts, rows_at: Rows) -> tuple[torch.Tensor, Fit]:
-        learn, held = halves(compressed)
+        learn, held = samples.halves()
         origins = all_parts(len(group), parts)
         if parts.width == 1 and len(group) > 1:
             origins = origins[strongest(parts, rows_at)]
         moments = moments_at(parts, origins, rows_at, learn)
         if len(group) > 1:
             chosen = keep_columns(moments, parts.count, SELECTION_RIDGE, parts.width)
+            chosen = walk.ranks.from_first(chosen)
             origins = origins[chosen.cpu()]
             moments = moments.select(columns_of(chosen, parts.width))
         held_out = moments_at(parts, origins, rows_at, held)
         prior = take_columns(layers, parts, origins).to(walk.device)
-        solved = fit(moments, held_out, prior, NEARLY_BEST)
+        solved = fit_together(walk.ranks, moments, held_out, prior, NEARLY_BEST)
         new.update(take_parts(candidates, parts, origins))
-        new[f"{parts.writer}.weight"] = solved.weight.cpu().to(dtype)
+        rounded = solved.weight.to(dtype)
+        new[f"{parts.writer}.weight"] = rounded.cpu()
         origins[:, 0] += group[0]
+        if solved.ridge is not None:
+            solved = replace(solved, error=walk.ranks.tell(held_out.error(rounded)))
         return origins.to(torch.int32), solved
 
     head_origins, attention = solve(heads, heads_at)
@@ -184,7 +193,9 @@ def fuse(
 
 
 @torch.no_grad()
-def pass_fused(walk: LayerWalk, layer: FusedLayer, original: torch.Tensor, compressed: torch.Tensor) -> float:
+def pass_fused(
+    walk: LayerWalk, layer: FusedLayer, original: torch.Tensor, compressed: torch.Tensor, samples: Samples
+) -> float:
     """Moves the compressed stream past the MLP of a fused layer, in place.
 
     Args:
@@ -192,6 +203,7 @@ def pass_fused(walk: LayerWalk, layer: FusedLayer, original: torch.Tensor, compr
         layer: The fused layer.
         original: Hidden states of the source after its group.
         compressed: Past its attention, as `fuse` leaves it.
+        samples: Which ones are held out.
 
     Returns:
         Mean over held-out tokens of |output - original|^2 / |original|^2.
@@ -200,15 +212,17 @@ def pass_fused(walk: LayerWalk, layer: FusedLayer, original: torch.Tensor, compr
     module = walk.assemble(first, layer.tensors)
     norm, mlp = module.get_submodule(parts.norm), module.get_submodule("mlp")
     for states in batches(compressed):
-        states.copy_(walk.checked(states + mlp(norm(states)), first))
+        before = walk.fetch(states)
+        states.copy_(walk.checked(before + mlp(norm(before)), first))
         walk.activations.release()
-    return walk.ranks.mean(held_out_error(compressed, original))
+    return held_out_error(walk, samples, compressed, original)
 
 
 def known_tensors(
     layers: Sequence[Mapping[str, torch.Tensor]],
     parts: Sequence[tuple[Parts, torch.Tensor]],
     dtype: torch.dtype,
+    left: Sequence[bool],
 ) -> dict[str, torch.Tensor]:
     """What follows from the source and the origins alone: all of a fused layer but what was solved.
 
@@ -216,13 +230,16 @@ def known_tensors(
         layers: The old layers of the group.
         parts: Heads and channels, each with its origins (position in `layers`, number).
         dtype: Of the result.
+        left: For each of `parts`, whether the writer was left as it was.
     """
     result = untouched(layers, [kind for kind, _ in parts], dtype)
-    for kind, origins in parts:
+    for (kind, origins), as_it_was in zip(parts, left, strict=True):
         result.update(
             take_parts([fold_norm(layer, kind, layers[0], dtype) for layer in layers], kind, origins)
         )
         del result[f"{kind.writer}.weight"]
+        if as_it_was:
+            result[f"{kind.writer}.weight"] = take_columns(layers, kind, origins).to(dtype)
     return result
 
 
@@ -247,35 +264,34 @@ def advance(
 ) -> None:
     """Moves the original stream past the group; puts into `attended` what the new attention should add.
 
-    That is what the group's attention adds in the original, and the error of the compressed stream.
+    That is what the group's attention adds in the original, and the error of the compressed stream, in
+    float32: of two streams in a shorter type the difference would be little but rounding.
     """
     for target, *streams in zip(batches(attended), batches(original), batches(compressed), strict=True):
-        torch.sub(*streams, out=target)
+        before, now = map(walk.fetch, streams)
+        target.copy_(before.float() - now.float())
         walk.activations.release()
     for index in group:
         with walk.layer(index) as layer, outputs_of(layer.get_submodule(writer)) as seen:
             for states, target in zip(batches(original), batches(attended), strict=True):
                 states.copy_(walk.run(layer, index, states))
-                target += seen.pop()
+                target.copy_(walk.fetch(target) + seen.pop())
+                walk.activations.release()
 
 
-def halves(states: torch.Tensor) -> tuple[list[slice], list[slice]]:
-    """The samples of every batch: of those to learn from, and of those that are held out."""
-    last = len(states) - held_out_samples(len(states))
-    held_out = [slice(last + rows.start, last + rows.stop) for rows in spans(states[last:])]
-    return list(spans(states[:last])), held_out
+def first_batch(samples: Samples) -> slice:
+    """A process's part of the first batch of all samples, which is the same for any number of processes."""
+    size = max(1, TOKENS_PER_BATCH // samples.tokens.shape[1])
+    return slice(0, min(max(0, size - samples.first), samples.learned))
 
 
-def first_batch(ranks: Ranks, samples: int, length: int) -> slice:
-    """A process's part of the first batch of all samples, which is the same for any number of processes.
-
-    Args:
-        ranks: The processes.
-        samples: Of each process.
-        length: Tokens of a sample.
-    """
-    size = max(1, TOKENS_PER_BATCH // length)
-    return slice(0, min(max(0, size - ranks.rank * samples), samples))
+def fit_together(
+    ranks: Ranks, moments: Moments, held_out: Moments, prior: torch.Tensor, nearly: float
+) -> Fit:
+    """`fit`, of several processes that of the first one."""
+    own = fit(moments, held_out, prior, nearly)
+    ridge, error, before = ranks.tell((own.ridge, own.error, own.error_before))
+    return Fit(ranks.from_first(own.weight.contiguous()), ridge, error, before)
 
 
 def moments_of(walk: LayerWalk, features: int) -> Moments:

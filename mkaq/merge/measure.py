@@ -8,7 +8,7 @@ from torch import nn
 from mkaq.calibrate.tokens import probing_tokens
 from mkaq.merge.apply import merge_layers
 from mkaq.merge.fuse import fuse
-from mkaq.merge.hold_out import HELD_OUT, held_out_error, learning_samples
+from mkaq.merge.hold_out import HELD_OUT, Samples, held_out_error, learning_samples
 from mkaq.model.walk import LayerWalk, spans
 from mkaq.progress import Progress
 
@@ -16,7 +16,7 @@ SHARE = 8
 PROBES = 24
 COEFFICIENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
-Build = Callable[[Sequence[int], torch.Tensor, torch.Tensor], Mapping[str, torch.Tensor]]
+Build = Callable[[Sequence[int], torch.Tensor, torch.Tensor, Samples], Mapping[str, torch.Tensor]]
 
 
 def measure_groups(
@@ -39,8 +39,8 @@ def measure_groups(
         tokens: Token ids of text, shape (samples, length).
         seed: Of what is random.
         candidates: First layer and number of layers of each.
-        build: Merges a group: takes it and the two streams (original and compressed) before it, which it
-            may change, and returns the new layer's tensors by their names below it.
+        build: Merges a group: takes it, the two streams (original and compressed) before it, which it
+            may change, and their samples, and returns the new layer's tensors by their names below it.
         progress: Told of every layer.
 
     Returns:
@@ -48,15 +48,15 @@ def measure_groups(
         source's, in nats.
     """
     sample, probes = split_samples(tokens, walk.ranks.size, len(candidates))
-    sample = learning_samples(walk.ranks, sample, seed)
-    probes = torch.cat([walk.ranks.samples(part) for part in probing_tokens(probes, seed).chunk(2)])
-    hidden_states, expected = walk.embed(sample), walk.embed(probes)
+    samples, probes = learning_samples(walk.ranks, sample, seed), probing_tokens(probes, seed)
+    probes = probes[walk.ranks.share(len(probes))]
+    hidden_states, expected = walk.embed(samples.tokens), walk.embed(probes)
     merged: dict[tuple[int, int], torch.Tensor] = {}
     for index in progress.track(range(walk.num_layers), "measure groups"):
         for start, length in candidates:
             if start == index:
                 streams = walk.activations.copy(hidden_states), walk.activations.copy(hidden_states)
-                layer = walk.assemble(start, build(range(start, start + length), *streams))
+                layer = walk.assemble(start, build(range(start, start + length), *streams, samples))
                 for states in streams:
                     walk.activations.give_back(states)
                 merged[start, length] = walk.activations.copy(expected)
@@ -70,10 +70,13 @@ def measure_groups(
     nats = torch.zeros(len(merged), dtype=torch.float64, device=walk.device)
     with walk.head() as head:
         for rows in spans(expected):
-            nats += divergences(head, (states[rows] for states in merged.values()), expected[rows])
+            streams_of = (walk.fetch(states[rows]) for states in merged.values())
+            nats += divergences(head, streams_of, walk.fetch(expected[rows]))
             walk.activations.release()
-    means = (nats / expected[..., 0].numel()).tolist()
-    return {group: walk.ranks.mean(mean) for group, mean in zip(merged, means, strict=True)}
+    count = probes.numel()
+    means = (nats / max(1, count)).tolist()
+    found = {group: walk.ranks.mean(mean, count) for group, mean in zip(merged, means, strict=True)}
+    return dict(zip(found, walk.ranks.tell(list(found.values())), strict=True))
 
 
 def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,18 +132,20 @@ def _logits(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 def by_channels(walk: LayerWalk, dtype: torch.dtype) -> Build:
     """Fuses a group."""
-    return lambda group, original, compressed: fuse(walk, group, original, compressed, dtype).tensors
+    return lambda group, original, compressed, samples: (
+        fuse(walk, group, original, compressed, samples, dtype).tensors
+    )
 
 
 def by_average(walk: LayerWalk, coefficient: float | None) -> Build:
     """Averages a group, at its best coefficient unless one is given."""
 
     def build(
-        group: Sequence[int], original: torch.Tensor, compressed: torch.Tensor
+        group: Sequence[int], original: torch.Tensor, compressed: torch.Tensor, samples: Samples
     ) -> Mapping[str, torch.Tensor]:
         share = coefficient
         if share is None:
-            share = best_average(walk, group, original, compressed)[0]
+            share = best_average(walk, group, original, compressed, samples)[0]
         return merge_layers(
             {index: walk.layer_tensors(index) for index in group}, chain_weights(group, share)
         )
@@ -154,6 +159,7 @@ def best_average(
     group: Sequence[int],
     original: torch.Tensor,
     compressed: torch.Tensor,
+    samples: Samples,
     coefficient: float | None = None,
 ) -> tuple[float, float]:
     """Averages a group from its first layer on, every merge with the same coefficient.
@@ -165,6 +171,7 @@ def best_average(
         group: Neighbouring layers.
         original: Hidden states of the source before them.
         compressed: Hidden states that the compressed model hands on.
+        samples: Which ones are held out.
         coefficient: Of the earlier layers; the best of `COEFFICIENTS` if None.
 
     Returns:
@@ -180,8 +187,8 @@ def best_average(
         activations.overwrite(tried, compressed)
         module = walk.assemble(group[0], merge_layers(layers, chain_weights(group, share)))
         walk.run_all(module, group[0], tried)
-        error = walk.ranks.mean(held_out_error(tried, original))
-        if best is None or error < best[1]:
+        error = held_out_error(walk, samples, tried, original)
+        if walk.ranks.tell(best is None or error < best[1]):
             best, tried, kept = (share, error), kept, tried
     assert best is not None
     activations.overwrite(compressed, kept)

@@ -15,8 +15,8 @@ from mkaq.heap import return_freed_memory
 from mkaq.merge.apply import weighted_sum
 from mkaq.merge.choose import choose_groups
 from mkaq.merge.final_norm import Rescaled, rescale, rescaled
-from mkaq.merge.fuse import check_fusable, fuse, pass_fused
-from mkaq.merge.hold_out import learning_samples
+from mkaq.merge.fuse import fuse, pass_fused
+from mkaq.merge.hold_out import Samples, learning_samples
 from mkaq.merge.least_squares import Fit
 from mkaq.merge.origins import ORIGINS, Origins, origins_of, shares, write_origins
 from mkaq.merge.plan import MergePlan
@@ -57,8 +57,6 @@ def merge(
     Returns:
         sha256 of the weight files by name.
     """
-    if section.fuse == "channels":
-        check_fusable(source, len(tokens))
     choice = choose_groups(walk, tokens, section, seed, dtype, progress)
     plan = choice.plan
     final_norm: Callable[[], Rescaled] | None = None
@@ -109,21 +107,23 @@ class Streams:
         walk: Over the source.
         original: Hidden states of the source, shape (samples, length, hidden_size).
         compressed: Those of the fused model, of the same shape.
+        samples: Which ones are held out.
     """
 
     walk: LayerWalk
     original: torch.Tensor
     compressed: torch.Tensor
+    samples: Samples
 
     @classmethod
-    def of(cls, walk: LayerWalk, tokens: torch.Tensor) -> "Streams":
+    def of(cls, walk: LayerWalk, samples: Samples) -> "Streams":
         """Both before the first layer."""
-        embedded = walk.embed(tokens)
-        return cls(walk, embedded, walk.activations.copy(embedded))
+        embedded = walk.embed(samples.tokens)
+        return cls(walk, embedded, walk.activations.copy(embedded), samples)
 
     def rescale(self) -> Rescaled:
         """The factor of the fused model's final norm, once both are past the last layer."""
-        return rescale(self.walk, self.walk, self.original, self.compressed)
+        return rescale(self.walk, self.walk, self.original, self.compressed, self.samples)
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,14 @@ def fused_layers(streams: Streams, groups: Sequence[Sequence[int]], dtype: torch
     """The new layers of a fusion, in turn, each solved on what those before it hand on; moves the streams."""
     walk, original, compressed = streams.walk, streams.original, streams.compressed
     for group in groups:
-        layer = fuse(walk, group, original, compressed, dtype)
+        layer = fuse(walk, group, original, compressed, streams.samples, dtype)
         pieces = {name: [cast(tensor, dtype, name)] for name, tensor in layer.tensors.items()}
         origins = origins_of(layer)
         record = {
             "origins_sha256": digest_of(origins),
             "attention": _solved(layer.attention),
             "mlp": _solved(layer.mlp),
-            "residual": pass_fused(walk, layer, original, compressed),
+            "residual": pass_fused(walk, layer, original, compressed, streams.samples),
         }
         share = {str(old): share for old, share in shares(layer).items()}
         yield NewLayer(pieces, {"from": share, "fused": record}, origins)

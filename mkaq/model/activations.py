@@ -1,11 +1,14 @@
-"""Hidden states of all calibration samples: in memory, or in a file where they are too many for it."""
+"""Hidden states of all calibration samples: on the device, in its host's memory, or in files."""
 
 import mmap
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Literal
 
 import torch
+
+Place = Literal["device", "host", "files"]
 
 
 class Activations:
@@ -15,12 +18,15 @@ class Activations:
     system's cache, from which they return when they are read.
 
     Args:
-        device: Where they are.
-        folder: Where the files go, each without a name, so that none is left behind; None: memory.
+        device: Where layers run.
+        place: Where hidden states lie. `host` is pinned memory, from which a GPU reads fast.
+        folder: Where files go, each without a name, so that none is left behind.
     """
 
-    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
-        self._device, self._folder = device, folder if device.type == "cpu" else None
+    def __init__(self, device: torch.device, place: Place = "device", folder: Path | None = None) -> None:
+        self._home = device if place == "device" else torch.device("cpu")
+        self._pinned = place == "host" and device.type == "cuda"
+        self._folder = folder if place == "files" else None
         self._maps: list[mmap.mmap] = []
         self._spare: defaultdict[tuple[object, ...], list[torch.Tensor]] = defaultdict(list)
 
@@ -30,7 +36,7 @@ class Activations:
             return spare.pop()
         size = torch.Size(shape).numel() * dtype.itemsize
         if self._folder is None or size == 0:
-            return torch.empty(shape, dtype=dtype, device=self._device)
+            return torch.empty(shape, dtype=dtype, device=self._home, pin_memory=self._pinned)
         with tempfile.TemporaryFile(dir=self._folder) as file:
             file.truncate(size)
             self._maps.append(mmap.mmap(file.fileno(), size))

@@ -65,7 +65,7 @@ class Piecewise:
         self._end_parts(parts.index(part) if part in parts else len(parts) - 1)
         norm = self._norms.get(part)
         if name in self._writers and norm in self._kept:
-            self._replace(norm, _Replay(self._kept.pop(norm), alone=True))
+            self._replace(norm, _Replay(self._kept.pop(norm), self._walk, alone=True))
         found = input_of(self._layer.get_submodule(name), partial(self._run, rows))
         self._keep(name if name in self._writers else norm, found, rows)
         return found
@@ -105,11 +105,11 @@ class Piecewise:
             if inputs.shape[-1] != self._states.shape[-1]:
                 outputs = self._walk.activations.empty(tuple(self._states.shape), inputs.dtype)
             for rows in spans(self._states):
-                outputs[rows] = writer(inputs[rows])
+                outputs[rows] = writer(self._walk.fetch(inputs[rows]))
                 self._walk.activations.release()
             if outputs is not inputs:
                 self._walk.activations.give_back(inputs)
-            self._replace(part, _Replay(outputs, alone=part == "mlp"))
+            self._replace(part, _Replay(outputs, self._walk, alone=part == "mlp"))
 
     def _replace(self, name: str, module: nn.Module) -> None:
         before = self._layer.get_submodule(name)
@@ -122,10 +122,10 @@ class Piecewise:
 class _Replay(nn.Module):
     """Stands for a part of a layer: gives what that one gave."""
 
-    def __init__(self, outputs: torch.Tensor, alone: bool) -> None:
+    def __init__(self, outputs: torch.Tensor, walk: LayerWalk, alone: bool) -> None:
         super().__init__()
-        self.outputs, self.rows, self._alone = outputs, slice(0), alone
+        self.outputs, self.rows, self._walk, self._alone = outputs, slice(0), walk, alone
 
     def forward(self, *_: object, **__: object) -> torch.Tensor | tuple[torch.Tensor, None]:
-        found = self.outputs[self.rows]
+        found = self._walk.fetch(self.outputs[self.rows])
         return found if self._alone else (found, None)  # an attention also gives its weights, or None

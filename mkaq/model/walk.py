@@ -24,7 +24,6 @@ from mkaq.model.attention import attend_by_products
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.expected import build_skeleton
 from mkaq.model.finite import all_finite
-from mkaq.model.products import has_fast_bfloat16
 from mkaq.quantize.bnb import dequantize_linear, restore_linear
 from mkaq.quantize.packing import unpack_linear
 from mkaq.ranks import ALONE, Ranks
@@ -51,9 +50,9 @@ class LayerWalk:
 
     Args:
         checkpoint: Plain, GPTQ or bitsandbytes; quantized layers behave as in a runtime.
-        device: Where layers run and activations live.
+        device: Where layers run.
         dtype: The type that layers compute in.
-        activations: Where hidden states are, in memory if None. Walks side by side share them, so that
+        activations: Where hidden states are, on the device if None. Walks side by side share them, so that
             each lets go of what it has read of the other's.
         ranks: The processes among which the samples are shared.
     """
@@ -105,13 +104,13 @@ class LayerWalk:
             input_ids: Integers, shape (samples, length), on any device.
 
         Returns:
-            hidden_states, shape (samples, length, hidden_size), on the walk's device.
+            hidden_states, shape (samples, length, hidden_size), where `activations` keeps them.
 
         Raises:
             CheckpointError: If the model does not know a token.
         """
         known = self.checkpoint.tensors["model.embed_tokens.weight"].shape[0]
-        if int(input_ids.max()) >= known:
+        if input_ids.numel() and int(input_ids.max()) >= known:
             what = f"the tokenizer gives token {int(input_ids.max())}, the model knows {known} tokens"
             raise CheckpointError(what, where=self.checkpoint.path)
         used, position = torch.unique(input_ids.long().cpu(), return_inverse=True)
@@ -205,10 +204,14 @@ class LayerWalk:
                 f"{what} cannot be unpacked ({reason})", where=self.checkpoint.path
             ) from None
 
+    def fetch(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states on the device, wherever they lie; themselves if they lie there."""
+        return hidden_states.to(self.device)
+
     def run(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """One layer on one batch, shape (batch, length, hidden_size), to the same shape."""
+        """One layer on one batch, shape (batch, length, hidden_size), to the same shape, on the device."""
         arguments = self._layer_arguments(hidden_states.shape[1])[index]
-        output: torch.Tensor = layer(hidden_states, **arguments)
+        output: torch.Tensor = layer(self.fetch(hidden_states), **arguments)
         self.activations.release()
         return output
 
@@ -363,20 +366,23 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def compute_dtype(checkpoint: Checkpoint, device: torch.device, *, fast: bool = False) -> torch.dtype:
+def compute_dtype(
+    checkpoint: Checkpoint, device: torch.device, *, fast: bool = False, ranks: Ranks = ALONE
+) -> torch.dtype:
     """The type that a walk computes in.
 
     Args:
         checkpoint: The model.
         device: Where layers run.
         fast: Speed counts for more than the last digits.
+        ranks: The processes, all of which compute in it.
 
     Returns:
         On a GPU the checkpoint's own; on a CPU float32, or bfloat16 if that is the checkpoint's own and
         the CPU multiplies in it.
     """
     if device.type == "cpu" and not (
-        fast and checkpoint.dtype == torch.bfloat16 and has_fast_bfloat16(device)
+        fast and checkpoint.dtype == torch.bfloat16 and ranks.has_fast_bfloat16(device)
     ):
         return torch.float32
     return checkpoint.dtype

@@ -58,7 +58,9 @@ def round_block(
     codes = torch.empty(rows, width, dtype=torch.uint8)
     error, loss = torch.empty(rows, width), torch.empty(rows)
     top, middle = _levels(bits)
-    by_row = [t.numpy() for t in (target.contiguous(), carried.contiguous(), scales, zeros, codes, error, loss)]
+    by_row = [
+        t.numpy() for t in (target.contiguous(), carried.contiguous(), scales, zeros, codes, error, loss)
+    ]
     shared = [local.T.contiguous().numpy(), importance.numpy(), groups.numpy(), _SHRINK]
     _share_rows(_round_rows, by_row, *shared, search, sym, top, middle)
     return codes, error, loss

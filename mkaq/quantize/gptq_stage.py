@@ -107,10 +107,10 @@ def quantize_gptq(
                 target.enter(index, hidden_states)
             with walk.layer(index) as layer, Piecewise(walk, layer, index, hidden_states, writers) as pieces:
                 for group in source.family.linears:
-                    fitted = target and target.solve(pieces, layer, group[0], hidden_states)
+                    fitted = target and target.solve(pieces, layer, group[0])
                     if fitted and fitted.ridge is not None:
                         set_weight(layer, group[0], fitted.weight)
-                    hessian = _hessian(pieces, group[0], hidden_states, walk.ranks)
+                    hessian = _hessian(pieces, layer, group[0], hidden_states, walk)
                     for name, packed, record in _solve_group(layer, group, hessian, section, walk, prefix):
                         modules.append(replace(record, ridge=fitted.ridge) if fitted else record)
                         for part, tensor in packed.items():
@@ -200,10 +200,15 @@ def _solve_group(
 def _solve(
     weight: torch.Tensor, hessian: torch.Tensor, ranks: Ranks, options: Mapping[str, Any]
 ) -> GptqResult:
-    """`gptq`, of several processes each for its share of the rows."""
-    rows = len(weight)
+    """`gptq`, of several processes each for its share of the rows, all with the same damping."""
+    rows, options = len(weight), dict(options)
     kernels = gptq_cpu.COMPILED if weight.device.type == "cpu" else PLAIN
-    own = gptq(weight[ranks.share(rows)], hessian, **options, kernels=kernels)
+    fast = ranks.has_fast_bfloat16(weight.device)
+    while True:
+        own = gptq(weight[ranks.share(rows)], hessian, **options, kernels=kernels, fast=fast)
+        options["damp_percent"] = ranks.largest(own.damp_percent)
+        if not ranks.largest(own.damp_percent < options["damp_percent"]):
+            break
     return replace(
         own,
         codes=ranks.join(own.codes, rows),
@@ -222,12 +227,14 @@ def set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def _hessian(pieces: Piecewise, name: str, hidden_states: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+def _hessian(
+    pieces: Piecewise, layer: nn.Module, name: str, hidden_states: torch.Tensor, walk: LayerWalk
+) -> torch.Tensor:
     """X^T X over the calibration tokens of all processes, X the inputs of a linear layer; float32."""
-    total: HessianSum | None = None
+    features = cast(nn.Linear, layer.get_submodule(name)).in_features
+    total = HessianSum(features, walk.device, walk.ranks)
     for rows in spans(hidden_states):
-        inputs = pieces.input_of(name, rows).flatten(0, -2)
-        total = total or HessianSum(inputs.shape[1], inputs.device, ranks)
-        total.add(inputs)
-    assert total is not None
+        total.add(pieces.input_of(name, rows).flatten(0, -2))
+    if not len(hidden_states):  # all are other processes'; what these agree on is agreed on by all
+        total.add(torch.empty(0, features, dtype=walk.dtype, device=walk.device))
     return total.whole()

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from mkaq.merge.final_norm import Rescaled, rescale
-from mkaq.merge.fuse import add_rows, add_up, advance, halves, moments_of
-from mkaq.merge.least_squares import Fit, fit
+from mkaq.merge.fuse import add_rows, add_up, advance, fit_together, moments_of
+from mkaq.merge.hold_out import Samples
+from mkaq.merge.least_squares import Fit
 from mkaq.merge.parts import attention_parts, mlp_parts
 from mkaq.model.piecewise import Piecewise
 from mkaq.model.walk import LayerWalk
@@ -28,16 +29,16 @@ class JointTarget:
     Args:
         source: Over the original model.
         groups: For each layer of the model that is quantized, the layers that it stands for.
-        tokens: Token ids, shape (samples, length); the last samples are held out.
+        samples: The calibration samples.
 
     Attributes:
         source: As given.
     """
 
-    def __init__(self, source: LayerWalk, groups: Sequence[Sequence[int]], tokens: torch.Tensor) -> None:
-        self.source, self._groups = source, groups
-        self._original = source.embed(tokens)
-        self._attended = source.activations.empty_like(self._original)
+    def __init__(self, source: LayerWalk, groups: Sequence[Sequence[int]], samples: Samples) -> None:
+        self.source, self._groups, self._samples = source, groups, samples
+        self._original = source.embed(samples.tokens)
+        self._attended = source.activations.empty(tuple(self._original.shape), torch.float32)
         checkpoint = source.checkpoint
         linears = checkpoint.family.linear_names
         self._heads = attention_parts(checkpoint.hf_config, linears)
@@ -54,14 +55,13 @@ class JointTarget:
         advance(self.source, group, writer, self._original, states, self._attended)
 
     @torch.no_grad()
-    def solve(self, pieces: Piecewise, layer: nn.Module, name: str, states: torch.Tensor) -> Fit | None:
+    def solve(self, pieces: Piecewise, layer: nn.Module, name: str) -> Fit | None:
         """The weight of a linear layer that is best toward the source; None if it writes no hidden state.
 
         Args:
             pieces: Of the layer, with all that is quantized already.
             layer: The layer.
             name: The linear layer.
-            states: The layer's input.
         """
         parts = {kind.writer: kind for kind in (self._heads, self._channels)}.get(name)
         if parts is None:
@@ -70,16 +70,18 @@ class JointTarget:
         assert isinstance(linear, nn.Linear)
         width = linear.in_features
         moments = moments_of(self.source, width), moments_of(self.source, width)
-        for half, batches in zip(moments, halves(states), strict=True):
+        for half, batches in zip(moments, self._samples.halves(), strict=True):
             for rows in batches:
-                inputs, final = pieces.input_of(name, rows), self._original[rows]
-                heads = parts is self._heads
-                target = self._attended[rows] if heads else final - pieces.input_of(parts.norm, rows)
+                inputs, final = pieces.input_of(name, rows), self.source.fetch(self._original[rows])
+                if parts is self._heads:
+                    target = self.source.fetch(self._attended[rows])
+                else:
+                    target = final.float() - pieces.input_of(parts.norm, rows)
                 if linear.bias is not None:
                     target = target - linear.bias
                 add_rows(half, inputs, target, final)
         add_up(self.source.ranks, *moments)
-        return fit(*moments, linear.weight, NEARLY_BEST)
+        return fit_together(self.source.ranks, *moments, linear.weight, NEARLY_BEST)
 
     def rescale(self, walk: LayerWalk, states: torch.Tensor) -> Rescaled:
         """The factor of the final norm, once all layers are quantized.
@@ -88,4 +90,4 @@ class JointTarget:
             walk: Over the model that is quantized.
             states: What its last layer gives.
         """
-        return rescale(self.source, walk, self._original, states)
+        return rescale(self.source, walk, self._original, states, self._samples)

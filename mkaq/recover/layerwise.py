@@ -17,10 +17,9 @@ from torch import nn
 
 from mkaq.heap import return_freed_memory
 from mkaq.merge.final_norm import rescale, rescaled
-from mkaq.merge.hold_out import held_out_samples, mean_relative_error, token_weights
+from mkaq.merge.hold_out import Samples, token_errors, token_weights
 from mkaq.model.architecture import FINAL_NORM
-from mkaq.model.products import has_fast_bfloat16
-from mkaq.model.walk import LayerWalk, batches
+from mkaq.model.walk import LayerWalk
 from mkaq.model.writer import layout_like, write_json, write_side_files, writer_of
 from mkaq.progress import Progress
 from mkaq.recipe import LayerwiseSection
@@ -49,7 +48,7 @@ def recover(
     source: LayerWalk,
     walk: LayerWalk,
     groups: Sequence[Sequence[int]],
-    tokens: torch.Tensor,
+    samples: Samples,
     section: LayerwiseSection,
     seed: int,
     folder: Path,
@@ -64,7 +63,7 @@ def recover(
         source: Over the source.
         walk: Over the compressed checkpoint.
         groups: For each of its layers the layers of the source that it stands for.
-        tokens: Token ids, shape (samples, length); the last samples are held out.
+        samples: The calibration samples.
         section: The recipe's recover section.
         seed: Of the order of the samples.
         folder: Where the checkpoint goes.
@@ -76,7 +75,7 @@ def recover(
     if walk.device.type == "cpu":
         walk.use_eager_attention()
         source.use_eager_attention()
-    original, states = source.embed(tokens), walk.embed(tokens)
+    original, states = source.embed(samples.tokens), walk.embed(samples.tokens)
     records = []
     layout = layout_like(compressed, range(compressed.num_layers), dtype)
     with writer_of(walk.ranks, folder, shard_size, layout) as writer:
@@ -86,13 +85,13 @@ def recover(
             for index in group:
                 source.pass_layer(index, original)
             with walk.layer(new) as layer:
-                records.append(tune(walk, layer, new, states, original, section, seed, dtype))
+                records.append(tune(walk, layer, new, states, original, samples, section, seed, dtype))
                 walk.run_all(layer, new, states)
                 progress.say(_line(records[-1]))
                 for name, parameter in layer.named_parameters():
                     writer.add(f"model.layers.{new}.{name}", parameter.detach().to("cpu", dtype))
             return_freed_memory()
-        final_norm = rescale(source, walk, original, states)
+        final_norm = rescale(source, walk, original, states, samples)
         writer.add(FINAL_NORM, rescaled(compressed, final_norm, dtype))
     write_json(folder / "config.json", compressed.config)
     write_side_files(compressed, folder)
@@ -107,6 +106,7 @@ def tune(
     new: int,
     inputs: torch.Tensor,
     targets: torch.Tensor,
+    samples: Samples,
     section: LayerwiseSection,
     seed: int,
     dtype: torch.dtype,
@@ -123,38 +123,43 @@ def tune(
         new: Its number.
         inputs: What the layers before it hand on, shape (samples, length, hidden_size).
         targets: What it should give, of the same shape.
+        samples: Which ones are held out.
         section: Steps, learning rate and batch size.
         seed: Of the order of the samples.
         dtype: In which the weights are kept.
     """
     parameters = dict(layer.named_parameters())
-    before = lowest = layer_error(walk, layer, new, inputs, targets)
+    before = lowest = layer_error(walk, layer, new, inputs, targets, samples)
     if before == 0:
         return RecoveredLayer(new, 0.0, 0.0, 0)
     best, found = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
     layer.float().requires_grad_(True)
-    fast = has_fast_bfloat16(walk.device)
+    fast = walk.ranks.has_fast_bfloat16(walk.device)
     speed = 0.25 / inputs.shape[-1] if section.learning_rate == "auto" else section.learning_rate
     optimizer = torch.optim.AdamW(layer.parameters(), speed, (0.9, 0.95), weight_decay=0.0)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, section.steps))
-    own = math.ceil(section.batch_size / walk.ranks.size)
-    samples = shuffled(len(inputs) - held_out_samples(len(inputs)), own, seed)
-    for step, chosen in zip(range(1, section.steps + 1), samples, strict=False):
-        with torch.autocast(walk.device.type, torch.bfloat16, enabled=fast):
-            output = walk.run(layer, new, inputs[chosen])
-        target = targets[chosen].float()
-        loss = ((output.float() - target).square().mean(-1) * token_weights(target)).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        walk.ranks.average(*(p.grad for p in layer.parameters() if p.grad is not None))
+    orders = shuffled(samples.learned, math.ceil(section.batch_size / walk.ranks.size), seed)
+    for step, chosen in zip(range(1, section.steps + 1), orders, strict=False):
+        if len(chosen):
+            with torch.autocast(walk.device.type, torch.bfloat16, enabled=fast):
+                output = walk.run(layer, new, inputs[chosen])
+            target = walk.fetch(targets[chosen]).float()
+            loss = ((output.float() - target).square().mean(-1) * token_weights(target)).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters()]
+        walk.ranks.average(len(chosen), *gradients)
+        for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+            parameter.grad = gradient
         nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
         optimizer.step()
         rate.step()
         optimizer.zero_grad()
         if step % math.ceil(section.steps / CHECKS) == 0 or step == section.steps:
             rounded = {name: p.detach().to(dtype).to(walk.dtype) for name, p in layer.named_parameters()}
-            error = layer_error(walk, with_weights(layer, rounded), new, inputs, targets)
-            if error < lowest:
+            error = layer_error(walk, with_weights(layer, rounded), new, inputs, targets, samples)
+            if walk.ranks.tell(error < lowest):
                 lowest, best, found = error, rounded, step
+    best = {name: walk.ranks.from_first(weight.contiguous()) for name, weight in best.items()}
     layer.load_state_dict(best, strict=False, assign=True)
     layer.requires_grad_(False)
     return RecoveredLayer(new, before, lowest, found)
@@ -162,12 +167,20 @@ def tune(
 
 @torch.no_grad()
 def layer_error(
-    walk: LayerWalk, layer: nn.Module, new: int, inputs: torch.Tensor, targets: torch.Tensor
+    walk: LayerWalk,
+    layer: nn.Module,
+    new: int,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    samples: Samples,
 ) -> float:
-    """Mean of |output - target|^2 / |target|^2 over the tokens of the held-out samples."""
-    held = slice(len(inputs) - held_out_samples(len(inputs)), None)
-    outputs = torch.cat([walk.run(layer, new, batch) for batch in batches(inputs[held])])
-    return walk.ranks.mean(mean_relative_error(outputs, targets[held]))
+    """The mean of |output - target|^2 / |target|^2 over the held-out tokens of all processes."""
+    total, count = 0.0, 0
+    for rows in samples.halves()[1]:
+        errors = token_errors(walk.run(layer, new, inputs[rows]), walk.fetch(targets[rows]))
+        total, count = total + float(errors.double().sum()), count + errors.numel()
+        walk.activations.release()
+    return walk.ranks.mean(total / max(1, count), count)
 
 
 def with_weights(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
