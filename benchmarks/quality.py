@@ -215,14 +215,14 @@ class Bench:
 
     def _recover(self, job: Job, base: Made, folder: Path) -> None:
         walk = self._walk(open_checkpoint(base.path))
-        tokens = learning_samples(ALONE, self.tokens, 0)
-        recover(self._walk(self.source), walk, base.groups, tokens, self.recovery, 0, folder, **self.output)
+        samples = learning_samples(ALONE, self.tokens, 0)
+        recover(self._walk(self.source), walk, base.groups, samples, self.recovery, 0, folder, **self.output)
 
     def _quantize(self, job: Job, base: Made, folder: Path) -> None:
         model, tokens, target = open_checkpoint(base.path), self.tokens[: self.gptq_samples], None
         if job.joint:
-            tokens = learning_samples(ALONE, tokens, 0)
-            target = JointTarget(self.walk, base.groups, tokens)
+            samples = learning_samples(ALONE, tokens, 0)
+            tokens, target = samples.tokens, JointTarget(self.walk, base.groups, samples)
         names = model.family.linear_names
         widths = [model.tensors[f"model.layers.0.{name}.weight"].shape[1] for name in names]
         size = 32 if any(width % 128 for width in widths) else 128

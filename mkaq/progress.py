@@ -3,11 +3,14 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from threading import Event, Thread
 from typing import TypeVar
 
 import psutil
 
 T = TypeVar("T")
+STILL = 600.0  # seconds without a step after which a user is told
 
 
 class Progress:
@@ -30,7 +33,30 @@ class Progress:
     def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         """Yields the items, showing how far it is."""
         total = len(items) if total is None and isinstance(items, Sized) else total
-        yield from self._bar(items, what, total) if self.terminal else self._lines(items, what, total)
+        with self._watched(what) as steps:
+            for item in self._bar(items, what, total) if self.terminal else self._lines(items, what, total):
+                steps.append(time.monotonic())
+                yield item
+
+    @contextmanager
+    def _watched(self, what: str) -> Iterator[list[float]]:
+        """Says so when no step has ended for long, once and again after each doubling."""
+        steps, over = [time.monotonic()], Event()
+
+        def watch() -> None:
+            told, wait = 0, STILL
+            while not over.wait(min(STILL, 60) / 10):
+                if len(steps) > told:
+                    told, wait = len(steps), STILL
+                elif time.monotonic() - steps[-1] > wait:
+                    self.say(f"  {what}: step {len(steps) - 1} has taken {wait / 60:.0f} minutes so far")
+                    wait *= 2
+
+        Thread(target=watch, name="watch", daemon=True).start()
+        try:
+            yield steps
+        finally:
+            over.set()
 
     def _bar(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
         from rich.console import Console

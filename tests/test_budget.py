@@ -218,16 +218,20 @@ def counting(made: float = 60.0) -> tuple[Callable[[Recipe], RunResult], list[Re
     return run, ran
 
 
+def trials_of(path: Path, run: Callable[[Recipe], RunResult], context: str = "text") -> Trials:
+    return Trials(path, lambda tried: f"{context}, {tried.to_yaml()}", run, Progress(quiet=True))
+
+
 def test_trials_are_not_run_again(recipe: Write, tmp_path: Path) -> None:
     path, asking = tmp_path / "budget.json", budget_recipe(recipe)
     first, second = settle(asking, Option(1, 4, 0)), settle(asking, Option(2, 4, 0))
     run, ran = counting()
-    trials = Trials(path, ["files", "cpu"], run)
+    trials = trials_of(path, run)
     assert trials(first) == trials(first) == (60.0, 50.0)
     assert trials(second) == (60.0, 50.0) and ran == [first, second]
     again, later = counting(99.0)
-    assert Trials(path, ["files", "cpu"], again)(first) == (60.0, 50.0) and not later
-    assert Trials(path, ["other files", "cpu"], again)(first) == (99.0, 50.0)
+    assert trials_of(path, again)(first) == (60.0, 50.0) and not later
+    assert trials_of(path, again, "other text")(first) == (99.0, 50.0)
     assert later == [first]
     assert [p.name for p in tmp_path.iterdir() if "budget" in p.name] == ["budget.json"]
 
@@ -235,28 +239,40 @@ def test_trials_are_not_run_again(recipe: Write, tmp_path: Path) -> None:
 def test_trial_that_fails_is_not_kept_and_others_are(recipe: Write, tmp_path: Path) -> None:
     path, asking = tmp_path / "budget.json", budget_recipe(recipe)
     first, second = settle(asking, Option(1, 4, 0)), settle(asking, Option(2, 4, 0))
-    Trials(path, [], counting()[0])(first)
+    trials_of(path, counting()[0])(first)
 
     def fail(_: Recipe) -> RunResult:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Trials(path, [], fail)(second)
+        trials_of(path, fail)(second)
     run, ran = counting(70.0)
-    trials = Trials(path, [], run)
+    trials = trials_of(path, run)
     assert trials(first) == (60.0, 50.0) and trials(second) == (70.0, 50.0) and ran == [second]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", '{"a": 1}', '{"a": [1]}', '{"a": [1, null]}', '{"a": [1, 2, 3]}', "\udcff"]
+    "text", ["{", "[]", "3", '{"a": 1}', '{"a": [1]}', '{"a": [1, null]}', '{"a": [1, 2, 3]}', "\udcff"]
 )
 def test_damaged_trials_are_named(text: str, recipe: Write, tmp_path: Path) -> None:
     path, (run, ran) = tmp_path / "budget.json", counting()
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(VerificationError) as raised:
-        Trials(path, [], run)(settle(budget_recipe(recipe), Option(1, 4, 0)))
+        trials_of(path, run)(settle(budget_recipe(recipe), Option(1, 4, 0)))
     assert raised.value.exit_code == 5 and raised.value.where == str(path) and raised.value.fix == "delete it"
     assert not ran and path.read_bytes() == text.encode(errors="surrogateescape")
+
+
+@pytest.mark.parametrize("size", [0, 300])
+def test_trials_that_a_power_cut_has_blanked_are_run_again(
+    size: int, recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, (run, ran) = tmp_path / "budget.json", counting()
+    path.write_bytes(b"\0" * size)
+    asked = settle(budget_recipe(recipe), Option(1, 4, 0))
+    trials = Trials(path, lambda tried: tried.to_yaml(), run, Progress())
+    assert trials(asked) == trials(asked) == (60.0, 50.0) and len(ran) == 1
+    assert "budget.json is blank, as after a power cut: the search begins anew" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mkaq.merge.final_norm import rescale, scaled_norm
+from mkaq.merge.final_norm import norm_error, rescale, scaled_norm
+from mkaq.merge.hold_out import hold_out
 from mkaq.model.architecture import FINAL_NORM
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
@@ -16,6 +17,7 @@ from tests.tiny import FAMILIES, make_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 STATES = torch.randn(32, 64, 64, generator=torch.Generator().manual_seed(3))
+SAMPLES = hold_out(torch.zeros(32, 64))
 
 
 def noise(size: float) -> torch.Tensor:
@@ -37,23 +39,25 @@ def walk(tmp_path: Path) -> LayerWalk:
 
 @pytest.mark.parametrize("length", [1.0, 0.25, 8.0])
 def test_length_alone_asks_for_nothing(length: float, walk: LayerWalk) -> None:
-    found = rescale(walk, walk, STATES, STATES * length)
+    found = rescale(walk, walk, STATES, STATES * length, SAMPLES)
     assert found.scale == 1 and found.error == found.error_before == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("size", [0.1, 0.5, 2.0])
 def test_independent_error_asks_for_the_cosine(size: float, walk: LayerWalk) -> None:
     """Of x and x + e, normed to one length, it is their cosine, 1 / sqrt(1 + |e|^2 / |x|^2)."""
-    found = rescale(walk, walk, STATES, STATES + noise(size))
+    found = rescale(walk, walk, STATES, STATES + noise(size), SAMPLES)
     cosine = 1 / math.sqrt(1 + size**2)
     assert found.scale == pytest.approx(cosine, abs=0.01)
     assert found.error_before == pytest.approx(2 - 2 * cosine, abs=0.01)  # 1 - 2 s cos + s^2
     assert found.error == pytest.approx(1 - cosine**2, abs=0.01)
+    held = STATES[-4:], (STATES + noise(size))[-4:], SAMPLES.held()  # what they miss needs no other tokens
+    assert norm_error(walk, walk, *held) == pytest.approx(found.error_before, rel=1e-6)
 
 
 def test_what_the_compressed_norm_has_already_counts(walk: LayerWalk, tmp_path: Path) -> None:
     half = walk_with(make_model(tmp_path / "half"), torch.full((64,), 0.5, dtype=torch.bfloat16))
-    found = rescale(walk, half, STATES, STATES)
+    found = rescale(walk, half, STATES, STATES, SAMPLES)
     assert found.scale == 2 and found.error_before == pytest.approx(0.25) and found.error < 1e-6
 
 
@@ -61,8 +65,8 @@ def test_factor_that_does_not_hold_elsewhere_is_not_taken(walk: LayerWalk) -> No
     """The last eighth is held out: an error in the rest alone says nothing of it."""
     wrong = STATES + noise(2.0)
     wrong[-4:] = STATES[-4:]
-    assert rescale(walk, walk, STATES, STATES + noise(2.0)).scale < 0.6
-    found = rescale(walk, walk, STATES, wrong)
+    assert rescale(walk, walk, STATES, STATES + noise(2.0), SAMPLES).scale < 0.6
+    found = rescale(walk, walk, STATES, wrong, SAMPLES)
     assert found.scale == 1 and found.error == found.error_before == pytest.approx(0, abs=1e-6)
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,18 +9,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mkaq.merge.fuse import FusedLayer, advance, first_batch, fuse, pass_fused
+from mkaq.merge.hold_out import hold_out
 from mkaq.merge.measure import best_average
 from mkaq.merge.stage import digest_layer
 from mkaq.model.observe import outputs_of
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
-from mkaq.ranks import ALONE
+from mkaq.ranks import Ranks
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SINGLE = "model.safetensors"
 TOKENS = torch.randint(2, 4096, (16, 32), generator=torch.Generator().manual_seed(1))
+SAMPLES = hold_out(TOKENS)
 
 
 def edited(model: Path, copy: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -57,8 +58,8 @@ def fuse_at(
     """Fuses a group on hidden states that no error has reached, unless others are given."""
     walk = LayerWalk(open_checkpoint(model), CPU)
     original, compressed = states.clone(), (states if compressed is None else compressed).clone()
-    layer = fuse(walk, group, original, compressed, torch.bfloat16)
-    return layer, pass_fused(walk, layer, original, compressed)
+    layer = fuse(walk, group, original, compressed, SAMPLES, torch.bfloat16)
+    return layer, pass_fused(walk, layer, original, compressed, SAMPLES)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "phi3"])
@@ -83,7 +84,7 @@ def test_fusing_is_no_worse_than_dropping_the_followers(model: Path) -> None:
     for group in ([1, 2], [2, 3], [1, 2, 3]):
         states = streams(model, group[0])
         walk = LayerWalk(open_checkpoint(model), CPU)
-        dropped = best_average(walk, group, states.clone(), states.clone(), 1.0)[1]
+        dropped = best_average(walk, group, states.clone(), states.clone(), SAMPLES, 1.0)[1]
         assert fuse_at(model, group, states)[1] < 1.03 * dropped
 
 
@@ -103,7 +104,7 @@ def test_lone_layer_corrects_the_error_that_reaches_it(model: Path) -> None:
     noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(2))
     mixed = original[..., torch.arange(original.shape[-1]).roll(1)] * 0.2 + noise * original.std() * 0.05
     compressed = original + mixed
-    left = best_average(walk, [2], original.clone(), compressed.clone(), 1.0)[1]
+    left = best_average(walk, [2], original.clone(), compressed.clone(), SAMPLES, 1.0)[1]
     layer, residual = fuse_at(model, [2], original, compressed)
     assert residual < 0.95 * left
     assert layer.attention.ridge is not None and layer.mlp.ridge is not None
@@ -128,16 +129,12 @@ def test_attention_is_asked_to_mend_the_error_that_reaches_it(model: Path) -> No
 
 @pytest.mark.parametrize(("samples", "length"), [(6, 32), (66, 128), (450, 128), (48, 2048), (6, 8192)])
 def test_first_batch_is_the_same_for_any_number_of_processes(samples: int, length: int) -> None:
-    alone = list(range(samples)[first_batch(ALONE, samples, length)])
-    assert alone == list(range(min(samples, max(1, 4096 // length))))
-    for size in (2, 3):
-        each = samples // size
-        shared = [
-            rank * each + index
-            for rank in range(size)
-            for index in range(each)[first_batch(replace(ALONE, rank=rank, size=size), each, length)]
-        ]
-        assert shared == alone
+    tokens = torch.arange(samples)[:, None].expand(-1, length)
+    alone = hold_out(tokens)
+    expected = list(range(min(alone.learned, max(1, 4096 // length))))
+    for size in (1, 2, 3, 8):
+        parts = [hold_out(tokens, Ranks(rank, size)) for rank in range(size)]
+        assert [int(row[0]) for part in parts for row in part.tokens[first_batch(part)]] == expected
 
 
 def test_layer_is_made_of_its_group_alone(model: Path, tmp_path: Path) -> None:

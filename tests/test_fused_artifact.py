@@ -109,8 +109,8 @@ def test_manifest_tells_what_was_tried_and_the_cheapest_was_taken(made: Path) ->
 def test_verify_fuses_again(made: Path, mkaq: Mkaq) -> None:
     outcome = mkaq("verify", made / "run" / "artifact", "--source", made / "model")
     assert outcome.code == 0, outcome.err
-    assert "3 layers fused again" in outcome.out
-    assert "the hidden states of 3 layers have the errors that the manifest says" in outcome.out
+    assert "3 layers but for what was solved recomputed" in outcome.out
+    assert "the errors of hidden states that the manifest says (merge; to 2% or 1e-05)" in outcome.out
 
 
 def test_second_run_from_scratch_gives_the_same_bytes(made: Path, mkaq: Mkaq, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_verify_finds_a_forged_residual(new: int, fused: Path, artifact: Path, m
     forge(artifact, edit)
     assert mkaq("verify", artifact).code == 0
     outcome = mkaq("verify", artifact, "--source", fused / "model")
-    assert outcome.code == 5 and f"layer {new} fused again leaves an error of" in outcome.err
+    assert outcome.code == 5 and f"layer {new} leaves an error of" in outcome.err
 
 
 def sign_weights(artifact: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -191,8 +191,8 @@ def test_verify_finds_another_solution(fused: Path, artifact: Path, mkaq: Mkaq) 
     assert outcome.code == 5 and "layer 1 leaves an error of" in outcome.err
 
 
-def test_verify_finds_another_choice_that_computes_the_same(fused: Path, artifact: Path, mkaq: Mkaq) -> None:
-    """Two channels change places everywhere: only fusing again tells that they were not chosen so."""
+def test_another_choice_that_computes_the_same_is_no_fault(fused: Path, artifact: Path, mkaq: Mkaq) -> None:
+    """Two channels change places everywhere: what is chosen may differ from machine to machine."""
 
     def swap(tensors: dict[str, torch.Tensor]) -> None:
         order = torch.tensor([1, 0, *range(2, 128)])
@@ -207,7 +207,7 @@ def test_verify_finds_another_choice_that_computes_the_same(fused: Path, artifac
     sign_origins(artifact, origins)
     sign_weights(artifact, swap)
     outcome = mkaq("verify", artifact, "--source", fused / "model")
-    assert outcome.code == 5 and "layer 1: fusing again takes other heads or channels" in outcome.err
+    assert outcome.code == 0, outcome.err
 
 
 def test_without_the_text_only_errors_go_unchecked(
@@ -219,7 +219,6 @@ def test_without_the_text_only_errors_go_unchecked(
     assert outcome.code == 0, outcome.err
     assert "2 layers but for what was solved recomputed" in outcome.out
     assert "not measured again: the calibration text is not here" in outcome.out
-    assert "fused again" not in outcome.out
 
 
 def test_averages_can_be_measured_too(text: Path, mkaq: Mkaq, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from mkaq import handoff
 from mkaq.errors import UsageError, VerificationError
-from mkaq.handoff import Handoff, locked, publish, sha256_file
+from mkaq.handoff import Handoff, find_published, locked, publish, sha256_file
+from mkaq.model import writer
+from mkaq.model.writer import replace_json
 
 HOLD = """import fcntl, sys
 file = open(sys.argv[1], "w")
@@ -20,7 +22,6 @@ print("held", flush=True)
 input()
 """
 DAMAGED = (
-    "",
     "{",
     "[]",
     "{}",
@@ -123,6 +124,57 @@ def test_damaged_stage_is_made_again(tmp_path: Path, damage: str, inside: bool) 
     assert file.read_text() == "one" and place.is_file()
 
 
+def test_json_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, rename = writer.os.fsync, Path.rename
+
+    def note_sync(handle: int) -> None:
+        done.append(f"sync {Path(f'/proc/self/fd/{handle}').readlink().name}")
+        fsync(handle)
+
+    def note_rename(path: Path, to: Path) -> Path:
+        done.append(f"rename {path.name} {to.name}")
+        return rename(path, to)
+
+    monkeypatch.setattr(writer.os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    replace_json(tmp_path / "data.json", {"a": 1})
+    new = ".data.json.new"
+    assert done == [f"sync {new}", f"rename {new} data.json", f"sync {tmp_path.name}"]
+    assert json.loads((tmp_path / "data.json").read_text()) == {"a": 1}
+
+
+def test_stage_of_another_process_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may show the stage of an earlier run for a while."""
+    make(tmp_path / "stage", "old")
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            make(tmp_path / "stage", "new", section=2)
+
+    monkeypatch.setattr(handoff.time, "sleep", nap)
+    new = make(tmp_path / "other", "new", section=2)
+    found = find_published(tmp_path / "stage", [new.fingerprint, new.digest])
+    assert len(naps) == 3 and (found.fingerprint, found.digest) == (new.fingerprint, new.digest)
+    with pytest.raises(VerificationError, match="not what the first process has published"):
+        find_published(tmp_path / "stage", ["another", new.digest])
+    assert sum(naps) == pytest.approx(63)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("size", [0, 500])
+def test_handoff_that_a_power_cut_has_blanked_is_made_again(size: int, inside: bool, tmp_path: Path) -> None:
+    told: list[str] = []
+    make(tmp_path / "stage", inside=inside)
+    place = tmp_path / ("stage/handoff.json" if inside else ".stage.handoff.json")
+    place.write_bytes(b"\0" * size)
+    assert not make(tmp_path / "stage", inside=inside, say=told.append).reused
+    assert len(told) == 1 and str(place) in told[0] and "power cut" in told[0]
+    assert make(tmp_path / "stage", inside=inside).reused
+
+
 @pytest.mark.parametrize("content", DAMAGED)
 def test_damaged_handoff_is_an_error_not_a_restart(tmp_path: Path, content: str) -> None:
     make(tmp_path / "stage")
@@ -157,7 +209,7 @@ def test_full_disk_at_the_sync_leaves_the_old_stage(tmp_path: Path, monkeypatch:
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(handoff.os, "fsync", full)
+    monkeypatch.setattr(writer.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         make(tmp_path / "stage", text="two", section=2)
     assert tree(tmp_path) == before

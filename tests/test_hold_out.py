@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from mkaq.calibrate.tokens import half_in_random_order, in_random_order, probing_tokens
-from mkaq.merge.hold_out import held_out_error, held_out_samples, mean_relative_error, token_weights
+from mkaq.merge.hold_out import (
+    Samples,
+    held_out_error,
+    held_out_samples,
+    hold_out,
+    token_errors,
+    token_weights,
+)
+from mkaq.model.walk import LayerWalk
+from mkaq.ranks import Ranks
+from tests.test_baselines import idle
 
 
 def some_tokens(samples: int = 9, length: int = 64, prefix: int | None = 0) -> torch.Tensor:
@@ -32,21 +42,52 @@ def test_tokens_weigh_the_inverse_of_their_mean_square() -> None:
 def test_error_is_the_mean_of_the_tokens_shares() -> None:
     target = torch.tensor([[[3.0, 4.0], [0.0, 100.0]]])
     states = torch.tensor([[[3.0, 5.0], [0.0, 50.0]]])
-    assert mean_relative_error(states, target) == pytest.approx((1 / 25 + 1 / 4) / 2)
-    assert mean_relative_error(target, target) == 0
-    assert mean_relative_error(torch.zeros_like(target), target) == pytest.approx(1)
+    assert token_errors(states, target)[0].tolist() == pytest.approx([1 / 25, 1 / 4])
+    assert token_errors(target, target)[0].tolist() == [0, 0]
+    assert token_errors(torch.zeros_like(target), target)[0].tolist() == pytest.approx([1, 1])
 
 
-def test_held_out_samples_are_the_last_eighth() -> None:
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory: pytest.TempPathFactory) -> LayerWalk:
+    return idle(tmp_path_factory.mktemp("walk") / "model", ())
+
+
+def test_held_out_samples_are_the_last_eighth(walk: LayerWalk) -> None:
     target = torch.ones(16, 3, 4)
+    samples = hold_out(target[..., 0])
     for sample in range(16):
         states = target.clone()
         states[sample] = 3
-        assert held_out_error(states, target) == pytest.approx(2.0 if sample >= 14 else 0)
-    assert held_out_error(2 * target[:3], target[:3]) == pytest.approx(1)
+        assert held_out_error(walk, samples, states, target) == pytest.approx(2.0 if sample >= 14 else 0)
+        assert held_out_error(walk, samples.held(), states[14:], target[14:]) == held_out_error(
+            walk, samples, states, target
+        )
+    few = hold_out(target[:3, :, 0])
+    assert held_out_error(walk, few, 2 * target[:3], target[:3]) == pytest.approx(1)
     last = target[:3].clone()
     last[2] = 0
-    assert held_out_error(last, target[:3]) == pytest.approx(1)
+    assert held_out_error(walk, few, last, target[:3]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 8, 24])
+@pytest.mark.parametrize("count", [1, 8, 19, 30, 128])
+def test_any_number_of_samples_is_shared_by_any_number_of_processes(count: int, processes: int) -> None:
+    """What is learned from and what is held out is the same as of one process."""
+    tokens = torch.arange(count)[:, None]
+    alone = hold_out(tokens)
+    parts = [hold_out(tokens, Ranks(rank, processes)) for rank in range(processes)]
+    learned = torch.cat([part.tokens[: part.learned] for part in parts])
+    held = torch.cat([part.tokens[part.learned :] for part in parts])
+    assert torch.equal(torch.cat([learned, held]), tokens)
+    assert len(held) == alone.held_out == held_out_samples(count)
+    for part in parts:
+        assert not part.learned or int(part.tokens[0]) == part.first
+        slices = [list(range(len(part.tokens)))[rows] for half in part.halves() for rows in half]
+        assert [number for rows in slices for number in rows] == list(range(len(part.tokens)))
+
+
+def test_process_without_samples_has_no_batches() -> None:
+    assert Samples(torch.empty(0, 32), 0).halves() == ([], [])
 
 
 def test_every_second_sequence_is_in_random_order() -> None:

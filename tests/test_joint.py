@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mkaq.export.manifest import MANIFEST, QuantizeStep, read_manifest
+from mkaq.merge.hold_out import hold_out
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
@@ -53,7 +54,9 @@ def quantize(model: Path, folder: Path, *, joint: bool, **settings: Any) -> list
     """Quantizes a model that was not merged."""
     folder.mkdir()
     checkpoint = open_checkpoint(model)
-    target = JointTarget(LayerWalk(checkpoint, CPU), [[i] for i in range(4)], TOKENS) if joint else None
+    target = (
+        JointTarget(LayerWalk(checkpoint, CPU), [[i] for i in range(4)], hold_out(TOKENS)) if joint else None
+    )
     section = GptqSection(method="gptq", group_size=32, **settings)
     output: dict[str, Any] = {"dtype": torch.bfloat16, "shard_size": 10**9, "progress": Progress(quiet=True)}
     walk = LayerWalk(checkpoint, CPU)

@@ -78,9 +78,9 @@ def test_hidden_states_in_files_are_the_same(
     calibration = {"dataset": "builtin", "num_samples": 16, "max_seq_length": 32}
     written = recipe(**sections, calibration=calibration)
     planned = json.loads(mkaq("plan", written, "--json").out)
-    assert not planned["spill"]
+    assert planned["hidden_states"] == "device"
     limit = planned["memory_bytes"] - 1
-    assert json.loads(mkaq("plan", written, "--json", "--max-memory", limit).out)["spill"]
+    assert json.loads(mkaq("plan", written, "--json", "--max-memory", limit).out)["hidden_states"] == "files"
     assert "go to files" in mkaq("plan", written, "--max-memory", limit).out
     for name, limits in {"memory": [], "files": ["--max-memory", limit]}.items():
         assert mkaq("run", written, "--output", tmp_path / name, *limits).code == 0
@@ -104,7 +104,7 @@ def test_limit_that_is_no_size(size: str, recipe: Callable[..., Path], mkaq: Mka
 
 
 def test_a_copy_is_on_its_own(tmp_path: Path) -> None:
-    activations = Activations(torch.device("cpu"), tmp_path)
+    activations = Activations(torch.device("cpu"), "files", tmp_path)
     values = torch.randn(3, 5, 7)
     copied = activations.copy(values)
     assert torch.equal(copied, values)
@@ -113,7 +113,7 @@ def test_a_copy_is_on_its_own(tmp_path: Path) -> None:
 
 
 def test_what_is_let_go_of_comes_back(tmp_path: Path) -> None:
-    activations = Activations(torch.device("cpu"), tmp_path)
+    activations = Activations(torch.device("cpu"), "files", tmp_path)
     states = activations.empty((3, 5, 7), torch.bfloat16)
     values = torch.randn(3, 5, 7).bfloat16()
     states.copy_(values)

@@ -50,7 +50,7 @@ def compare_layers(
     maps = []
     walked = walk.hidden_states(tokens[torch.from_numpy(samples)])
     for index, hidden_states in progress.track(walked, "compare layers", walk.num_layers):
-        states = hidden_states.reshape(-1, hidden_states.shape[-1])[rows.to(hidden_states.device)]
+        states = walk.fetch(hidden_states.reshape(-1, hidden_states.shape[-1])[rows.to(hidden_states.device)])
         points = walk.ranks.join(states.float(), count).cpu().numpy()
         try:
             maps.append(diffusion_map(points, section.dimensions, bandwidth, section.alpha, section.time))

@@ -17,10 +17,28 @@ from tests.tiny import CHANNELS, write_recipe
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) -> Path:
     """An artifact whose layers were fused and tuned. Not to be changed: copy it first."""
-    folder = tmp_path_factory.mktemp("fused")
     recover = {"method": "layerwise", "steps": 2, "batch_size": 4}
-    plain: dict[str, Any] = {"merge": CHANNELS, "recover": recover, "quantize": None, "evaluate": None}
-    return run_quietly(write_recipe(folder / "r.yaml", model, text, **plain), folder / "run") / "artifact"
+    return artifact_of(tmp_path_factory.mktemp("fused"), model, text, recover=recover)
+
+
+@pytest.fixture(scope="module")
+def untuned(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) -> Path:
+    """An artifact whose layers were fused. Not to be changed: copy it first."""
+    return artifact_of(tmp_path_factory.mktemp("untuned"), model, text)
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) -> Path:
+    """An artifact whose layers were fused and quantized. Not to be changed: copy it first."""
+    quantize = {"method": "gptq", "bits": 4, "group_size": 32}
+    return artifact_of(tmp_path_factory.mktemp("rounded"), model, text, quantize=quantize)
+
+
+def artifact_of(folder: Path, model: Path, text: Path, **sections: Any) -> Path:
+    """What a recipe that fuses makes."""
+    plain: dict[str, Any] = {"merge": CHANNELS, "quantize": None, "evaluate": None}
+    recipe = write_recipe(folder / "r.yaml", model, text, **plain | sections)
+    return run_quietly(recipe, folder / "run") / "artifact"
 
 
 def fusion(manifest: Any) -> Any:
@@ -33,18 +51,13 @@ FUSIONS: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
         lambda m: fusion(m).update(origins_sha256="0" * 64),
         ("layer 1: its origins are not those of the manifest",),
     ),
-    "residual": (
-        lambda m: fusion(m).update(residual=0.001),
-        ("layer 1 fused again leaves an error of", "says 0.001"),
+    "ridge": (
+        lambda m: fusion(m)["mlp"].update(ridge=7.0),
+        ("layer 1: down_proj is said to be solved with a ridge of 7",),
     ),
-    "residual of the first": (
-        lambda m: m["steps"][0]["layers"][0]["fused"].update(residual=0.5),
-        ("layer 0 fused again leaves an error of 0,", "says 0.5"),
-    ),
-    "ridge": (lambda m: fusion(m)["mlp"].update(ridge=7.0), ("layer 1: down_proj solved again has",)),
-    "error of o_proj": (
-        lambda m: fusion(m)["attention"].update(error=0.001),
-        ("layer 1: o_proj solved again has",),
+    "no ridge, another error": (
+        lambda m: fusion(m)["mlp"].update(ridge=None, error_before=0.25),
+        ("layer 1: down_proj is said to be as it was, and to leave another error",),
     ),
     "shares": (
         lambda m: m["steps"][0]["layers"][1].update({"from": {"1": 0.25, "2": 0.75}}),
@@ -68,8 +81,8 @@ FUSIONS: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
         ("model.norm.weight",),
     ),
     "error of the final norm": (
-        lambda m: m["steps"][0]["final_norm"].update(error=0.001),
-        ("the final norm rescaled again has", "error=0.001"),
+        lambda m: m["steps"][1]["final_norm"].update(error=0.001),
+        ("the final norm leaves an error of", "says 0.001"),
     ),
     "no factor of the final norm": (lambda m: m["steps"][0].update(final_norm=None), ("model.norm.weight",)),
     "not fused": (lambda m: m["steps"][0]["layers"][1].update(fused=None), ("layer 1: its origins",)),
@@ -91,6 +104,67 @@ FUSIONS: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
         ("recovered layer 1 is said to be worse",),
     ),
 }
+
+
+ERRORS: dict[str, tuple[str, Callable[[Any], object], tuple[str, ...]]] = {
+    "residual": (
+        "untuned",
+        lambda m: fusion(m).update(residual=0.001),
+        ("layer 1 leaves an error of", "says 0.001"),
+    ),
+    "residual of the first": (
+        "untuned",
+        lambda m: m["steps"][0]["layers"][0]["fused"].update(residual=0.5),
+        ("layer 0 leaves an error of 0,", "says 0.5"),
+    ),
+    "error of o_proj": (
+        "untuned",
+        lambda m: fusion(m)["attention"].update(error=0.001),
+        ("layer 1: o_proj leaves an error of", "says 0.001"),
+    ),
+    "error of down_proj": (
+        "untuned",
+        lambda m: fusion(m)["mlp"].update(error=0.001),
+        ("layer 1: down_proj leaves an error of", "says 0.001"),
+    ),
+    "no ridge where one is": (
+        "untuned",
+        lambda m: fusion(m)["mlp"].update(ridge=None, error_before=fusion(m)["mlp"]["error"]),
+        ("model.layers.1.mlp.down_proj.weight is not what the recorded merge gives",),
+    ),
+    "error of the final norm": (
+        "untuned",
+        lambda m: m["steps"][0]["final_norm"].update(error=0.001),
+        ("the final norm leaves an error of", "says 0.001"),
+    ),
+    "residual of a quantized layer": (
+        "rounded",
+        lambda m: m["steps"][1]["residuals"].__setitem__(1, 0.001),
+        ("layer 1 leaves an error of", "says 0.001"),
+    ),
+    "no residuals": (
+        "rounded",
+        lambda m: m["steps"][1].update(residuals=None),
+        ("the quantized layers have no recorded errors",),
+    ),
+    "a residual less": (
+        "rounded",
+        lambda m: m["steps"][1]["residuals"].pop(),
+        ("1 errors are recorded for 2 quantized layers",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_forged_error(
+    case: str, request: pytest.FixtureRequest, model: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    made, edit, words = ERRORS[case]
+    path = shutil.copytree(request.getfixturevalue(made), tmp_path / "artifact")
+    assert mkaq("verify", path, "--source", model).code == 0
+    forge(path, edit)
+    assert mkaq("verify", path).code == 0
+    one_message(mkaq("verify", path, "--source", model), 5, str(path), *words)
 
 
 @pytest.mark.parametrize("case", FUSIONS)
