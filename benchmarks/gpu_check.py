@@ -35,6 +35,8 @@ from typing import Any
 from benchmarks.gpu_report import tables
 from mkaq.errors import UsageError
 
+START = time.monotonic()
+SPARE = 10  # seconds of the time that no part may have
 RESULTS = Path(__file__).parent / "results"
 LIMIT_MB = 64 * 1.048576
 NEEDED = {  # what it imports, the packages that have it, MB of their wheels
@@ -98,29 +100,32 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
     work = options.resume or Path(tempfile.mkdtemp(prefix="gpu-check-"))
     options.out.mkdir(parents=True, exist_ok=True)
     file: Path = options.out / "gpu.json"
-    checks = Check(options, work)
-    record: dict[str, Any] = {"command": command_line(), **checks.told(), "seconds": 0.0, "parts": {}}
-    if options.resume:
-        record = json.loads(file.read_text())
-    began, missing = time.monotonic() - record["seconds"], absent()
-    for name, limit, part in checks.parts():
-        if name in record["parts"]:
-            continue
-        if options.part and name not in options.part and not name.endswith("build"):
-            continue
-        left = 60 * options.minutes - (time.monotonic() - began)
-        row = record["parts"][name] = {"status": "failed", "error": "the process ended"}
-        file.write_text(json.dumps(record, indent=2) + "\n")
-        why = next((f"no {package} here" for package in missing if package in name), None)
-        row |= {"status": "left out", "error": why} if why else guarded(part, min(limit, left), checks)
-        record["seconds"] = time.monotonic() - began
-        file.write_text(json.dumps(record, indent=2) + "\n")
-        (options.out / "gpu.md").write_text(tables(record))
-        told = f": {row['error'].splitlines()[-1][:200]}" if row.get("error") else ""
-        print(f"{name}: {row['status']}, {row.get('seconds', 0):.1f} s{told}", file=sys.stderr, flush=True)
-        if row["status"] == "failed" and not checks.usable():
-            restart(work)
-    shutil.rmtree(work, ignore_errors=True)
+    try:
+        checks = Check(options, work)
+        record: dict[str, Any] = {"command": command_line(), **checks.told(), "seconds": 0.0, "parts": {}}
+        if options.resume:
+            record = json.loads(file.read_text())
+        began, missing = START - record["seconds"], absent()
+        for name, limit, part in checks.parts():
+            unwanted = options.part and name not in options.part and not name.endswith("build")
+            if unwanted or name in record["parts"]:
+                continue
+            left = 60 * options.minutes - SPARE - (time.monotonic() - began)
+            row = record["parts"][name] = {"status": "failed", "error": "the process ended"}
+            file.write_text(json.dumps(record, indent=2) + "\n")
+            why = next((f"no {package} here" for package in missing if package in name), None)
+            row |= {"status": "left out", "error": why} if why else guarded(part, min(limit, left), checks)
+            record["seconds"] = time.monotonic() - began
+            file.write_text(json.dumps(record, indent=2) + "\n")
+            (options.out / "gpu.md").write_text(tables(record))
+            told = f": {row['error'].splitlines()[-1][:200]}" if row["error"] else ""
+            print(
+                f"{name}: {row['status']}, {row.get('seconds', 0):.1f} s{told}", file=sys.stderr, flush=True
+            )
+            if row["status"] == "failed" and not checks.usable():
+                restart(work)  # does not come back
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return record
 
 

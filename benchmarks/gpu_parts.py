@@ -124,7 +124,7 @@ class Check:
         yield "large/build", 90, self.build_large
         for name, sections in large_recipes(tune, self._group, self._measured(8)).items():
             yield f"large/{name}", 180, partial(self.run_large, name, sections)
-        yield "large/products", 90, self.profile
+        yield "large/products", 120, self.profile
 
     def build_small(self) -> dict[str, Any]:
         """A random Llama in bfloat16, and the same one in float32."""
