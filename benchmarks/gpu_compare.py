@@ -10,7 +10,7 @@ from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import evaluation_sequences, load_tokenizer
 from mkaq.errors import MkaqError
 from mkaq.evaluate.verify import verify
-from mkaq.merge.hold_out import mean_relative_error
+from mkaq.merge.hold_out import token_weights
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.walk import LayerWalk, dense_layer
@@ -115,11 +115,9 @@ def hidden_difference(first: Checkpoint, second: Checkpoint) -> float:
     """Mean over tokens of |a - b|^2 / |b|^2 of the last hidden states, both computed on the CPU."""
     texts = documents(PerplexitySection(), "evaluate")
     sequences = evaluation_sequences(texts, load_tokenizer(second.path), 32, 4)
-    states = []
-    for model in (first, second):
-        *_, (_, last) = LayerWalk(model, CPU).hidden_states(torch.tensor(sequences))
-        states.append(last)
-    return mean_relative_error(*states)
+    walks = [LayerWalk(model, CPU).hidden_states(torch.tensor(sequences)) for model in (first, second)]
+    (*_, (_, own)), (*_, (_, other)) = walks
+    return float(((own - other).square().mean(-1) * token_weights(other)).mean())
 
 
 def verified(artifact: Path, source: Path | None, device: torch.device) -> dict[str, Any]:

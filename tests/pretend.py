@@ -68,6 +68,7 @@ def compute(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
             return False
         if not (name in _COPIES or (name in _INDEXED and not _is_here(args[0]))):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu")
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     device = kwargs.get("device")
     goes = there if device is None else torch.device(device).type == "cuda"
     if device is not None and goes:
