@@ -122,12 +122,12 @@ def _wrapped(found: Any, goes: bool) -> Any:
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[torch.device]:
-    """Gives a machine a GPU for a `with` block."""
-    autocast = torch.autocast
+def pretended_gpu(memory: int = 10**12) -> Iterator[torch.device]:
+    """Gives a machine a GPU with some bytes of memory for a `with` block."""
+    autocast, properties = torch.autocast, SimpleNamespace(name="pretended", total_memory=memory)
     with (
-        patch("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=10**12)),
-        patch("torch.cuda.mem_get_info", lambda _: (10**12, 10**12)),
+        patch("torch.cuda.get_device_properties", lambda _: properties),
+        patch("torch.cuda.mem_get_info", lambda _: (memory, memory)),
         patch("torch.cuda.max_memory_allocated", lambda _: 0),
         patch("torch.autocast", lambda _, *args, **kwargs: autocast("cpu", *args, **kwargs)),
         _Mode(),
