@@ -19,7 +19,6 @@ CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
 _MOVES = {"to", "cpu", "cuda"}
 _COPIES = {"copy_", "__get__", "__set__"}
-_INDEXED = {"__getitem__", "__setitem__"}  # indices of what is on a GPU may lie on the CPU
 _REFUSED = {"numpy", "__array__"}
 _DEVICE: Any = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 _IS_CUDA: Any = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
@@ -66,7 +65,7 @@ def compute(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if there and any(map(_is_here, given)):
         if name == "_has_compatible_shallow_copy_type":
             return False
-        if not (name in _COPIES or (name in _INDEXED and not _is_here(args[0]))):
+        if not (name in _COPIES or _may_index(name, args)):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu")
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     device = kwargs.get("device")
@@ -93,6 +92,15 @@ def _move(func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]
         if crossed and moved.device.type != "meta" and moved.data_ptr() == tensor.data_ptr():
             moved = moved.clone()
         return moved.as_subclass(Elsewhere if goes else torch.Tensor)
+
+
+def _may_index(name: str, args: Any) -> bool:
+    """Whether values go where indices say: indices of what is on the GPU may lie on the CPU, slices copy."""
+    if name not in ("__getitem__", "__setitem__"):
+        return False
+    indices = [value for value in tree_leaves(args[1]) if isinstance(value, torch.Tensor)]
+    values = [args[0], *args[2:]]
+    return not indices or not any(isinstance(value, torch.Tensor) and _is_here(value) for value in values)
 
 
 def _is_cuda(value: object) -> bool:

@@ -44,8 +44,11 @@ def test_pretended_gpu_refuses_what_a_real_one_does(gpu: torch.device) -> None:
         torch.cat([here, there])
     with pytest.raises(RuntimeError, match="same device"):
         here[torch.zeros(2, dtype=torch.int64, device=gpu)]
+    with pytest.raises(RuntimeError, match="same device"):
+        there[torch.tensor([0, 1])] = here[:2]
     with pytest.raises(TypeError, match="numpy"):
         there.numpy()
+    here[1:3] = there[1:3]  # a copy
     back = there.cpu()
     back.zero_()
     assert there.abs().sum() > 0 and torch.equal(there.cpu(), here)
