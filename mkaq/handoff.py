@@ -12,7 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -61,9 +61,15 @@ class Handoff:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that change numbers."""
-    versions = {name: metadata.version(name) for name in _LIBRARIES}
-    return {"python": platform.python_version(), **versions}
+    """Versions of Python and of the libraries that change numbers, as far as they are installed."""
+    found = {name: version for name in _LIBRARIES if (version := _version(name))}
+    return {"python": platform.python_version(), **found}
+
+
+def _version(library: str) -> str | None:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(library)
+    return None
 
 
 def digest_of(data: Any) -> str:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,16 @@ def with_error(value: float, error: float | None, digits: int) -> str:
 
 
 def write_report(result: RunResult, log: list[dict[str, Any]]) -> None:
-    """Writes report.html into the run's folder: one file, nothing loaded from elsewhere."""
+    """Writes report.html into the run's folder: one file, nothing loaded from elsewhere.
+
+    Without matplotlib it has no heatmap.
+    """
     assert result.artifact is not None
     folder, heatmap = result.folder, ""
     manifest = read_manifest(result.artifact)
     similarity = folder / "merge" / "similarity.safetensors"
-    if any(step.step == "merge" for step in manifest.steps) and similarity.is_file():
+    merged = any(step.step == "merge" for step in manifest.steps)
+    if merged and similarity.is_file() and find_spec("matplotlib"):
         matrix = load_file(similarity)["npib"]
         heatmap = base64.b64encode(heatmap_png(matrix)).decode()
     page = (
