@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer, tokens_digest
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens, tokens_digest
 from mkaq.errors import MkaqError, VerificationError
 from mkaq.export.manifest import (
     MANIFEST,
