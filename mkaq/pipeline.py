@@ -60,6 +60,8 @@ def run(
         raise UsageError("a budget is searched by one process", where="budget", fix="run it without torchrun")
     with locked(folder) if ranks.main else nullcontext():
         progress.say(f"reading {recipe.model.path}")
+        for remark in source.remarks:
+            progress.say(f"note: {remark}")
         files = describe_files(source.path, source.files) if ranks.main else []
         ranks.wait()
 
