@@ -22,7 +22,8 @@ import torch
 
 from benchmarks.memory import RESULTS, write_model
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens
 from mkaq.handoff import library_versions
 from mkaq.heap import arrange_heap
 from mkaq.merge.stage import merge

@@ -40,7 +40,8 @@ from benchmarks.machine import machine
 from benchmarks.memory import RESULTS
 from benchmarks.shapes import CONFIGS, write_checkpoint
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens
 from mkaq.handoff import library_versions, publish
 from mkaq.heap import arrange_heap
 from mkaq.merge.plan import MergePlan, plan_merge

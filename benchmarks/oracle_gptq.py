@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences
 from mkaq.evaluate.perplexity import Perplexity, perplexity
 from mkaq.handoff import library_versions
 from mkaq.model.opening import open_checkpoint

@@ -30,7 +30,8 @@ from benchmarks import baselines
 from benchmarks.quality_report import describe, write_report
 from benchmarks.quality_text import Text, load_text, measure, section_of, windows
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens
 from mkaq.errors import MkaqError
 from mkaq.handoff import describe_files, digest_of, library_versions
 from mkaq.heap import arrange_heap

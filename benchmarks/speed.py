@@ -45,7 +45,8 @@ from benchmarks.quality import without_folder
 from benchmarks.quality_text import Text, load_text, measure, windows
 from benchmarks.speed_report import describe, table
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens
 from mkaq.handoff import library_versions
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.source import resolve_model

@@ -129,6 +129,8 @@ def plan(
     from mkaq.units import human
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
+    for remark in source.remarks:
+        print(f"note: {remark}", file=sys.stderr)
     told = list(remarks(loaded, processes))
     options, planned = plan_budget(loaded, source, pick_device(device), _bytes(max_memory), processes)
     if as_json:
@@ -181,7 +183,8 @@ def analyze(
     """Compare the layers of a model: a table of neighbours and a heatmap of all pairs."""
     _quiet_libraries()
     from mkaq.calibrate.text import documents
-    from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
+    from mkaq.calibrate.tokenizer import load_tokenizer
+    from mkaq.calibrate.tokens import calibration_tokens
     from mkaq.merge.compare import compare_layers
     from mkaq.model.opening import open_checkpoint
     from mkaq.model.source import resolve_model
@@ -294,7 +297,8 @@ def evaluate(
     """Measure perplexity, layer by layer (the model may be larger than memory), or the scores of tasks."""
     _quiet_libraries()
     from mkaq.calibrate.text import documents
-    from mkaq.calibrate.tokens import evaluation_sequences, load_tokenizer
+    from mkaq.calibrate.tokenizer import load_tokenizer
+    from mkaq.calibrate.tokens import evaluation_sequences
     from mkaq.evaluate.perplexity import perplexity
     from mkaq.evaluate.tasks import run_tasks
     from mkaq.model.opening import open_checkpoint
@@ -344,7 +348,7 @@ def generate_text(
     _quiet_libraries()
     import torch
 
-    from mkaq.calibrate.tokens import load_tokenizer
+    from mkaq.calibrate.tokenizer import load_tokenizer
     from mkaq.model.load import generate, whole_model
     from mkaq.model.opening import open_checkpoint
     from mkaq.model.source import resolve_model

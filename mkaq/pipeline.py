@@ -59,6 +59,8 @@ def run(
     arrange_heap(sparing=max_memory is not None)
     with locked(folder) if ranks.main else nullcontext():
         progress.say(f"reading {recipe.model.path}")
+        for remark in source.remarks:
+            progress.say(f"note: {remark}")
         files = describe_files(source.path, source.files) if ranks.main else []
         ranks.wait()
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from mkaq.model.base_model import is_hub_id
 from mkaq.units import parse_size
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -36,6 +37,16 @@ class ModelSection(_Model):
     """The hub commit to take; pin it to make a run repeatable."""
     dtype: Literal["auto"] | Dtype = "auto"
     """The type in which weights that are not quantized are written; `auto` keeps the source's."""
+    base_model: str | None = None
+    """The hub id (`org/name`) of this model for the model card, where `path` is a folder; null leaves it to
+    what the folder says of itself."""
+
+    @field_validator("base_model")
+    @classmethod
+    def _is_a_hub_id(cls, value: str | None) -> str | None:
+        if value is not None and not is_hub_id(value):
+            raise ValueError("base_model is a hub id such as org/name, not a path or a URL")
+        return value
 
 
 class TextSection(_Model):

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mkaq.calibrate.text import documents, text_digest
-from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences
 from mkaq.evaluate.perplexity import perplexity
 from mkaq.evaluate.residuals import residuals
 from mkaq.export.artifact import write_artifact

@@ -303,10 +303,10 @@ def test_inspect_shows_what_was_done(done: Path, mkaq: Mkaq) -> None:
     assert f"gptq, 4 bits, 14 modules; largest output error {worst['error']:.2e} ({worst['name']})" in text
 
 
-def test_model_card_is_one_that_hubs_read(done: Path, model: Path) -> None:
+def test_model_card_is_one_that_hubs_read(done: Path) -> None:
     empty, front, body = (done / "artifact" / "README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(front)
-    assert (empty, card["base_model"], card["base_model_relation"]) == ("", str(model), "quantized")
+    assert empty == "" and not {"base_model", "base_model_relation"} & card.keys()  # of a local folder
     assert card["library_name"] == "transformers" and {"mkaq", "gptq"} <= set(card["tags"])
     assert "# test\n" in body and "| quantize | 2 | " in body
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import shapes
 from benchmarks.shapes import CONFIGS, write_checkpoint
-from mkaq.calibrate.tokens import load_tokenizer
+from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.writer import fill_shards
 

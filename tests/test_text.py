@@ -12,7 +12,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from mkaq.calibrate.text import Split, builtin_documents, documents, text_digest
-from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences, load_tokenizer
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences
 from mkaq.errors import UsageError
 from mkaq.model.source import BUILTIN
 from mkaq.recipe import Dataset, TextSection

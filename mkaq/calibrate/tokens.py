@@ -2,37 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mkaq.errors import CheckpointError, UsageError
-from mkaq.model.opening import read_json
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        CheckpointError: If there is none, or it asks for remote code.
-    """
-    from transformers import AutoTokenizer
-
-    if (path / "tokenizer_config.json").is_file() and read_json(path / "tokenizer_config.json").get(
-        "auto_map"
-    ):
-        raise CheckpointError(
-            "auto_map asks for remote code, which mkaq never runs", where=path / "tokenizer_config.json"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # every tokenizer library has its own kinds
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"no usable tokenizer here: {reason}", where=path) from None
-    tokenizer.model_max_length = int(1e30)
-    return tokenizer
+from mkaq.errors import UsageError
 
 
 def calibration_tokens(

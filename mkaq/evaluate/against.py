@@ -8,7 +8,8 @@ import torch
 from pydantic import ValidationError
 
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer, tokens_digest
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens, tokens_digest
 from mkaq.errors import MkaqError, VerificationError
 from mkaq.evaluate.claims import origin_faults, plan_faults, recovery_faults, residual_faults, weights_of
 from mkaq.evaluate.remeasure import measure_again, tolerance

@@ -1,7 +1,7 @@
 """Verification: every claim of a manifest checked against the files, and against the source."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -12,6 +12,7 @@ from mkaq.handoff import sha256_file
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.load import generate, whole_model
 from mkaq.model.opening import open_checkpoint
+from mkaq.model.side_files import stays_inside
 from mkaq.model.walk import LayerWalk, compute_dtype
 from mkaq.progress import Progress
 
@@ -57,7 +58,9 @@ def check_files(folder: Path, files: list[FileEntry], *, strict: bool) -> list[s
     faults = []
     for entry in files:
         path = folder / entry.path
-        if Path(entry.path).name != entry.path or not path.is_file():
+        if not stays_inside(folder, entry.path):
+            faults.append(f"{entry.path!r} leaves the folder")
+        elif not path.is_file():
             faults.append(f"{entry.path} is missing")
         elif path.stat().st_size != entry.bytes:
             faults.append(f"{entry.path} has {path.stat().st_size} bytes, not {entry.bytes}")
@@ -65,11 +68,21 @@ def check_files(folder: Path, files: list[FileEntry], *, strict: bool) -> list[s
             faults.append(f"{entry.path} has changed: its sha256 is not the manifest's")
     if strict:
         listed = {entry.path for entry in files} | {MANIFEST}
-        extra = sorted(
-            p.name for p in folder.iterdir() if p.name not in listed and not p.name.startswith(".")
-        )
-        faults += [f"{name} is not in the manifest" for name in extra]
+        faults += [f"{name} is not in the manifest" for name in _not_listed(folder, listed)]
     return faults
+
+
+def _not_listed(folder: Path, listed: set[str]) -> list[str]:
+    """What lies in a folder and is not listed; hidden files are left alone, but for those further below."""
+    above = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
+    extra = []
+    for path in sorted(folder.iterdir()):
+        if path.name in above and path.is_dir():
+            below = (p.relative_to(folder).as_posix() for p in sorted(path.rglob("*")))
+            extra += [name for name in below if name not in listed and name not in above]
+        elif path.name not in listed and not path.name.startswith("."):
+            extra.append(path.name)
+    return extra
 
 
 def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:

@@ -23,12 +23,15 @@ def write_artifact(
     Returns:
         sha256 of the files by name, but for the manifest's.
     """
-    beside = [checkpoint.path / name for name in [*checkpoint.files, "quantize_config.json"]]
-    for path in [*beside, *([origins] if origins else [])]:
+    beside = {name: checkpoint.path / name for name in [*checkpoint.files, "quantize_config.json"]}
+    if origins:
+        beside[origins.name] = origins
+    for name, path in beside.items():
         if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = [FileEntry(**entry) for entry in describe_files(folder, names)]
     write_manifest(folder / MANIFEST, manifest.model_copy(update={"files": files}))
     return {file.path: file.sha256 for file in files}

@@ -41,6 +41,8 @@ class Source(_Part):
     """As the recipe names it."""
     revision: str | None
     """The hub commit, where it came from the hub."""
+    base_model: str | None = None
+    """Its hub id, where that is known."""
     model_type: str
     """Family."""
     parameters: int

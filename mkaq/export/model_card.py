@@ -1,5 +1,8 @@
 """README.md of the artifact: a model card that hubs understand and a person can read."""
 
+from pathlib import PurePath
+from typing import Any
+
 import yaml
 
 from mkaq.export.manifest import Manifest, MergeStep, QuantizeStep, RecoverStep
@@ -13,15 +16,21 @@ _LOAD = {
 def model_card(manifest: Manifest) -> str:
     """The card, the same for the same manifest."""
     quantized = next((step for step in manifest.steps if isinstance(step, QuantizeStep)), None)
-    front = {
-        "base_model": manifest.source.path,
-        "base_model_relation": "quantized" if quantized else "merge",
+    front: dict[str, Any] = {}
+    if base := manifest.source.base_model:
+        front |= {"base_model": base, "base_model_relation": "quantized" if quantized else "merge"}
+    front |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["mkaq"] + [step.method for step in manifest.steps],
     }
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {manifest.name}", ""]
-    lines += [f"Made from `{manifest.source.path}` by mkaq {manifest.mkaq_version}.", ""]
+    lines += [f"Made from {_origin(manifest)} by mkaq {manifest.mkaq_version}.", ""]
+    if not base:
+        lines += [
+            "The hub id of the source is not known; `model.base_model` in the recipe names it here.",
+            "",
+        ]
     lines += ["| stage | layers | parameters | bytes of weights | perplexity |", "|---|---|---|---|---|"]
     source = manifest.source
     rows = [("source", source.layers, source.parameters, source.bytes)]
@@ -42,6 +51,15 @@ def model_card(manifest: Manifest) -> str:
     lines += ['tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")', "```", ""]
     lines += ["`mkaq-manifest.json` records every step; `mkaq verify` checks it.", ""]
     return "\n".join(lines)
+
+
+def _origin(manifest: Manifest) -> str:
+    """The source as anybody may know it: where a folder lies is the user's own business."""
+    source = manifest.source
+    if source.base_model or source.path.startswith("builtin:"):
+        return f"`{source.base_model or source.path}`"
+    name = PurePath(source.path).name
+    return f"a local model (`{name}`)" if name.strip(".~") else "a local model"
 
 
 def _describe(step: MergeStep | RecoverStep | QuantizeStep) -> str:

@@ -26,6 +26,7 @@ from mkaq.export.manifest import (
     Source,
 )
 from mkaq.handoff import library_versions
+from mkaq.model.base_model import hub_id_of
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.plan import StageSize
 from mkaq.recipe import Recipe
@@ -126,6 +127,7 @@ def _source(recipe: Recipe, source: Checkpoint, published: Published) -> Source:
     return Source(
         path=recipe.model.path,
         revision=source.path.name if from_hub else recipe.model.revision,
+        base_model=recipe.model.base_model or hub_id_of(source.path, source.config),
         model_type=source.config["model_type"],
         parameters=size.parameters,
         bytes=size.bytes,

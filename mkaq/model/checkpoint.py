@@ -16,21 +16,10 @@ from mkaq.errors import CheckpointError
 from mkaq.model.architecture import LAYER_PREFIX, Family, family_of, layer_count
 from mkaq.model.expected import plain_tensors
 from mkaq.model.finite import all_finite
+from mkaq.model.side_files import side_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _NOT_ARCHITECTURE = ("quantization_config", "num_labels", "id2label", "label2id")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
@@ -61,13 +50,15 @@ class Checkpoint:
 
     Attributes:
         path: Its folder.
-        config: config.json as it stands.
+        config: config.json; where the tensors say otherwise, or it asks for code, it is put right.
         tensors: Every tensor by name.
+        remarks: What was put right, a sentence for each.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    remarks: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -98,8 +89,7 @@ class Checkpoint:
     def files(self) -> list[str]:
         """The names of all files that belong to the model, weights last."""
         index = [INDEX] if (self.path / INDEX).is_file() else []
-        side = [name for name in SIDE_FILES if (self.path / name).is_file()]
-        return ["config.json", *side, *index, *self.weight_files]
+        return ["config.json", *side_files(self.path), *index, *self.weight_files]
 
     @cached_property
     def hf_config(self) -> Any:

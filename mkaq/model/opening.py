@@ -9,9 +9,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mkaq.errors import CheckpointError, UnsupportedError
-from mkaq.model.architecture import family_of, layer_count
-from mkaq.model.checkpoint import DTYPES, INDEX, SIDE_FILES, SINGLE, Checkpoint, TensorInfo
+from mkaq.model.agreement import check_agreement, settle_head
+from mkaq.model.architecture import FAMILIES, family_of, layer_count
+from mkaq.model.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, TensorInfo
 from mkaq.model.expected import expected_tensors
+from mkaq.model.names import wrong_names
+from mkaq.model.quantization import check_quantization
+from mkaq.model.remote_code import remote_code_keys, without_remote_code
+from mkaq.model.side_files import side_files, stays_inside
 
 _CHOOSES_CODE = (
     "attn_implementation",
@@ -19,6 +24,7 @@ _CHOOSES_CODE = (
     "experts_implementation",
     "_experts_implementation",
 )
+_TOKENIZER = "tokenizer_config.json"
 _SIZES = {
     "hidden_size": 2**20,
     "intermediate_size": 2**22,
@@ -40,7 +46,7 @@ def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
         CheckpointError: If it is damaged, incomplete or unsafe (pickle, remote code).
         UnsupportedError: If its family or its quantization is not supported.
     """
-    config = _read_config(path, quantized)
+    config, remarks = _read_config(path, quantized)
     files = _weight_files(path)
     _check_links(path, files)
     tensors: dict[str, TensorInfo] = {}
@@ -50,12 +56,10 @@ def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
                 raise CheckpointError(f"tensor {name} is also in {tensors[name].file}", where=path / file)
             tensors[name] = info
     _check_index(path, tensors)
-    checkpoint = Checkpoint(path, config, tensors)
+    kept = {name: info for name, info in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    checkpoint = Checkpoint(path, config, kept, remarks)
     _check_layers(checkpoint)
-    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
-    if checkpoint.hf_config.tie_word_embeddings:
-        ignored.add("lm_head.weight")
-    checkpoint = Checkpoint(path, config, {k: v for k, v in tensors.items() if k not in ignored})
+    checkpoint = settle_head(checkpoint)
     _check_complete(checkpoint)
     return checkpoint
 
@@ -79,18 +83,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_config(path: Path, quantized: bool) -> dict[str, Any]:
+def _read_config(path: Path, quantized: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """config.json without what chooses code, and what there is to say about that."""
     where = path / "config.json"
     config = read_json(where)
-    if config.get("auto_map"):
-        raise CheckpointError("auto_map asks for remote code, which mkaq never runs", where=where)
-    family_of(config, where)
+    code = remote_code_keys(config)
+    if code and config.get("model_type") not in tuple(FAMILIES):
+        raise CheckpointError(f"{code[0]} asks for remote code, which mkaq never runs", where=where)
+    family = family_of(config, where)
     layer_count(config, where)
     for key, most in _SIZES.items():
         value = config.get(key)
         if value is not None and (not isinstance(value, int) or not 1 <= value <= most):
             raise CheckpointError(f"{key} is {str(value)[:40]}, not a number from 1 to {most}", where=where)
-    config = {key: value for key, value in config.items() if key not in _CHOOSES_CODE}
     method = config.get("quantization_config")
     if method is not None and not isinstance(method, dict):
         raise CheckpointError("quantization_config is not an object", where=where)
@@ -100,9 +105,20 @@ def _read_config(path: Path, quantized: bool) -> dict[str, Any]:
             where=path,
             fix="start from the original weights",
         )
-    if method is not None and method.get("quant_method") not in ("gptq", "bitsandbytes"):
-        raise UnsupportedError(f"quantization {method.get('quant_method')!r} is not supported", where=where)
-    return config
+    beside = path / "quantize_config.json"
+    check_agreement(config, read_json(beside) if method is not None and beside.is_file() else None, where)
+    if method is not None:
+        check_quantization(method, family.linear_names, where)
+    config = {key: value for key, value in config.items() if key not in _CHOOSES_CODE}
+    asking = {"config.json": code, _TOKENIZER: _tokenizer_code(path)}
+    told = [f"{', '.join(keys)} of {name}" for name, keys in asking.items() if keys]
+    why = f"transformers has {config['model_type']} itself, and remote code is never run"
+    remark = f"{' and '.join(told)} left out: {why}"
+    return without_remote_code(config), (remark,) if told else ()
+
+
+def _tokenizer_code(path: Path) -> list[str]:
+    return remote_code_keys(read_json(path / _TOKENIZER)) if (path / _TOKENIZER).is_file() else []
 
 
 def _weight_files(path: Path) -> list[str]:
@@ -131,15 +147,20 @@ def _weight_files(path: Path) -> list[str]:
             where=path,
             fix="get or convert the checkpoint as safetensors",
         )
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            "is an adapter (adapter_config.json), not a whole model",
+            where=path,
+            fix="merge it into its base model (merge_and_unload of peft) and save that",
+        )
     raise CheckpointError(f"no weights: neither {SINGLE} nor {INDEX}", where=path)
 
 
 def _check_links(path: Path, weight_files: list[str]) -> None:
-    """A link must not bring in a file from elsewhere; the hub's cache links into its own folder."""
-    home = path.resolve()
-    home = home.parent.parent if home.parent.name == "snapshots" else home
-    for name in ("config.json", INDEX, *SIDE_FILES, *weight_files):
-        if (path / name).is_symlink() and not (path / name).resolve().is_relative_to(home):
+    """A link must not bring in a file from elsewhere."""
+    beside = ["config.json", "quantize_config.json", INDEX]
+    for name in (*beside, *side_files(path), *weight_files):
+        if not stays_inside(path, name):
             fix = "copy the file itself into the folder"
             raise CheckpointError("is a link that leaves the folder", where=path / name, fix=fix)
 
@@ -183,21 +204,16 @@ def _check_layers(checkpoint: Checkpoint) -> None:
     """Before anything is built from config.json, which may ask for any number of layers."""
     found = max(checkpoint.names_by_layer, default=-1) + 1
     if found != checkpoint.num_layers:
-        raise CheckpointError(
-            f"config.json says {checkpoint.num_layers} layers, the weights have {found}",
-            where=checkpoint.path,
-        )
+        what = f"config.json says {checkpoint.num_layers} layers, the weights have {found}"
+        raise _misfit(checkpoint, what)
 
 
 def _check_complete(checkpoint: Checkpoint) -> None:
     family, where = checkpoint.family, checkpoint.path / "config.json"
     expected = expected_tensors(checkpoint.dense_shapes, family.linear_names, checkpoint.quantization, where)
     if missing := [name for name in expected if name not in checkpoint.tensors]:
-        raise CheckpointError(
-            f"{len(missing)} tensors missing that config.json implies, such as {missing[0]}",
-            where=checkpoint.path,
-            fix="download or export the checkpoint again",
-        )
+        what = f"{len(missing)} tensors missing that config.json implies, such as {missing[0]}"
+        raise _misfit(checkpoint, what, fix="download or export the checkpoint again")
     for name, shape in expected.items():
         actual = checkpoint.tensors[name].shape
         if shape is not None and actual != shape:
@@ -210,9 +226,13 @@ def _check_complete(checkpoint: Checkpoint) -> None:
             where = checkpoint.path / info.file
             raise UnsupportedError(f"tensor {name} is of type {info.dtype}", where=where)
     if extra := [name for name in checkpoint.tensors if name not in expected]:
-        raise CheckpointError(
-            f"{len(extra)} tensors that config.json does not imply, such as {extra[0]}", where=checkpoint.path
-        )
+        what = f"{len(extra)} tensors that config.json does not imply, such as {extra[0]}"
+        raise _misfit(checkpoint, what)
+
+
+def _misfit(checkpoint: Checkpoint, what: str, fix: str | None = None) -> CheckpointError:
+    error = CheckpointError(what, where=checkpoint.path, fix=fix)
+    return wrong_names(checkpoint.tensors, checkpoint.config, error)
 
 
 def _types_of(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 from mkaq.errors import UsageError
+from mkaq.model.side_files import hub_patterns
 from mkaq.paths import user_path
 
 BUILTIN = {"builtin:tiny-llama": Path(__file__).parent.parent / "builtin" / "tiny-llama"}
-_WANTED = ["*.json", "*.safetensors", "*.model", "merges.txt", "vocab.txt", "*.jinja", "LICENSE*"]
+_WANTED = ["*.json", "*.safetensors", *hub_patterns()]
 
 
 def resolve_model(path: str, revision: str | None = None) -> Path:

@@ -24,6 +24,7 @@ from mkaq.model.attention import attend_by_products
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.expected import build_skeleton
 from mkaq.model.finite import all_finite
+from mkaq.model.quantization import gptq_format
 from mkaq.quantize.bnb import dequantize_linear, restore_linear
 from mkaq.quantize.packing import unpack_linear
 from mkaq.ranks import ALONE, Ranks
@@ -308,7 +309,7 @@ def unpack_layer(tensors: dict[str, torch.Tensor], config: Any) -> dict[str, tor
     }
     for name in [k.removesuffix(".qweight") for k in tensors if k.endswith(".qweight")]:
         parts = {part: tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
-        result[f"{name}.weight"] = unpack_linear(parts, config["bits"])
+        result[f"{name}.weight"] = unpack_linear(parts, config["bits"], gptq_format(config))
     return result
 
 

@@ -15,7 +15,8 @@ from xxhash import xxh3_128
 
 from mkaq.errors import VerificationError
 from mkaq.model.architecture import LAYER_PREFIX
-from mkaq.model.checkpoint import BLOCK, INDEX, SIDE_FILES, SINGLE, Checkpoint
+from mkaq.model.checkpoint import BLOCK, INDEX, SINGLE, Checkpoint
+from mkaq.model.side_files import copy_side_files
 from mkaq.ranks import Ranks
 
 _NAMES = {  # in the order in which the safetensors library lays types: aligned, the largest first
@@ -385,10 +386,8 @@ def is_blank(path: Path) -> bool:
 
 
 def write_side_files(source: Checkpoint, folder: Path) -> None:
-    """Copies the tokenizer, the generation settings and the chat template of a checkpoint."""
-    for name in SIDE_FILES:
-        if (source.path / name).is_file():
-            (folder / name).write_bytes((source.path / name).read_bytes())
+    """Copies what belongs to a checkpoint beside its weights."""
+    copy_side_files(source.path, folder)
 
 
 def _write(handle: int, place: int, data: memoryview) -> None:

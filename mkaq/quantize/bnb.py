@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mkaq.errors import UnsupportedError
 from mkaq.recipe import BitsandbytesSection
 
 
@@ -22,6 +21,9 @@ def quantize_linear(
 
     Returns:
         Tensors by their names below the module: `weight` and its scales.
+
+    Raises:
+        OverflowError: If a weight is too large for the type in which the library reads it.
     """
     import bitsandbytes as bnb
 
@@ -31,7 +33,7 @@ def quantize_linear(
         linear = bnb.nn.Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False)
         half = weight.to(torch.float16)
         if not bool(torch.isfinite(half).all()):
-            raise UnsupportedError("weights beyond float16, in which bitsandbytes reads them for int8")
+            raise OverflowError("weights beyond float16, in which bitsandbytes reads them for int8")
         linear.load_state_dict({"weight": half})
     else:
         linear = bnb.nn.Linear4bit(
@@ -86,6 +88,7 @@ def restore_linear(
     shape = {"input_features": like.in_features, "output_features": like.out_features, "bias": False}
     linear: Any
     if config.get("load_in_8bit"):
+        _check_rows(tensors)
         linear = bnb.nn.Linear8bitLt(
             **shape, has_fp16_weights=False, threshold=config.get("llm_int8_threshold", 6.0)
         )
@@ -109,14 +112,24 @@ def restore_linear(
             device=device,
             module=linear,
         )
-        _check_state(linear.weight.quant_state, like.weight.numel())
+        _check_state(linear.weight.quant_state, like.weight.shape, config["bnb_4bit_quant_type"])
     if "bias" in tensors:
         linear.bias = nn.Parameter(tensors["bias"].to(device), requires_grad=False)
     return linear.eval()  # type: ignore[no-any-return]
 
 
-def _check_state(state: Any, weights: int) -> None:
-    """The library reads past the end of scales that are too few."""
+def _check_rows(tensors: Mapping[str, torch.Tensor]) -> None:
+    """The library has had other orders than row by row for int8, told by a number beside the codes."""
+    if "weight_format" in tensors and int(tensors["weight_format"]) != 0:
+        raise ValueError(f"weight_format {int(tensors['weight_format'])} is not row by row")
+
+
+def _check_state(state: Any, shape: torch.Size, quant_type: str) -> None:
+    """What is stored beside the codes must be as config.json has it; scales that are too few are overrun."""
+    weights = shape.numel()
+    if tuple(state.shape) != tuple(shape) or state.quant_type != quant_type:
+        told = f"{state.quant_type} of shape {list(state.shape)}"
+        raise ValueError(f"codes say {told}, config.json {quant_type} of shape {list(shape)}")
     if state.absmax.numel() != -(-weights // state.blocksize):
         raise ValueError(f"{state.absmax.numel()} scales for {weights} weights")
     if state.nested and state.state2.absmax.numel() != -(-state.absmax.numel() // state.state2.blocksize):
@@ -128,6 +141,7 @@ def dequantize_linear(tensors: Mapping[str, torch.Tensor], config: Mapping[str, 
     from bitsandbytes import functional
 
     if config.get("load_in_8bit"):
+        _check_rows(tensors)
         return tensors["weight"].float() * tensors["SCB"].float().unsqueeze(1) / 127.0
     state = functional.QuantState.from_dict(
         {k: v for k, v in tensors.items() if k.startswith("weight.")}, torch.device("cpu")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from mkaq.errors import UnsupportedError
 from mkaq.heap import return_freed_memory
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.model.writer import ShardWriter, write_json, write_side_files
@@ -49,6 +50,9 @@ def quantize_bitsandbytes(
         dtype: Of the tensors that stay dense.
         shard_size: Bytes per file.
         progress: Told of every layer.
+
+    Raises:
+        UnsupportedError: If a weight is too large for int8 as the library makes it.
     """
     modules: list[BnbModule] = []
     config = quantization_config(section, dtype)
@@ -63,7 +67,7 @@ def quantize_bitsandbytes(
                     writer.add(name, tensor.to(dtype))
                     continue
                 module = name.removesuffix(".weight")
-                stored = quantize_linear(tensor, section, device)
+                stored = _quantize(source, name, tensor, section, device)
                 modules.append(BnbModule(module, relative_error(tensor, dequantize_linear(stored, config))))
                 for part, value in stored.items():
                     writer.add(f"{module}.{part}", value)
@@ -73,3 +77,17 @@ def quantize_bitsandbytes(
     write_json(folder / "config.json", whole)
     write_side_files(source, folder)
     return modules
+
+
+def _quantize(
+    source: Checkpoint, name: str, tensor: torch.Tensor, section: BitsandbytesSection, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """`quantize_linear` for a tensor of a checkpoint, which an error names."""
+    try:
+        return quantize_linear(tensor, section, device)
+    except OverflowError as error:
+        raise UnsupportedError(
+            f"tensor {name} has {error}",
+            where=source.path / source.tensors[name].file,
+            fix="use quantize.bits: 4, or quantize.method: gptq",
+        ) from None

@@ -1,8 +1,9 @@
-"""The GPTQ (v1) checkpoint format: integer codes as little-endian bit streams in int32 words.
+"""The GPTQ checkpoint format: integer codes as little-endian bit streams in int32 words.
 
 `qweight` holds the codes of 32 input features in `bits` words, for every output feature;
 `qzeros` holds zero points minus one, packed along the output features; `scales` is float16.
-This is the layout of auto-gptq, which GPTQModel, optimum, transformers and vLLM read.
+This is the layout of auto-gptq, which GPTQModel, optimum, transformers and vLLM read; mkaq writes it.
+In version 2 (`gptq_v2`) zero points are stored as they are, and all else is the same.
 """
 
 import torch
@@ -82,12 +83,13 @@ def pack_linear(
     }
 
 
-def unpack_linear(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+def unpack_linear(tensors: dict[str, torch.Tensor], bits: int, form: str = "gptq") -> torch.Tensor:
     """The weight that a quantized linear layer stands for: scale * (code - zero).
 
     Args:
         tensors: qweight, qzeros, scales and g_idx.
         bits: Bits per code.
+        form: `gptq`, or `gptq_v2`, in which zero points are not stored minus one.
 
     Returns:
         float32, shape (out_features, in_features).
@@ -96,7 +98,7 @@ def unpack_linear(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
         ValueError: If `g_idx` names a group that is not there.
     """
     codes = unpack(tensors["qweight"], bits)
-    zeros = unpack(tensors["qzeros"].T.contiguous(), bits).T + 1
+    zeros = unpack(tensors["qzeros"].T.contiguous(), bits).T + (form == "gptq")
     g_idx = tensors["g_idx"].long()
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= len(tensors["scales"]):
         raise ValueError(f"g_idx names groups beyond the {len(tensors['scales'])} that there are")

@@ -112,7 +112,11 @@ CHECKPOINTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "config is deep": (lambda f: (f / "config.json").write_text('{"a":' * 99999), ("config.json", "JSON")),
     "remote code": (
-        lambda f: edit_config(f, auto_map={"AutoModel": "x.y"}),
+        lambda f: edit_config(f, model_type="own", auto_map={"AutoModel": "x.y"}),
+        ("config.json", "auto_map", "code"),
+    ),
+    "remote code of no family": (
+        lambda f: edit_config(f, model_type=["llama"], auto_map={"AutoModel": "x.y"}),
         ("config.json", "auto_map", "code"),
     ),
     "quantization is a list": (lambda f: edit_config(f, quantization_config=[1]), ("quantization_config",)),

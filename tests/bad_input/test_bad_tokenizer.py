@@ -26,7 +26,9 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "no usable tokenizer"),
     "config is no JSON": (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json"),
     "remote code": (
-        lambda f: (f / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["a.b", null]}}'),
+        lambda f: (f / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", null]}}'
+        ),
         "remote code",
     ),
     "more tokens than the model": (fewer_tokens, "token"),
