@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import evaluation_sequences, load_tokenizer
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import evaluation_sequences
 from mkaq.errors import MkaqError
 from mkaq.evaluate.verify import verify
 from mkaq.merge.hold_out import token_weights

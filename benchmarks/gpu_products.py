@@ -10,7 +10,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import calibration_tokens, load_tokenizer
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens
 from mkaq.merge.fuse import fuse
 from mkaq.merge.hold_out import hold_out
 from mkaq.model.opening import open_checkpoint
