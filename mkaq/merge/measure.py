@@ -14,6 +14,7 @@ from mkaq.progress import Progress
 
 SHARE = 8
 PROBES = 24
+LOGITS = 2**24  # logits that are in memory at once, of each of a few tensors
 COEFFICIENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 Build = Callable[[Sequence[int], torch.Tensor, torch.Tensor, Samples], Mapping[str, torch.Tensor]]
@@ -68,10 +69,14 @@ def measure_groups(
                 if start + length <= index:
                     walk.run_all(layer, index, states)
     nats = torch.zeros(len(merged), dtype=torch.float64, device=walk.device)
+    streams_of, step = (expected, *merged.values()), max(1, LOGITS // walk.checkpoint.hf_config.vocab_size)
     with walk.head() as head:
         for rows in spans(expected):
-            streams_of = (walk.fetch(states[rows]) for states in merged.values())
-            nats += divergences(head, streams_of, walk.fetch(expected[rows]))
+            original, *others = (states[rows].reshape(-1, states.shape[-1]) for states in streams_of)
+            for start in range(0, len(original), step):
+                part = slice(start, start + step)
+                made = (walk.fetch(states[part]) for states in others)
+                nats += divergences(head, made, walk.fetch(original[part]))
             walk.activations.release()
     count = probes.numel()
     means = (nats / max(1, count)).tolist()
@@ -83,23 +88,18 @@ def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tupl
     """The samples from which candidates are built, and others on which they are measured.
 
     The more candidates there are, the fewer samples measure them, so that all of them together cost little
-    more than a walk over `tokens`, whatever the depth. Of too few samples to spare any, all build.
+    more than a walk over `tokens`, whatever the depth. Of too few samples to spare any, all build. Up to
+    eight processes build and measure on the same samples as one does.
 
     Args:
         tokens: Shape (samples, length).
         processes: Among which each part is shared.
         candidates: How many there are.
     """
-    least = HELD_OUT * processes
-    probes = _multiple(max(1, min(PROBES, len(tokens) // 4, 5 * len(tokens) // (4 * candidates))), processes)
-    others = tokens[:-probes] if len(tokens) - probes >= least else tokens
-    sample = others[:: max(1, min(SHARE, len(others) // max(16, least)))]
-    return sample[: _multiple(len(sample), least)], tokens[-probes:]
-
-
-def _multiple(count: int, size: int) -> int:
-    """The largest multiple of `size` up to `count`; `count` itself if there is none."""
-    return count // size * size or count
+    probes = max(1, min(PROBES, len(tokens) // 4, 5 * len(tokens) // (4 * candidates)))
+    others = tokens[:-probes] if len(tokens) - probes >= HELD_OUT else tokens
+    sample = others[:: max(1, min(SHARE, len(others) // max(16, 2 * processes)))]
+    return sample[: len(sample) // HELD_OUT * HELD_OUT or len(sample)], tokens[-probes:]
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def divergences(head: nn.Module, streams: Iterable[torch.Tensor], original: torc
 
     Args:
         head: The final norm and the output layer.
-        streams: Outputs of the last layer of several models, each of shape (samples, length, hidden_size).
+        streams: Outputs of the last layer of several models, each of shape (tokens, hidden_size).
         original: Those of the original model, of the same shape.
 
     Returns:
@@ -126,8 +126,8 @@ def divergences(head: nn.Module, streams: Iterable[torch.Tensor], original: torc
 
 
 def _logits(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = head(inputs_embeds=states, use_cache=False).logits
-    return logits.float()
+    logits: torch.Tensor = head(inputs_embeds=states[None], use_cache=False).logits
+    return logits[0].float()
 
 
 def by_channels(walk: LayerWalk, dtype: torch.dtype) -> Build:

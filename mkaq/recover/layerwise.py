@@ -19,7 +19,7 @@ from mkaq.heap import return_freed_memory
 from mkaq.merge.final_norm import rescale, rescaled
 from mkaq.merge.hold_out import Samples, token_errors, token_weights
 from mkaq.model.architecture import FINAL_NORM
-from mkaq.model.walk import LayerWalk
+from mkaq.model.walk import LayerWalk, batch_size
 from mkaq.model.writer import layout_like, write_json, write_side_files, writer_of
 from mkaq.progress import Progress
 from mkaq.recipe import LayerwiseSection
@@ -115,7 +115,8 @@ def tune(
 
     The loss is the squared error of a token relative to the target's mean square, as the norms of the
     layers that follow see it. AdamW without weight decay, products in bfloat16; the learning rate
-    rises over the first steps and falls to 0 along a cosine.
+    rises over the first steps and falls to 0 along a cosine. A step's batch goes through the layer in
+    parts of `TOKENS_PER_BATCH` tokens, whose gradients are added.
 
     Args:
         walk: That the layer belongs to.
@@ -140,12 +141,13 @@ def tune(
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, section.steps))
     orders = shuffled(samples.learned, math.ceil(section.batch_size / walk.ranks.size), seed)
     for step, chosen in zip(range(1, section.steps + 1), orders, strict=False):
-        if len(chosen):
+        parts = torch.split(chosen, batch_size(inputs)) if len(chosen) else ()
+        for part in parts:
             with torch.autocast(walk.device.type, torch.bfloat16, enabled=fast):
-                output = walk.run(layer, new, inputs[chosen])
-            target = walk.fetch(targets[chosen]).float()
+                output = walk.run(layer, new, inputs[part])
+            target = walk.fetch(targets[part]).float()
             loss = ((output.float() - target).square().mean(-1) * token_weights(target)).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss * (len(part) / len(chosen))).backward()  # type: ignore[no-untyped-call]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters()]
         walk.ranks.average(len(chosen), *gradients)
         for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
