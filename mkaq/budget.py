@@ -39,7 +39,7 @@ def options_of(recipe: Recipe, source: Checkpoint) -> list[Option]:
     assert recipe.budget is not None
     widths: Sequence[int | None] = (None,)
     if isinstance(recipe.quantize, GptqSection):
-        widths = sorted(set(recipe.budget.bits), reverse=True)
+        widths = sorted(set(recipe.budget.bits or [recipe.quantize.bits]), reverse=True)
     removals = [0]
     if recipe.merge is not None:
         free = source.num_layers - recipe.merge.protect.first - recipe.merge.protect.last

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mkaq import __version__
-from mkaq.console import print_json, print_table
+from mkaq.console import print_json, print_table, print_whatever_it_is
 from mkaq.errors import UsageError, as_mkaq_error
 
 if TYPE_CHECKING:
@@ -77,9 +77,12 @@ def run(
     loaded, folder = _load(recipe, settings, output)
     _quiet_libraries()
     from mkaq import pipeline
+    from mkaq.export.manifest import read_manifest
+    from mkaq.export.runtimes import describe, runtimes
     from mkaq.model.walk import pick_device
     from mkaq.progress import Progress
     from mkaq.ranks import joined
+    from mkaq.recipe import Recipe
     from mkaq.report import table_rows
 
     limit = _bytes(max_memory)
@@ -90,12 +93,15 @@ def run(
         )
     if not ranks.main:
         return
+    made = Recipe.model_validate(read_manifest(result.artifact).recipe) if result.artifact else None
+    found = runtimes(made.quantize) if made else []
     if as_json:
         stages = [vars(size) | result.evaluation.get(size.stage, {}) for size in result.sizes]
         print_json(
             {
                 "stages": stages,
                 "artifact": str(result.artifact) if result.artifact else None,
+                "runtimes": [vars(row) for row in found],
                 "run": str(folder),
             }
         )
@@ -104,6 +110,8 @@ def run(
         ("stage", "layers", "parameters", "bytes on disk", "perplexity"),
         table_rows(result.sizes, result.evaluation),
     )
+    for line in describe(found) if found else ():
+        print(line)
     print(f"artifact: {result.artifact}" if result.artifact else f"stopped after {until}: {folder}")
 
 
@@ -120,7 +128,8 @@ def plan(
     """Say what a run would do: layers, sizes, memory, disk. Changes nothing."""
     loaded, folder = _load(recipe, settings, output)
     _quiet_libraries()
-    from mkaq.budget import plan_budget
+    from mkaq.budget import plan_budget, settle
+    from mkaq.export.runtimes import describe, runtimes
     from mkaq.model.opening import open_checkpoint
     from mkaq.model.source import resolve_model
     from mkaq.model.walk import pick_device
@@ -133,6 +142,8 @@ def plan(
         print(f"note: {remark}", file=sys.stderr)
     told = list(remarks(loaded, processes))
     options, planned = plan_budget(loaded, source, pick_device(device), _bytes(max_memory), processes)
+    settled = [settle(loaded, option) for option in options] or [loaded]
+    found = runtimes(*(choice.quantize for choice in settled))
     if as_json:
         stages = [vars(size) for size in planned.sizes]
         print_json(
@@ -145,6 +156,7 @@ def plan(
                 "host_bytes": planned.host_bytes,
                 "remarks": told,
                 "disk_bytes": planned.disk_bytes,
+                "runtimes": [vars(row) for row in found],
                 "run": str(folder),
             }
         )
@@ -165,6 +177,8 @@ def plan(
     for line in told:
         print(line)
     print(f"disk:   {human(planned.disk_bytes)} in {folder}")
+    for line in describe(found):
+        print(line)
 
 
 @app.command()
@@ -268,9 +282,11 @@ def verify(
     from mkaq.evaluate.verify import verify as check
     from mkaq.model.source import resolve_model
     from mkaq.model.walk import pick_device
+    from mkaq.paths import utf8_path
     from mkaq.progress import Progress
 
-    done = check(artifact, resolve_model(source) if source else None, pick_device(device), Progress())
+    original = resolve_model(source) if source else None
+    done = check(utf8_path(artifact), original, pick_device(device), Progress())
     if as_json:
         print_json({"verified": True, "checks": done})
         return
@@ -295,6 +311,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, layer by layer (the model may be larger than memory), or the scores of tasks."""
+    if tasks is None and (limit is not None or include_path is not None):
+        raise UsageError("--limit and --include-path are read with --tasks only", where="eval")
+    if tasks is not None and (dataset, path, num_samples, max_seq_length) != ("builtin", None, None, 512):
+        raise UsageError("a task brings its own text: leave out the options of perplexity", where="--tasks")
     _quiet_libraries()
     from mkaq.calibrate.text import documents
     from mkaq.calibrate.tokenizer import load_tokenizer
@@ -349,6 +369,7 @@ def generate_text(
     import torch
 
     from mkaq.calibrate.tokenizer import load_tokenizer
+    from mkaq.model.end_tokens import end_tokens
     from mkaq.model.load import generate, whole_model
     from mkaq.model.opening import open_checkpoint
     from mkaq.model.source import resolve_model
@@ -361,8 +382,9 @@ def generate_text(
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise UsageError("the prompt has no tokens", where="PROMPT")
+    stop = end_tokens(checkpoint.path, tokenizer)
     model = whole_model(checkpoint, place, compute_dtype(checkpoint, place))
-    new = generate(model, torch.tensor([ids], device=place), max_new_tokens, {tokenizer.eos_token_id})
+    new = generate(model, torch.tensor([ids], device=place), max_new_tokens, stop)
     text = tokenizer.decode(new)
     if as_json:
         print_json({"prompt": prompt, "text": text, "tokens": len(new)})
@@ -393,11 +415,12 @@ def schema() -> None:
 
 
 def _load(recipe: str, settings: list[str], output: Path | None) -> "tuple[Recipe, Path]":
+    from mkaq.paths import utf8_path
     from mkaq.recipe_file import load_recipe
     from mkaq.shipped import find_recipe
 
     loaded = load_recipe(find_recipe(recipe), settings)
-    return loaded, output or Path("runs") / loaded.name
+    return loaded, utf8_path(output or Path("runs") / loaded.name)
 
 
 def _bytes(size: str | None) -> int | None:
@@ -434,6 +457,7 @@ def _quiet_libraries() -> None:
 def main() -> None:
     """The entry point: runs a command and turns every error into one message and an exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    print_whatever_it_is()
     try:
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
         if app(arguments or ["--help"], standalone_mode=False) == 130:

@@ -83,6 +83,6 @@ def _os_error(error: OSError) -> MkaqError:
         fix = "free some, or use --output; the same command resumes"
         return ResourceError("the disk is full", where=error.filename, fix=fix)
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        fix = "check its permissions, or use --output"
+        fix = "check its permissions; a run goes elsewhere with --output"
         return UsageError("may not be written or read", where=error.filename, fix=fix)
     return UsageError(str(error.strerror or error), where=error.filename)

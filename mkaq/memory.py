@@ -114,7 +114,7 @@ def _shape(source: Checkpoint, device: torch.device) -> _Shape:
 
 
 def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, tokens: int, length: int) -> Need:
-    points = 8 * 6 * section.manifold.points**2
+    points = 8 * 6 * section.manifold.points**2 if section.manifold else 0
     if section.fuse == "average":
         measured = 3 if section.order == "measured" or section.coefficient == "measured" else 1
         states = tokens * shape.hidden * shape.fast

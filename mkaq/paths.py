@@ -5,6 +5,19 @@ from pathlib import Path
 from mkaq.errors import UsageError
 
 
+def utf8_path(path: Path) -> Path:
+    """The same path, for files that safetensors opens.
+
+    Raises:
+        UsageError: If its name is not UTF-8: safetensors takes no other.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError("its name is not UTF-8", where=path, fix="give the folder another name") from None
+    return path
+
+
 def user_path(text: str) -> Path:
     """A path with `~` expanded.
 

@@ -25,7 +25,7 @@ _AVERAGE = "fuse: average, with recover: {method: layerwise}"
 _LESS = {
     "merge": "merge.fuse: average, which needs less than channels",
     "recover": "lower recover.batch_size or calibration.max_seq_length, or leave recover out",
-    "quantize": "quantize.method: bitsandbytes, which needs less than gptq",
+    "quantize": "quantize: {method: bitsandbytes}, which needs less than gptq",
     "evaluate": "lower evaluate.perplexity.max_seq_length or num_samples, or leave it out",
 }
 
@@ -185,10 +185,11 @@ def check_resources(
     if plan.memory_bytes > allowed:
         stage = max(plan.memory, key=lambda name: plan.memory[name])
         has = f"--max-memory allows {human(allowed)}" if limit else f"{device} has {human(allowed)}"
-        needed = -(-plan.memory_bytes // 10**7) / 100
+        less = _LESS.get(stage, "use a larger machine")
+        enough = f"--max-memory {-(-plan.memory_bytes // 10**7) / 100:.2f}GB would do; or "
         raise ResourceError(
             f"the run is expected to need {human(plan.memory_bytes)} of memory ({stage}), {has}",
-            fix=f"--max-memory {needed:.2f} GB would do; or {_LESS.get(stage, 'use a larger machine')}",
+            fix=(enough if plan.memory_bytes < memory_of(device) else "") + less,
         )
 
 

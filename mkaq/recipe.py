@@ -17,6 +17,9 @@ GptqBits = Literal[2, 3, 4, 8]
 Dataset = Literal["builtin", "mmlu", "wikitext2", "text", "jsonl"]
 
 
+NO_TEXT = "is no text: it holds half a surrogate pair, or was not UTF-8"
+
+
 def _size(value: str) -> str:
     parse_size(value)
     return value
@@ -27,14 +30,21 @@ class _Model(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
     )
 
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
+            raise ValueError(NO_TEXT)
+        return value
+
 
 class ModelSection(_Model):
     """The model to compress."""
 
     path: str = Field(min_length=1)
     """A local folder in Hugging Face format, a hub id (`org/name`), or `builtin:tiny-llama`."""
-    revision: str | None = None
-    """The hub commit to take; pin it to make a run repeatable."""
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """The hub commit to take; pin it to make a run repeatable. A local folder has none."""
     dtype: Literal["auto"] | Dtype = "auto"
     """The type in which weights that are not quantized are written; `auto` keeps the source's."""
     base_model: str | None = None
@@ -83,7 +93,7 @@ class ManifoldSection(_Model):
     dimensions: int = Field(default=2, ge=1, le=4)
     """Diffusion coordinates kept."""
     points: int = Field(default=1024, ge=64, le=16384)
-    """Token positions at which hidden states are compared."""
+    """Token positions at which hidden states are compared, at most: no more than the calibration has."""
     bandwidth: Literal["median"] | Annotated[float, Field(gt=0)] = "median"
     """Width of the Gaussian kernel: the median pairwise distance, or a number."""
     alpha: float = Field(default=0.5, ge=0, le=1)
@@ -120,20 +130,44 @@ class MergeSection(_Model):
     fuse: Literal["average", "channels"] = "average"
     """`average` is the paper's weighted mean of every tensor; `channels` keeps the attention heads and
     MLP channels that matter and solves what they write, so that the original hidden states come back."""
-    coefficient: Literal["similarity", "sigmoid", "measured"] | Annotated[float, Field(ge=0, le=1)] = (
-        "similarity"
+    coefficient: Literal["similarity", "sigmoid", "measured"] | Annotated[float, Field(ge=0, le=1)] | None = (
+        None
     )
-    """Weight of the earlier layer in an average: its similarity, the sigmoid of it (the published
-    script), the best of 0.5 to 1 by what it does to the hidden states, or a number."""
-    manifold: ManifoldSection = ManifoldSection()
-    """How layers are compared."""
+    """Weight of the earlier layer in an average: its similarity (unless said otherwise), the sigmoid of it
+    (the published script), the best of 0.5 to 1 by what it does to the hidden states, or a number. Null with
+    `fuse: channels`, which has no such weight."""
+    manifold: ManifoldSection | None = None
+    """How layers are compared. Null where nothing compares them: with `order: measured`, unless the
+    coefficient is `similarity` or `sigmoid`."""
     protect: ProtectSection = ProtectSection()
     """Layers left alone."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        """Fills in the coefficient and the manifold where they are read, and only there."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if data.get("fuse", "average") == "average" and data.get("coefficient") is None:
+            data["coefficient"] = "similarity"
+        compared = data.get("coefficient") in ("similarity", "sigmoid")
+        if data.get("manifold") is None and (data.get("order") != "measured" or compared):
+            data["manifold"] = {}
+        return data
+
     @model_validator(mode="after")
-    def _one_target(self) -> "MergeSection":
+    def _obeyed(self) -> "MergeSection":
         if self.ratio is not None and self.layers is not None:
             raise ValueError("give either ratio or layers")
+        if self.fuse == "channels" and self.coefficient is not None:
+            raise ValueError("coefficient is read with fuse: average only; leave it out")
+        compared = self.order != "measured" or self.coefficient in ("similarity", "sigmoid")
+        if self.manifold is not None and not compared:
+            raise ValueError(
+                "manifold is read with order: similarity or back_to_front, or an average by coefficient: "
+                "similarity or sigmoid; leave it out"
+            )
         return self
 
 
@@ -147,7 +181,7 @@ class LayerwiseSection(_Model):
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
     """Of AdamW, falling to 0 along a cosine; `auto` is 0.25 / hidden_size."""
     batch_size: int = Field(default=32, ge=1, le=4096)
-    """Sequences per step."""
+    """Sequences per step, at most: no more than there are to learn from."""
 
 
 class GptqSection(_Model):
@@ -156,7 +190,7 @@ class GptqSection(_Model):
     method: Literal["gptq"]
     """Weight-only quantization that corrects its own rounding on the calibration tokens."""
     bits: GptqBits = 4
-    """Bits per weight."""
+    """Bits per weight. With a `budget`: the only ones tried; leave it out to try those of `budget.bits`."""
     group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128
     """Weights of one row that share a scale; -1 is the whole row."""
     sym: bool = True
@@ -171,6 +205,11 @@ class GptqSection(_Model):
     GPTQ), or those of the model that came in, so that it also mends what merging left (`source`)."""
     damp_percent: float = Field(default=0.01, gt=0, lt=1)
     """Share of the Hessian's mean diagonal that is added to its diagonal; raised where needed."""
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the columns of a group lie apart, so that a runtime has to look `g_idx` up."""
+        return self.desc_act and not self.static_groups and self.group_size != -1
 
 
 class BitsandbytesSection(_Model):
@@ -238,8 +277,9 @@ class BudgetSection(_Model):
     `perplexity_increase`."""
     perplexity_increase: Annotated[str, Field(pattern=r"^\d{1,6}(\.\d{1,6})?\s*%$")] | None = None
     """How much `evaluate.perplexity` may rise over the source's, e.g. `5%`: the smallest such model."""
-    bits: list[GptqBits] = Field(default=[8, 4, 3], min_length=1)
-    """The bits among which GPTQ may choose, in the place of `quantize.bits`."""
+    bits: Annotated[list[GptqBits], Field(min_length=1)] | None = None
+    """The bits among which GPTQ may choose, in the place of `quantize.bits`: 8, 4 and 3 unless either key
+    says otherwise."""
 
     @model_validator(mode="after")
     def _one_target(self) -> "BudgetSection":
@@ -259,7 +299,10 @@ class BudgetSection(_Model):
 
 
 class Recipe(_Model):
-    """A whole run: what goes in, what is done to it, what comes out."""
+    """A whole run: what goes in, what is done to it, what comes out.
+
+    A setting that nothing would read is refused.
+    """
 
     version: Literal[1]
     """Version of the recipe format."""
@@ -268,7 +311,7 @@ class Recipe(_Model):
     model: ModelSection
     """The model to compress."""
     calibration: CalibrationSection = CalibrationSection()
-    """The calibration tokens."""
+    """The calibration tokens; only with `merge` or GPTQ."""
     merge: MergeSection | None = None
     """Layer merging, or null."""
     budget: BudgetSection | None = None
@@ -286,6 +329,38 @@ class Recipe(_Model):
     def needs_calibration(self) -> bool:
         """Whether any stage of this recipe looks at calibration tokens."""
         return self.merge is not None or isinstance(self.quantize, GptqSection)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        """Fills in the bits that a budget tries; a null that stands for a default goes."""
+        if not isinstance(data, dict):
+            return data
+        data = {key: value for key, value in data.items() if (key, value) != ("calibration", None)}
+        budget, quantize = data.get("budget"), data.get("quantize")
+        if not (isinstance(budget, dict) and isinstance(quantize, dict) and quantize.get("method") == "gptq"):
+            return data
+        if quantize.get("bits") is None:
+            bits = [8, 4, 3] if budget.get("bits") is None else budget["bits"]
+            data["quantize"] = {key: value for key, value in quantize.items() if key != "bits"}
+            data["budget"] = {**budget, "bits": bits}
+        return data
+
+    @model_validator(mode="after")
+    def _calibrates_something(self) -> "Recipe":
+        if "calibration" in self.model_fields_set and not self.needs_calibration:
+            raise ValueError("nothing reads calibration: it is for merge and for GPTQ; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _bits_have_one_place(self) -> "Recipe":
+        if self.budget is None or self.budget.bits is None:
+            return self
+        if not isinstance(self.quantize, GptqSection):
+            raise ValueError("budget.bits is read with quantize.method: gptq only; leave it out")
+        if "bits" in self.quantize.model_fields_set:
+            raise ValueError("quantize.bits fixes what budget.bits leaves open: leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _recovers_a_merge(self) -> "Recipe":
@@ -306,8 +381,13 @@ class Recipe(_Model):
         return self
 
     def dump(self) -> dict[str, Any]:
-        """The resolved recipe as plain data, defaults filled in."""
-        return self.model_dump(mode="json")
+        """The resolved recipe as plain data: defaults filled in, what nothing reads left out."""
+        data = self.model_dump(mode="json")
+        if not self.needs_calibration:
+            del data["calibration"]
+        if self.budget is not None and self.budget.bits is not None:
+            del data["quantize"]["bits"]
+        return data
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML."""

@@ -2,16 +2,17 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from types import NoneType
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from mkaq.errors import MkaqError, UnsupportedError, UsageError
-from mkaq.recipe import Recipe
+from mkaq.recipe import NO_TEXT, Recipe
+from mkaq.recipe_keys import known_keys, scalars_of
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -19,7 +20,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: The YAML file.
-        overrides: Dotted keys with YAML values, such as `merge.ratio=0.25`.
+        overrides: Dotted keys with values, such as `merge.ratio=0.25`. Where the recipe has a text (a path, a
+            name, a size) the value is taken as it stands, but for `null` where there may be none; elsewhere
+            it is YAML.
 
     Raises:
         UsageError: With every fault of the file, each with its line and key.
@@ -87,12 +90,7 @@ def _apply(data: dict[str, Any], lines: dict[tuple[str, ...], str], override: st
         raise UsageError(
             f"{override!r} is not KEY=VALUE", where="--set", fix="for example --set merge.ratio=0.25"
         )
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        parsed = value
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"not a value: {str(error)[:200]}", where=f"--set {key}") from None
+    parsed = _value(keys, value, key)
     section = data
     for part in keys[:-1]:
         inner = section.get(part)
@@ -103,6 +101,19 @@ def _apply(data: dict[str, Any], lines: dict[tuple[str, ...], str], override: st
         section = inner
     section[keys[-1]] = parsed
     lines[keys] = f"--set {key}"
+
+
+def _value(keys: tuple[str, ...], text: str, where: str) -> Any:
+    """What `--set KEY=TEXT` means: the text itself where the key is one, else YAML."""
+    kinds = scalars_of(keys)
+    if kinds == {str} or (kinds == {str, NoneType} and text != "null"):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"not a value: {str(error)[:200]}", where=f"--set {where}") from None
 
 
 def _faults(data: dict[str, Any]) -> tuple[dict[tuple[str, ...], str], dict[tuple[str, ...], str]]:
@@ -144,7 +155,7 @@ def _key_path(loc: tuple[int | str, ...], data: Any, last_is_key: bool) -> tuple
 def _message(item: Any, keys: tuple[str, ...]) -> str:
     kind, given = item["type"], item.get("input")
     if kind == "extra_forbidden":
-        known = sorted(_known_keys(keys[:-1]))
+        known = sorted(known_keys(keys[:-1]))
         near = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key ({hint})"
@@ -165,26 +176,12 @@ def _message(item: Any, keys: tuple[str, ...]) -> str:
         return f"{given!r} is not a percentage such as 5%"
     if kind == "string_pattern_mismatch":
         return f"{given!r} may hold letters, digits, dots, dashes and underscores only"
+    if kind == "string_unicode":
+        return NO_TEXT
     message = str(item["msg"])
     return f"{message[0].lower()}{message[1:]}" + (
         "" if isinstance(given, dict | list) else f", not {given!r}"
     )
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (Union, UnionType, Annotated):
-        for inner in get_args(annotation):
-            yield from _sections(inner)
-
-
-def _known_keys(path: tuple[str, ...]) -> set[str]:
-    models: list[type[BaseModel]] = [Recipe]
-    for part in path:
-        fields = [model.model_fields[part] for model in models if part in model.model_fields]
-        models = [section for field in fields for section in _sections(field.annotation)]
-    return {name for model in models for name in model.model_fields}
 
 
 def _report(

@@ -55,7 +55,8 @@ def never(option: Option) -> float:
 
 
 def budget_recipe(write: Write, **sections: Any) -> Recipe:
-    given = {"merge": {}, "budget": {"bytes": "1GB"}, "evaluate": MEASURED}
+    quantize = {"method": "gptq", "group_size": 32}
+    given = {"merge": {}, "quantize": quantize, "budget": {"bytes": "1GB"}, "evaluate": MEASURED}
     return load_recipe(write(**given | sections))
 
 
@@ -172,6 +173,10 @@ def test_options_are_every_number_of_bits_and_layers(recipe: Write, tmp_path: Pa
         return [(option.bits, option.removed) for option in found]
 
     assert pairs(merge=None) == [(8, 0), (4, 0), (3, 0)]
+    budget = {"bytes": "1GB"}
+    two = {"method": "gptq", "bits": 2, "group_size": 32}
+    assert pairs(quantize=two) == [(2, 0), (2, 1), (2, 2)]
+    assert pairs() == [(bits, removed) for bits in (8, 4, 3) for removed in (0, 1, 2)]
     assert pairs(quantize=None) == [(None, 1), (None, 2)]  # something has to be done
     assert pairs(quantize={"method": "bitsandbytes"}) == [(None, 0), (None, 1), (None, 2)]
 

@@ -26,8 +26,10 @@ def budget(tmp_path: Path, tiny: Path, text: Path) -> Callable[..., Path]:
         plain: dict[str, Any] = {
             "calibration": {"dataset": "text", "path": str(text), "num_samples": 16, "max_seq_length": 32},
             "merge": {"protect": {"first": 1, "last": 0}, "manifold": {"points": 128}},
-            "budget": {"bits": [8, 4], **budget},
+            "quantize": {"method": "gptq", "group_size": 32},
         }
+        bits = {"bits": [8, 4]} if "quantize" not in sections else {}
+        plain["budget"] = {**bits, **budget}
         return write_recipe(tmp_path / "recipe.yaml", tiny, text, **plain | sections)
 
     return write

@@ -86,7 +86,10 @@ def test_run_prints_a_table_and_where_the_artifact_is(
 ) -> None:
     outcome = mkaq("run", plain, "--output", copy)
     header, *rows, last = outcome.out.splitlines()
+    rows, runs = rows[:3], rows[3:]
     assert header.split()[:3] == ["stage", "layers", "parameters"]
+    assert runs[0] == "runs in: transformers on a CPU, vLLM, vLLM on a CPU, ONNX Runtime GenAI"
+    assert runs[1].startswith("MLX: no, because ") and len(runs) == 4
     assert [row.split()[0] for row in rows] == ["source", "merge", "quantize"]
     assert all("±" in row for row in rows)
     assert last == f"artifact: {copy / 'artifact'}"
@@ -176,7 +179,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2"},  # biases
     "gemma2": {"family": "gemma2"},  # a tied head
 }
-BNB = {"merge": None, "evaluate": None}
+BNB = {"calibration": None, "merge": None, "evaluate": None}
 PLANS: dict[str, tuple[str, dict[str, Any]]] = {
     "merge to float32": ("gemma2", {"quantize": None, "model": {"dtype": "float32"}}),
     "gptq 3": ("gemma2", {"quantize": {"method": "gptq", "bits": 3, "group_size": -1}}),
@@ -341,3 +344,9 @@ def test_generate_continues_the_prompt(done: Path, mkaq: Mkaq) -> None:
     new = json.loads(mkaq("generate", artifact, "To be or", "--max-new-tokens", 5, "--json").out)
     assert new["prompt"] == "To be or" and 1 <= new["tokens"] <= 5 and new["text"]
     assert mkaq("generate", artifact, "To be or", "--max-new-tokens", 5).out == f"To be or{new['text']}\n"
+
+
+def test_eval_refuses_options_that_it_would_not_read(mkaq: Mkaq, model: Path) -> None:
+    for options in (("--limit", 3), ("--include-path", "x"), ("--tasks", "arc_easy", "--num-samples", 3)):
+        outcome = mkaq("eval", model, *options)
+        assert outcome.code == 2 and options[0] in outcome.err, outcome.err

@@ -21,6 +21,7 @@ from mkaq.paths import user_path
 from mkaq.recipe import TextSection
 
 Split = Literal["calibrate", "evaluate"]
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".md")
 
 
@@ -29,6 +30,7 @@ def documents(section: TextSection, split: Split) -> list[str]:
 
     `builtin` gives every fifth document to evaluation, `wikitext2` has its train and test
     files, `mmlu` its dev and test folders; `text` and `jsonl` are what the user says they are.
+    Half a surrogate pair, which a JSON string can hold and UTF-8 cannot, becomes U+FFFD.
 
     Raises:
         UsageError: If the path is missing, unreadable or of another layout.
@@ -50,7 +52,8 @@ def documents(section: TextSection, split: Split) -> list[str]:
         "wikitext2": _wikitext2,
         "mmlu": _mmlu,
     }
-    found = [text for text in readers[section.dataset](path, split) if text.strip()]
+    texts = (_LONE_SURROGATE.sub("\ufffd", text) for text in readers[section.dataset](path, split))
+    found = [text for text in texts if text.strip()]
     if not found:
         raise UsageError("holds no text", where=path)
     return found
@@ -78,7 +81,7 @@ def builtin_documents() -> tuple[str, ...]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file, decompressed if its name ends with .gz or .xz.
+    """A UTF-8 text file, decompressed if its name ends with .gz or .xz, without a byte order mark.
 
     Raises:
         UsageError: If it cannot be read.
@@ -89,7 +92,7 @@ def read_text(path: Path) -> str:
             data = lzma.decompress(data)
         elif path.suffix == ".gz":
             data = gzip.decompress(data)
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except (OSError, lzma.LZMAError, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read as UTF-8 text: {error}", where=path) from None
 
@@ -116,7 +119,7 @@ def _jsonl(path: Path, split: Split) -> list[str]:
                 continue
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise UsageError(f'line {number} is not a JSON object with a "text" string', where=file)
@@ -175,7 +178,7 @@ def text_digest(section: TextSection) -> str:
         )
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
         with file.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()

@@ -42,7 +42,7 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        fix = "pip install 'mkaq[eval]'"
+        fix = "pip install lm-eval"
         raise UsageError("lm-evaluation-harness is not installed", where="--tasks", fix=fix) from None
     manager = TaskManager(include_path=include_path)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:

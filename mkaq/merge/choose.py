@@ -55,6 +55,7 @@ def choose_groups(
     similarity, errors = None, {}
     average = section.fuse == "average"
     if section.order != "measured" or (average and section.coefficient in ("similarity", "sigmoid")):
+        assert section.manifold is not None
         similarity = compare_layers(walk, tokens, section.manifold, seed, progress)
     if section.order != "measured":
         assert similarity is not None

@@ -92,13 +92,15 @@ def layers_to_remove(section: MergeSection, num_layers: int) -> int:
     return removed
 
 
-def coefficient_of(rule: str | float, similarity: float) -> float:
+def coefficient_of(rule: str | float | None, similarity: float) -> float:
     """The weight of the earlier layer: the similarity itself, its sigmoid, or a fixed number."""
     if rule == "similarity":
         return similarity
     if rule == "sigmoid":
         return 1 / (1 + math.exp(-similarity))
-    return 0.5 if rule == "measured" else float(rule)  # measured: filled in later, by `chain_plan`
+    if rule is None or rule == "measured":  # no average, or filled in later, by `chain_plan`
+        return 0.5
+    return float(rule)
 
 
 def chain_plan(

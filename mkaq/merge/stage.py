@@ -270,7 +270,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     result = tensor.to(dtype)
     if dtype == torch.float16 and not bool(torch.isfinite(result).all()):
         raise UnsupportedError(
-            f"{name} has values beyond float16", where="model.dtype", fix="use bfloat16 or auto"
+            f"{name} has values beyond float16", where="model.dtype", fix="use bfloat16 or float32"
         )
     return result
 

@@ -46,7 +46,7 @@ def check_fits(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
         raise ResourceError(
             f"the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free on {device}",
             where=checkpoint.path,
-            fix="use a larger machine, or a runtime that keeps the weights quantized (vLLM, llama.cpp)",
+            fix="use a larger machine, or transformers, which keeps quantized weights as they are",
         )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mkaq.errors import UsageError
 from mkaq.model.side_files import hub_patterns
-from mkaq.paths import user_path
+from mkaq.paths import user_path, utf8_path
 
 BUILTIN = {"builtin:tiny-llama": Path(__file__).parent.parent / "builtin" / "tiny-llama"}
 _WANTED = ["*.json", "*.safetensors", *hub_patterns()]
@@ -15,20 +15,27 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
     """The local folder of a model; the network is used for a hub id only.
 
     Raises:
-        UsageError: If there is no such model, or the hub does not give it.
+        UsageError: If there is no such model, the hub does not give it, or what is here has no revision.
     """
     if path.startswith("builtin:"):
         if path not in BUILTIN:
             raise UsageError("no such built-in model", where=path, fix=f"there is {', '.join(BUILTIN)}")
-        return BUILTIN[path]
+        return _unpinned(BUILTIN[path], path, revision)
     folder = user_path(path)
     if folder.is_dir():
-        return folder
+        return _unpinned(utf8_path(folder), path, revision)
     if folder.exists():
         raise UsageError("is a file; a model is a folder with config.json and .safetensors", where=path)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
         raise UsageError("no such model folder", where=path, fix="give a local folder or a hub id (org/name)")
     return _download(path, revision)
+
+
+def _unpinned(folder: Path, path: str, revision: str | None) -> Path:
+    if revision is not None:
+        what = f"{path} is on this machine, where there is no revision {revision!r} to take"
+        raise UsageError(what, where="model.revision", fix="leave it out; it is for a hub id")
+    return folder
 
 
 def _download(repository: str, revision: str | None) -> Path:

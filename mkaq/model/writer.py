@@ -355,8 +355,12 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON in the one form that mkaq writes: two spaces, UTF-8, a final newline."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes JSON in the one form that mkaq writes: two spaces, UTF-8, a final newline.
+
+    Half a surrogate pair, which a config can hold and UTF-8 cannot, is written as JSON's escape of it.
+    """
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def replace_json(path: Path, data: Any) -> None:

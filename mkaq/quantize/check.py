@@ -1,8 +1,13 @@
 """What the GPTQ format can hold, checked before any work."""
 
+from collections.abc import Sequence
+
 from mkaq.errors import UnsupportedError
+from mkaq.export.runtimes import runtimes
 from mkaq.model.checkpoint import Checkpoint
 from mkaq.recipe import GptqSection
+
+_SIZES = (128, 64, 32, 256, 512, 1024, -1, 16)  # of equal worth the first is the usual one
 
 
 def check_gptq(source: Checkpoint, section: GptqSection) -> None:
@@ -11,17 +16,36 @@ def check_gptq(source: Checkpoint, section: GptqSection) -> None:
     Raises:
         UnsupportedError: If a size is not a multiple of 32, or `group_size` does not divide it.
     """
-    for name in source.family.linear_names:
-        out_features, in_features = source.tensors[f"model.layers.0.{name}.weight"].shape
+    shapes = {
+        name: source.tensors[f"model.layers.0.{name}.weight"].shape for name in source.family.linear_names
+    }
+    for name, (out_features, in_features) in shapes.items():
         if in_features % 32 or out_features % 32:
             raise UnsupportedError(
                 f"{name} is {out_features} x {in_features}; the GPTQ format needs multiples of 32",
                 where=source.path,
+                fix="use quantize: {method: bitsandbytes, bits: 8}",
             )
+    for name, (_, in_features) in shapes.items():
         if section.group_size != -1 and in_features % section.group_size:
-            sizes = [size for size in (16, 32, 64, 128) if in_features % size == 0]
             raise UnsupportedError(
                 f"group_size {section.group_size} does not divide the {in_features} inputs of {name}",
                 where="quantize.group_size",
-                fix=f"use {', '.join(map(str, sizes))} or -1",
+                fix=_advice(section, sorted({inputs for _, inputs in shapes.values()})),
             )
+
+
+def _advice(section: GptqSection, inputs: Sequence[int]) -> str:
+    """The group sizes that fit every layer; those that fewer runtimes run apart, with what refuses them."""
+    refusing: dict[int, list[str]] = {}
+    for size in _SIZES:
+        if size == -1 or all(count % size == 0 for count in inputs):
+            found = runtimes(section.model_copy(update={"group_size": size}))
+            refusing[size] = [row.runtime for row in found if not row.runs]
+    fewest = min(map(len, refusing.values()))
+    best = [size for size, names in refusing.items() if len(names) == fewest]
+    told = f"use {' or '.join(map(str, best))}"
+    for size, names in refusing.items():
+        if more := [name for name in names if name not in refusing[best[0]]]:
+            told += f"; {size} is not for {', '.join(more)}"
+    return told

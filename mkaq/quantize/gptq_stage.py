@@ -146,7 +146,7 @@ def checkpoint_config(section: GptqSection) -> dict[str, Any]:
         "bits": section.bits,
         "group_size": section.group_size,
         "sym": section.sym,
-        "desc_act": section.desc_act and not section.static_groups and section.group_size != -1,
+        "desc_act": section.scattered,
         "static_groups": section.static_groups,
         "true_sequential": True,
         "damp_percent": section.damp_percent,
@@ -175,7 +175,7 @@ def _solve_group(
     except DampingError as error:
         raise UsageError(
             f"the Hessian of {prefix}{group[0]} is {error}",
-            fix="more or more varied calibration text, or a larger quantize.damp_percent",
+            fix="more or more varied calibration text",
         ) from None
     if not all_finite(torch.stack([result.errors, result.energies])):
         what = f"the weights of {prefix}{group[0]} are so large that what they give overflows"

@@ -277,7 +277,9 @@ def test_weights_that_are_no_numbers(
     if method == "gptq":
         quantize = {"method": "gptq", "group_size": 64}
     changes: dict[str, Any] = {"quantize": quantize, "evaluate": None, "model": {"path": str(path)}}
-    outcome = mkaq("run", recipe(**changes, **({"merge": None} if method else {})), "--output", folder)
+    changes |= {"merge": None} if method else {}
+    changes |= {"calibration": None} if method == "bitsandbytes" else {}
+    outcome = mkaq("run", recipe(**changes), "--output", folder)
     if value == 3e38:
         assert outcome.code in (3, 4), outcome.err
         one_message(outcome, outcome.code)

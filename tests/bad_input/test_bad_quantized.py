@@ -58,8 +58,9 @@ def artifacts(
     made = {"gptq": whole / "artifact"}
     for name, bits in (("int8", 8), ("nf4", 4)):
         folder = tmp_path_factory.mktemp(name)
-        quantize = {"method": "bitsandbytes", "bits": bits}
-        path = write_recipe(folder / "r.yaml", model, text, merge=None, quantize=quantize, evaluate=None)
+        sections = {"calibration": None, "merge": None, "evaluate": None}
+        sections["quantize"] = {"method": "bitsandbytes", "bits": bits}
+        path = write_recipe(folder / "r.yaml", model, text, **sections)
         made[name] = run_quietly(path, folder / "run") / "artifact"
     return made
 

@@ -174,7 +174,7 @@ def test_disk_that_is_too_small(refused: Callable[..., Outcome], monkeypatch: py
 def test_memory_that_is_too_small(refused: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(total=10**8, available=10**8, free=10**8)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    refused(6, "cpu has 100.00 MB", "would do")
+    refused(6, "cpu has 100.00 MB", "fix: lower evaluate.perplexity")
 
 
 def test_memory_that_runs_out(

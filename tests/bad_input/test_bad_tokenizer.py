@@ -60,5 +60,6 @@ def test_no_tokenizer_is_needed_where_no_text_is_read(
 ) -> None:
     path = broken(lose_tokenizer)
     quantize = {"method": "bitsandbytes", "bits": 8}
-    changed = recipe(model={"path": str(path)}, merge=None, quantize=quantize, evaluate=None)
+    sections = {"calibration": None, "merge": None, "quantize": quantize, "evaluate": None}
+    changed = recipe(model={"path": str(path)}, **sections)
     assert mkaq("run", changed, "--output", tmp_path / "new").code == 0

@@ -1,0 +1,40 @@
+"""What may stand at a key of a recipe, read off the recipe's models."""
+
+from collections.abc import Iterator
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from mkaq.recipe import Recipe
+
+
+def known_keys(path: tuple[str, ...]) -> set[str]:
+    """The names of the keys of a section; none if it is not one."""
+    return {name for model in _sections_at(path) for name in model.model_fields}
+
+
+def scalars_of(keys: tuple[str, ...]) -> set[Any]:
+    """The types and literals that a key may hold, without their constraints; none if it is unknown."""
+    fields = [model.model_fields.get(keys[-1]) for model in _sections_at(keys[:-1])]
+    return {kind for field in fields if field for kind in _alternatives(field.annotation)}
+
+
+def _sections_at(path: tuple[str, ...]) -> list[type[BaseModel]]:
+    """The models that may stand at a place: several where a key is a union."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in path:
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        kinds = [kind for field in fields for kind in _alternatives(field.annotation)]
+        models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return models
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) in (Union, UnionType):
+        for inner in get_args(annotation):
+            yield from _alternatives(inner)
+    elif get_origin(annotation) is Annotated:
+        yield from _alternatives(get_args(annotation)[0])
+    else:
+        yield annotation

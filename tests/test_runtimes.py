@@ -1,0 +1,85 @@
+"""Which runtimes run an artifact: what is claimed, what is printed, what is in the JSON."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mkaq.export.runtimes import Quantize, describe, runtimes
+from mkaq.recipe import BitsandbytesSection, GptqSection
+from tests.runs import Mkaq
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HERE, VLLM, VLLM_CPU = "transformers on a CPU", "vLLM", "vLLM on a CPU"
+ONNX = "ONNX Runtime GenAI"
+EVERY = {HERE, VLLM, VLLM_CPU, ONNX}
+
+
+def running(section: Quantize) -> set[str]:
+    found = runtimes(section)
+    assert all(row.runs == (row.reason == "") for row in found)
+    return {row.runtime for row in found if row.runs}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"bits": 4}, EVERY),
+        ({"bits": 4, "group_size": 256}, {HERE, ONNX}),
+        ({"bits": 4, "group_size": -1}, EVERY - {HERE}),
+        ({"bits": 4, "group_size": 16}, {ONNX}),
+        ({"bits": 8}, EVERY - {VLLM_CPU}),
+        ({"bits": 8, "group_size": 16}, {HERE, ONNX}),
+        ({"bits": 3}, {HERE}),
+        ({"bits": 2}, {HERE, ONNX}),
+        ({"bits": 2, "group_size": -1}, {HERE}),
+        ({"bits": 4, "sym": False}, {HERE, ONNX}),
+        ({"bits": 4, "sym": False, "desc_act": True}, {HERE}),
+        ({"bits": 4, "desc_act": True}, {HERE, ONNX}),
+        ({"bits": 8, "desc_act": True}, {HERE}),
+        ({"bits": 4, "desc_act": True, "static_groups": True}, EVERY),
+    ],
+)
+def test_gptq(options: dict[str, Any], expected: set[str]) -> None:
+    assert running(GptqSection(method="gptq", **options)) == expected
+
+
+def test_bitsandbytes_runs_in_transformers_and_what_is_only_merged_nearly_everywhere() -> None:
+    assert running(BitsandbytesSection(method="bitsandbytes")) == {HERE}
+    assert running(None) == EVERY | {"MLX", "OpenVINO"}
+
+
+def test_lines_name_the_setting_and_what_would_do() -> None:
+    lines = list(describe(runtimes(GptqSection(method="gptq", bits=3))))
+    assert lines[:2] == [
+        "runs in: transformers on a CPU",
+        "vLLM, vLLM on a CPU: no, because 3 bits are not among its GPTQ kernels (4, 8)",
+    ]
+    nowhere = GptqSection(method="gptq", bits=4, sym=False, group_size=16, desc_act=True)
+    assert next(describe(runtimes(nowhere))) == "runs in: none that is known"
+
+
+def test_several_choices_run_where_each_of_them_does() -> None:
+    lines = list(describe(runtimes(*(GptqSection(method="gptq", bits=bits) for bits in (8, 4, 3)))))
+    assert lines[0] == "runs in: transformers on a CPU"
+    assert "vLLM on a CPU: no, because 8 bits are not among its GPTQ kernels (4)" in lines
+    assert sum("GGUF" in line for line in lines) == 1
+
+
+def test_plan_and_run_say_it(recipe: Callable[..., Path], mkaq: Mkaq, tmp_path: Path) -> None:
+    path = recipe(merge=None, quantize={"method": "gptq", "bits": 3, "group_size": 32})
+    line = "vLLM, vLLM on a CPU: no, because 3 bits are not among its GPTQ kernels (4, 8)\n"
+    folder = tmp_path / "run"
+    assert line in mkaq("plan", path).out
+    assert line in mkaq("run", path, "--output", folder).out
+    assert "runs in" not in mkaq("run", path, "--output", folder, "--until", "quantize").out
+    for command in (("plan",), ("run", "--output", folder)):
+        rows = json.loads(mkaq(*command, path, "--json").out)["runtimes"]
+        assert {row["runtime"] for row in rows if row["runs"]} == {HERE}
+        assert all(row["reason"] for row in rows if not row["runs"])
+    assert (
+        json.loads(mkaq("run", path, "--output", folder, "--until", "quantize", "--json").out)["runtimes"]
+        == []
+    )
