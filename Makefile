@@ -1,9 +1,9 @@
-# make run: the first run, set-up included.   make test: the whole test suite.
+# make run: the first run, set-up included.   make test: the test suite.   make test-long: what takes longer.
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test lint clean
+.PHONY: run test test-long lint clean
 
 run: .venv/ready
 	$(BIN)/mkaq run recipes/tiny_llama_int4.yaml
@@ -11,6 +11,9 @@ run: .venv/ready
 test: .venv/ready-dev lint
 	@$(MAKE) --no-print-directory .venv-loader/ready || echo "no GPTQModel here (it needs a C compiler): its tests skip"
 	$(BIN)/python -m pytest
+
+test-long: .venv/ready-dev
+	$(BIN)/python -m pytest -m long
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check mkaq tests benchmarks

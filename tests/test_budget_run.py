@@ -69,6 +69,31 @@ def record(folder: Path) -> Any:
     return manifest.budget
 
 
+def test_other_text_under_the_same_path_is_measured_anew(
+    budget: Callable[..., Path], text: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    """Trials were once kept by path, and the manifest shipped what the old text had given."""
+    folder, own = tmp_path / "run", tmp_path / "own.txt"
+    own.write_text(text.read_text())
+    evaluate = {"perplexity": {"dataset": "text", "path": str(own), "num_samples": 2, "max_seq_length": 32}}
+    calibration = {"dataset": "text", "path": str(own), "num_samples": 16, "max_seq_length": 32}
+    recipe = budget({"perplexity_increase": "5000%"}, evaluate=evaluate, calibration=calibration)
+    first = mkaq("run", recipe, "--output", folder)
+    assert first.code == 0, first.err
+    told = record(folder).tried
+    own.write_text(text.read_text()[5000:])
+    again = mkaq("run", recipe, "--output", folder)
+    assert again.code == 0, again.err
+    tried_again = record(folder).tried
+    assert not {row.perplexity for row in told} & {row.perplexity for row in tried_again}
+    manifest = read_manifest(folder / "artifact")
+    last = manifest.evaluation[manifest.steps[-1].step]["perplexity"]["perplexity"]
+    chosen = manifest.budget.chosen if manifest.budget else None
+    assert chosen and last in {
+        row.perplexity for row in tried_again if (row.removed, row.bits) == (chosen.removed, chosen.bits)
+    }
+
+
 def test_plan_tells_the_options_and_changes_nothing(
     budget: Callable[..., Path], mkaq: Mkaq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

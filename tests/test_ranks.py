@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mkaq.quantize.gptq import gptq
+from mkaq.quantize.gptq_cpu import COMPILED
+from mkaq.quantize.gptq_stage import _solve
 from mkaq.quantize.packing import unpack
 from mkaq.ranks import Ranks
 from tests.runs import Outcome
@@ -45,8 +48,8 @@ def codes(folder: Path) -> torch.Tensor:
     ("merge", "recover", "target", "differing"),
     [
         (AVERAGE, None, "input", 1e-3),
-        (CHANNELS, None, "source", 5e-3),  # solved on few tokens: the last bits of sums go far
-        (CHANNELS, RECOVER, "input", 5e-3),  # whose batches are made of other samples
+        (CHANNELS, None, "source", 8e-2),  # solved on few tokens: the last bits of sums go far, how far
+        (CHANNELS, RECOVER, "input", 8e-2),  # depends on the processor (0.0004 on one, 0.04 on another)
     ],
     ids=["paper", "fused", "tuned"],
 )
@@ -85,6 +88,43 @@ def test_two_processes_do_what_one_does(
     assert mkaq("verify", two / "artifact").code == 0
     log = json.loads((two / "run.json").read_text())
     assert log["processes"] == 2 and not any(row["reused"] for row in log["stages"])
+
+
+def test_what_is_chosen_is_the_choice_of_the_first_process(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whatever others would choose: groups, channels, ridges, and the step that tuning keeps."""
+    calibration = {
+        "dataset": "builtin",
+        "num_samples": 19,
+        "max_seq_length": 32,
+    }  # not a multiple of anything
+    written = recipe(merge=CHANNELS, recover=RECOVER, quantize=None, calibration=calibration)
+    made = []
+    for name, program in (("alike", "mkaq"), ("contrary", "tests.choices_worker")):
+        done = launch("-m", program, "run", written, "--output", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        made.append((tmp_path / name / "artifact" / "mkaq-manifest.json").read_bytes())
+    assert made[0] == made[1]
+
+
+class TwoProcesses(Ranks):
+    """The other one has needed a damping of 0.1."""
+
+    def largest(self, value: float) -> float:
+        return max(value, 0.1) if 0 < value < 1 else value
+
+    def join(self, part: torch.Tensor, count: int) -> torch.Tensor:
+        return part
+
+
+def test_all_rows_are_solved_with_the_damping_that_any_process_needs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, 32, generator=generator), torch.randn(256, 32, generator=generator)
+    options = {"bits": 4, "group_size": 32, "damp_percent": 0.01}
+    found = _solve(weight, x.T @ x, TwoProcesses(), options)
+    wanted = gptq(weight, x.T @ x, bits=4, group_size=32, damp_percent=0.1, kernels=COMPILED)
+    assert found.damp_percent == 0.1 and torch.equal(found.codes, wanted.codes)
 
 
 def test_a_run_of_two_processes_is_kept_and_goes_on(recipe: Callable[..., Path], tmp_path: Path) -> None:

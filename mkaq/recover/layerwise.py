@@ -131,7 +131,7 @@ def tune(
     """
     parameters = dict(layer.named_parameters())
     before = lowest = layer_error(walk, layer, new, inputs, targets, samples)
-    if before == 0:
+    if walk.ranks.tell(before == 0):
         return RecoveredLayer(new, 0.0, 0.0, 0)
     best, found = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
     layer.float().requires_grad_(True)
