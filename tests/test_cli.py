@@ -1,10 +1,10 @@
 """The commands, as a user types them: what they print and what they change."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ def mkaq_then(check: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+def child_seconds() -> float:
+    """Processor time of child processes that have ended: the machine may be busy with something else."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_and_version_are_instant() -> None:
     line = mkaq_then("assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)")
     for arguments, expected in {
@@ -37,16 +43,11 @@ def test_help_and_version_are_instant() -> None:
         ("run", "--help"): "--until",
         ("--version",): __version__,
     }.items():
-        times = []
-        for _ in range(3):  # the machine may be busy: the best of three counts
-            began = time.perf_counter()
-            told = subprocess.run([*line, *arguments], capture_output=True, text=True)
-            times.append(time.perf_counter() - began)
-            assert (told.returncode, told.stderr) == (0, "")
-            assert expected in told.stdout
-            if times[-1] < 0.5:
-                break
-        assert min(times) < 0.5
+        began = child_seconds()
+        told = subprocess.run([*line, *arguments], capture_output=True, text=True)
+        assert child_seconds() - began < 0.5
+        assert (told.returncode, told.stderr) == (0, "")
+        assert expected in told.stdout
 
 
 def test_commands_that_quantize_nothing_do_not_load_the_compiler(plain: Path) -> None:

@@ -55,6 +55,7 @@ def same_groups(folder: Path, processes: int, recipe: str) -> bool:
     ]
 
 
+@pytest.mark.long
 def test_deepest_recipe_with_more_processes_than_probes(folder: Path) -> None:
     """80 layers leave one probe of 128 samples: it was refused with two processes."""
     run_all(folder, 4, ["llama3_70b_int4"])

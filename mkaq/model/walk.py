@@ -123,10 +123,8 @@ class LayerWalk:
         embedding.padding_idx = None
         size = self.checkpoint.hf_config.hidden_size
         hidden_states = self.activations.empty((*input_ids.shape, size), self.dtype)
-        for batch, part in zip(
-            batches(hidden_states), position.split(batch_size(hidden_states)), strict=True
-        ):
-            batch.copy_(embedding(part.to(self.device)))
+        for rows in spans(hidden_states):
+            hidden_states[rows] = embedding(position[rows].to(self.device))
             self.activations.release()
         embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
         return hidden_states
