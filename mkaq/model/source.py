@@ -42,7 +42,11 @@ def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_WANTED))
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=["consolidated*"]
+            )
+        )
     except Exception as error:  # the hub's client has a dozen kinds, all of which end here
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
