@@ -130,9 +130,15 @@ def verified(artifact: Path, source: Path | None, device: torch.device) -> dict[
 
 
 def stage_rows(run: Path) -> list[dict[str, Any]]:
-    """Seconds and the most memory of every stage of a run."""
-    stages = json.loads((run / "run.json").read_text())["stages"]
+    """Seconds and the most memory of every stage of a run, and what the plan expects on the device."""
+    log = json.loads((run / "run.json").read_text())
     return [
-        {"stage": row["stage"], "seconds": row["seconds"], "peak_host_bytes": row["peak_memory_bytes"]}
-        for row in stages
+        {
+            "stage": row["stage"],
+            "seconds": row["seconds"],
+            "peak_host_bytes": row["peak_memory_bytes"],
+            "peak_device_bytes": row.get("peak_device_bytes"),
+            "expected_bytes": log["expected_memory_by_stage"].get(row["stage"].partition("/")[0]),
+        }
+        for row in log["stages"]
     ]

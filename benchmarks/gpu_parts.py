@@ -99,7 +99,7 @@ class Check:
         self.small_model, self.large_model = work / "small", work / "large"
         self.single_model = work / "float32"
         self._group = 32 if options.small else 128
-        self._stage_peak = 0
+        self._stage_peak = self._device_peak = 0
         if gpu_check.is_stand_in("numba"):
             gptq_cpu.COMPILED = PLAIN
 
@@ -194,14 +194,16 @@ class Check:
     def reset_peaks(self) -> None:
         """Begins anew to look for the most memory."""
         reset_peak()
-        self._stage_peak = 0
+        self._stage_peak = self._device_peak = 0
         if self.device.type == "cuda" and self.usable():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peaks(self) -> dict[str, int | None]:
         """The most memory since `reset_peaks`; a run resets the process's own with each stage."""
-        device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        device = None
+        if self.device.type == "cuda":
+            device = max(torch.cuda.max_memory_allocated(self.device), self._device_peak)
         return {"peak_device_bytes": device, "peak_host_bytes": max(peak_bytes(), self._stage_peak)}
 
     def _run(self, recipe: dict[str, Any], folder: Path, device: torch.device) -> None:
@@ -209,10 +211,13 @@ class Check:
         pipeline.run(Recipe.model_validate(recipe), folder, device, Progress(quiet=True))
         peaks = (row["peak_host_bytes"] for row in stage_rows(folder))
         self._stage_peak = max(self._stage_peak, *peaks)
+        on_device = (row["peak_device_bytes"] or 0 for row in stage_rows(folder))
+        self._device_peak = max(self._device_peak, *on_device)
 
     def _recipe(self, name: str, model: Path, samples: int, length: int) -> dict[str, Any]:
         calibration = {"dataset": "builtin", "num_samples": samples, "max_seq_length": length}
-        return {"version": 1, "name": name, "model": {"path": str(model)}, "calibration": calibration}
+        plain = {"version": 1, "name": name, "model": {"path": str(model)}}
+        return plain if name.startswith("bitsandbytes") else plain | {"calibration": calibration}
 
     def _large_tokens(self) -> tuple[int, int]:
         return (8, 32) if self.small else (64, 512)

@@ -67,13 +67,14 @@ def stages(found: dict[str, dict[str, Any]]) -> list[str]:
         "",
         f"Seconds of the stages on {model['shape']}, {size}, {model['tokens']:,} calibration tokens:",
         "",
-        "| recipe | stage | s | host GB |",
-        "|---|---|---|---|",
+        "| recipe | stage | s | device GB | as planned | host GB |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in found.items():
         for stage in row["stages"]:
             cells = [name.removeprefix("large/"), stage["stage"], f"{stage['seconds']:.1f}"]
-            lines.append(f"| {' | '.join([*cells, gigabytes(stage['peak_host_bytes'])])} |")
+            keys = ("peak_device_bytes", "expected_bytes", "peak_host_bytes")
+            lines.append(f"| {' | '.join([*cells, *(gigabytes(stage[key]) for key in keys)])} |")
     return lines
 
 

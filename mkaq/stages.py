@@ -252,7 +252,7 @@ class Stages:
         log |= {"peak_memory_bytes": peak, "expected_memory_bytes": self.plan.memory_bytes}
         log["expected_memory_by_stage"] = dict(self.plan.memory)
         if self.device.type == "cuda":
-            log["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            log["peak_device_memory_bytes"] = max(row.get("peak_device_bytes", 0) for row in self.log)
         write_json(self.folder / "run.json", log)
 
     def _publish(
@@ -268,6 +268,8 @@ class Stages:
         """Makes a stage, or finds it made; unless the first process does it `alone`, all of them build."""
         began, folder = time.time(), self.folder / stage
         reset_peak()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         if self.ranks.main:
 
             def call_all(scratch: Path) -> Mapping[str, str] | None:
@@ -294,7 +296,9 @@ class Stages:
             done = find_published(folder, self.ranks.tell(), inside=inside)
         seconds = time.time() - began
         self.progress.say(f"{stage}: " + ("unchanged, kept" if done.reused else f"done in {seconds:.1f} s"))
-        row = {"stage": stage, "started": began, "seconds": seconds, "reused": done.reused}
+        row: dict[str, Any] = {"stage": stage, "started": began, "seconds": seconds, "reused": done.reused}
+        if self.device.type == "cuda":
+            row["peak_device_bytes"] = torch.cuda.max_memory_allocated(self.device)
         self.log.append(row | {"peak_memory_bytes": peak_bytes()})
         if stage not in ("calibrate", "artifact"):
             self.ran_on[stage] = self._runs_on(stage.partition("/")[0])
