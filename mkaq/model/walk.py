@@ -123,8 +123,8 @@ class LayerWalk:
         embedding.padding_idx = None
         size = self.checkpoint.hf_config.hidden_size
         hidden_states = self.activations.empty((*input_ids.shape, size), self.dtype)
-        for rows in spans(hidden_states):
-            hidden_states[rows] = embedding(position[rows].to(self.device))
+        for part in spans(hidden_states):
+            hidden_states[part] = embedding(position[part].to(self.device))
             self.activations.release()
         embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
         return hidden_states
