@@ -90,7 +90,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu.json and gpu.md")
     parser.add_argument("--wheels", action="store_true", help="say what is missing here, and stop")
     parser.add_argument("--resume", type=Path, metavar="WORK", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.layers < 5:
+        parser.error("--layers: the recipes merge layers of 5 or more")
+    return options
 
 
 def check(options: argparse.Namespace) -> dict[str, Any]:
