@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mkaq.merge.choose import candidate_groups
 from mkaq.merge.fuse import CANDIDATES
+from mkaq.merge.measure import LOGITS, probe_count
 from mkaq.merge.plan import layers_to_remove
 from mkaq.merge.segment import longest_group
 from mkaq.model.activations import Place
@@ -72,7 +74,9 @@ def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, processes: i
     tokens = -(-calibration.num_samples // processes) * length
     found = {"export": Need(0)}
     if recipe.merge is not None:
-        found["merge"] = _merging(recipe.merge, source, shape, tokens, length)
+        found["merge"] = _merging(
+            recipe.merge, source, shape, tokens, length, -(-calibration.num_samples // processes)
+        )
     if recipe.recover is not None:
         tuning = _tuning(recipe, recipe.recover, shape, processes, eager=device.type == "cpu")
         states = 2 * tokens * shape.hidden * shape.exact
@@ -113,21 +117,33 @@ def _shape(source: Checkpoint, device: torch.device) -> _Shape:
     )
 
 
-def _merging(section: MergeSection, source: Checkpoint, shape: _Shape, tokens: int, length: int) -> Need:
+def _merging(
+    section: MergeSection, source: Checkpoint, shape: _Shape, tokens: int, length: int, samples: int
+) -> Need:
     points = 8 * 6 * section.manifold.points**2 if section.manifold else 0
     if section.fuse == "average":
         measured = 3 if section.order == "measured" or section.coefficient == "measured" else 1
         states = tokens * shape.hidden * shape.fast
         walked = measured * shape.walked(shape.fast)
         return Need(walked + shape.batch(length, shape.fast) + points, measured * states)
-    states = 4 * tokens * shape.hidden * shape.exact
+    stream = tokens * shape.hidden
+    candidates = candidate_groups(section, source.num_layers, layers_to_remove(section, source.num_layers))
+    probes = 2 * probe_count(samples, max(1, len(candidates))) * length * shape.hidden
+    states = max(stream * (2 * shape.exact + 4), len(candidates) * probes * shape.exact)
     group = _longest(section, source)
     channels = group * shape.intermediate
     kept = channels if group == 1 else int(CANDIDATES * shape.intermediate)
     moments = 8 * (2 * kept**2 + 3 * kept * shape.hidden)  # the Gram matrix and its inverse
     modules = group * shape.layer * (shape.stored + 2 * shape.exact)
     features = max(TOKENS_PER_BATCH, length) * 4 * (2 * channels + 2 * kept)
-    return Need(shape.walked(shape.exact) + modules + features + moments, states)
+    fusing = modules + features + moments + shape.batch(length, shape.exact)
+    head = shape.vocabulary * shape.hidden * (shape.exact + shape.stored) + 4 * 4 * LOGITS
+    return Need(_holes(shape.walked(shape.exact) + max(fusing, head)), states)
+
+
+def _holes(size: int) -> int:
+    """What a heap takes for `size` bytes in tensors of many sizes."""
+    return int(1.2 * size)
 
 
 def _longest(section: MergeSection, source: Checkpoint) -> int:
@@ -142,6 +158,7 @@ def _tuning(recipe: Recipe, section: LayerwiseSection, shape: _Shape, processes:
     """
     length = recipe.calibration.max_seq_length
     batch = -(-min(section.batch_size, recipe.calibration.num_samples) // processes) * length
+    batch = min(batch, max(length, TOKENS_PER_BATCH))
     kept = 12 * shape.intermediate + 40 * shape.hidden + (16 * length * shape.heads if eager else 0)
     return 4 * 8 * shape.layer + batch * kept
 
@@ -171,6 +188,6 @@ def _gptq(
 def _perplexity(section: PerplexitySection, shape: _Shape, processes: int) -> Need:
     sequences = -(-(section.num_samples or 1024) // processes)
     length, item = section.max_seq_length, shape.exact
-    head = shape.vocabulary * shape.hidden * (item + shape.stored) + length * shape.vocabulary * 12
+    head = shape.vocabulary * shape.hidden * (item + shape.stored) + length * shape.vocabulary * 8
     compute = max(shape.walked(item) + shape.batch(length, item), head)
     return Need(compute, sequences * length * shape.hidden * item)

@@ -19,6 +19,7 @@ from mkaq.evaluate.residuals import residuals
 from mkaq.export.artifact import write_artifact
 from mkaq.export.record import Published, build_manifest
 from mkaq.handoff import Handoff, digest_of, find_published, fingerprint_of, publish
+from mkaq.heap import return_freed_memory
 from mkaq.merge.hold_out import learning_samples
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import merge
@@ -267,6 +268,7 @@ class Stages:
     ) -> Handoff:
         """Makes a stage, or finds it made; unless the first process does it `alone`, all of them build."""
         began, folder = time.time(), self.folder / stage
+        return_freed_memory()  # what the stage before has let go of is not this one's
         reset_peak()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -84,6 +84,11 @@ def measure_groups(
     return dict(zip(found, walk.ranks.tell(list(found.values())), strict=True))
 
 
+def probe_count(samples: int, candidates: int) -> int:
+    """How many of the samples measure candidates."""
+    return max(1, min(PROBES, samples // 4, 5 * samples // (4 * candidates)))
+
+
 def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The samples from which candidates are built, and others on which they are measured.
 
@@ -96,7 +101,7 @@ def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tupl
         processes: Among which each part is shared.
         candidates: How many there are.
     """
-    probes = max(1, min(PROBES, len(tokens) // 4, 5 * len(tokens) // (4 * candidates)))
+    probes = probe_count(len(tokens), candidates)
     others = tokens[:-probes] if len(tokens) - probes >= HELD_OUT else tokens
     sample = others[:: max(1, min(SHARE, len(others) // max(16, 2 * processes)))]
     return sample[: len(sample) // HELD_OUT * HELD_OUT or len(sample)], tokens[-probes:]
