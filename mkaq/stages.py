@@ -152,11 +152,14 @@ class Stages:
         """Quantizes the merged model, or the source."""
         section = self.recipe.quantize
         assert section is not None
+        fused = self.recipe.merge is not None and self.recipe.merge.fuse == "channels"
+        solved = isinstance(section, GptqSection) and section.target == "source"
+        measured = fused or solved or self.recipe.recover is not None
 
         def build(folder: Path) -> None:
             told = self._quantize(section, model, folder)
             if self.ranks.main:
-                told["residuals"] = self._residuals(section, folder)
+                told["residuals"] = self._residuals(folder) if measured else None
             write_json(folder / "quantization.json", told)
 
         inputs = self._inputs(self._last("quantize"))
@@ -164,6 +167,8 @@ class Stages:
             inputs |= self._inputs("source", "calibrate")
         alone = isinstance(section, BitsandbytesSection)
         done = self._publish("quantize", self._settings("quantize"), inputs, build, alone=alone)
+        if measured:
+            self.ran_on["residuals"] = self._runs_on("residuals")
         return self._checkpoint(done)
 
     def _quantize(
@@ -183,12 +188,8 @@ class Stages:
         output = self._output()
         return asdict(quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **output))
 
-    def _residuals(self, section: GptqSection | BitsandbytesSection, folder: Path) -> list[float] | None:
+    def _residuals(self, folder: Path) -> list[float]:
         """How far each quantized layer is from the source, where weights do not follow from the source."""
-        fused = self.recipe.merge is not None and self.recipe.merge.fuse == "channels"
-        solved = isinstance(section, GptqSection) and section.target == "source"
-        if not (fused or solved or self.recipe.recover):
-            return None
         samples = learning_samples(ALONE, self._tokens(), self.recipe.calibration.seed)
         source = self._walk(self.source, ranks=ALONE)
         made = self._walk(open_checkpoint(folder, quantized=True), beside=source, ranks=ALONE)
@@ -371,7 +372,8 @@ class Stages:
     def _runs_on(self, stage: str) -> dict[str, Any]:
         """What changes the last bits of a stage's computation."""
         cuda = self.device.type == "cuda"
-        alone = stage == "quantize" and isinstance(self.recipe.quantize, BitsandbytesSection)
+        alone = stage == "residuals"
+        alone |= stage == "quantize" and isinstance(self.recipe.quantize, BitsandbytesSection)
         dtype = compute_dtype(self.source, self.device, fast=self._is_fast(stage), ranks=self.ranks)
         return {
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",

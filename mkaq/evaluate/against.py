@@ -35,7 +35,7 @@ from mkaq.model.walk import LayerWalk, compute_dtype, dense_layer
 from mkaq.progress import Progress
 from mkaq.quantize.error import relative_error
 from mkaq.ranks import ALONE
-from mkaq.recipe import Recipe
+from mkaq.recipe import CalibrationSection
 
 _SAME = 1e-6
 
@@ -114,7 +114,7 @@ def _measure_again(manifest: Manifest, artifact: Checkpoint, source: Checkpoint,
     samples = learning_samples(ALONE, tokens, manifest.recipe["calibration"]["seed"]).held()
     walks = LayerWalk(source, device, dtype), LayerWalk(artifact, device, dtype)
     raise_faults(artifact.path, measure_again(manifest, *walks, samples))
-    near = tolerance(manifest, last, dtype)
+    near = tolerance(manifest, manifest.steps[-1], dtype)
     return f"the weights leave the errors of hidden states that the manifest says ({last}; {near})"
 
 
@@ -133,15 +133,16 @@ def _outer_faults(
 def _calibration_again(manifest: Manifest, source: Checkpoint) -> torch.Tensor | None:
     """The calibration tokens of the run, or None if the text is not here or is another one."""
     try:
-        section, claim = Recipe.model_validate(manifest.recipe).calibration, manifest.calibration
-    except ValidationError:
-        raise VerificationError("the recipe in the manifest is none", where=MANIFEST) from None
+        section = CalibrationSection.model_validate(manifest.recipe["calibration"])
+    except (ValidationError, KeyError):
+        raise VerificationError("the recipe in the manifest has no calibration", where=MANIFEST) from None
     try:
         texts, tokenizer = documents(section, "calibrate"), load_tokenizer(source.path)
         size = section.num_samples, section.max_seq_length
         tokens = calibration_tokens(texts, tokenizer, *size, section.seed)
     except MkaqError:
         return None
+    claim = manifest.calibration
     return tokens if claim and tokens_digest(tokens) == claim.tokens_sha256 else None
 
 

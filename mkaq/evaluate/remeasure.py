@@ -14,7 +14,7 @@ from torch import nn
 
 from mkaq.evaluate.claims import weights_of
 from mkaq.evaluate.residuals import residuals
-from mkaq.export.manifest import Manifest, MergeStep, QuantizeStep
+from mkaq.export.manifest import Manifest, MergeStep, QuantizeStep, RecoverStep
 from mkaq.merge.final_norm import norm_error
 from mkaq.merge.fuse import advance
 from mkaq.merge.hold_out import Samples, held_out_error, token_weights
@@ -45,9 +45,11 @@ EXACT = Tolerance(0.02, 1e-5)  # both in float32
 ROUNDED = Tolerance(0.05, 1e-3)  # hidden states in 16 bits, here or there: every layer adds their rounding
 
 
-def tolerance(manifest: Manifest, stage: str, dtype: torch.dtype) -> Tolerance:
-    """What is allowed between the type in which a stage has computed and the one that verifies."""
-    told = manifest.ran_on.get(stage)
+def tolerance(
+    manifest: Manifest, step: MergeStep | RecoverStep | QuantizeStep, dtype: torch.dtype
+) -> Tolerance:
+    """What is allowed between the type in which a step's errors were measured and the one that verifies."""
+    told = manifest.ran_on.get("residuals" if isinstance(step, QuantizeStep) else step.step)
     exact = told is not None and told.compute_dtype == "float32" and dtype == torch.float32
     return EXACT if exact else ROUNDED
 
@@ -68,7 +70,7 @@ def measure_again(manifest: Manifest, source: LayerWalk, walk: LayerWalk, sample
     groups = [[index] for index in range(source.num_layers)]
     if merge is not None:
         groups = [sorted(weights_of(layer)) for layer in merge.layers]
-    step, near = manifest.steps[-1], tolerance(manifest, manifest.steps[-1].step, source.dtype)
+    step, near = manifest.steps[-1], tolerance(manifest, manifest.steps[-1], source.dtype)
     if isinstance(step, MergeStep):
         return list(_merge_faults(step, groups, source, walk, samples, near))
     if isinstance(step, QuantizeStep):
