@@ -25,14 +25,13 @@ CHANNELS = {"layers": 8, "fuse": "channels", "order": "measured"}
 AVERAGE = {"layers": 8, "fuse": "average", "order": "back_to_front"}
 GPTQ = {"method": "gptq", "group_size": 64}
 FORMS: dict[str, dict[str, Any]] = {
-    "channels": {"merge": CHANNELS},
     "average": {"merge": AVERAGE},
     "channels, layerwise, 4 bits": {
         "merge": CHANNELS,
-        "recover": {"method": "layerwise", "steps": 20},
+        "recover": {"method": "layerwise", "steps": 5},
         "quantize": GPTQ | {"bits": 4},
     },
-    "average, layerwise": {"merge": AVERAGE, "recover": {"method": "layerwise", "steps": 10}},
+    "average, layerwise": {"merge": AVERAGE, "recover": {"method": "layerwise", "steps": 5}},
     "4 bits": {"quantize": GPTQ | {"bits": 4}},
     "3 bits": {"quantize": GPTQ | {"bits": 3}},
     "int8": {"quantize": {"method": "bitsandbytes", "bits": 8}},
@@ -40,7 +39,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "budget": {
         "merge": {"fuse": "average", "order": "similarity"},
         "quantize": GPTQ,
-        "budget": {"bytes": "105MB", "bits": [4, 3]},
+        "budget": {"bytes": "110MB", "bits": [4, 3]},
     },
 }
 
@@ -61,8 +60,8 @@ def recipe_of(form: str, path: Path) -> Path:
     sections = FORMS[form]
     data: dict[str, Any] = {"version": 1, "name": "real", "model": {"path": MODEL}, **sections}
     if "merge" in sections or sections["quantize"]["method"] == "gptq":
-        data["calibration"] = {"num_samples": 32, "max_seq_length": 256}
-    data["evaluate"] = {"perplexity": {"num_samples": 8, "max_seq_length": 256}}
+        data["calibration"] = {"num_samples": 16, "max_seq_length": 128}
+    data["evaluate"] = {"perplexity": {"num_samples": 4, "max_seq_length": 128}}
     path.write_text(yaml.safe_dump(data))
     return path
 
