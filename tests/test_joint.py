@@ -16,7 +16,7 @@ from mkaq.progress import Progress
 from mkaq.quantize.gptq_stage import GptqModule, quantize_gptq
 from mkaq.quantize.joint import JointTarget
 from mkaq.recipe import GptqSection
-from tests.runs import Mkaq
+from tests.runs import Mkaq, one_message
 from tests.tiny import make_model, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,12 +143,16 @@ def test_merged_model_is_mended_while_it_is_rounded(
         assert seen["source"] == pytest.approx(seen["input"], rel=0.2)
 
 
-def test_family_that_normalizes_what_it_writes_is_quantized_plainly(
+def test_family_that_normalizes_what_it_writes_has_no_joint_target(
     text: Path, mkaq: Mkaq, tmp_path: Path
 ) -> None:
+    """It was quantized plainly, and the manifest said `source`."""
     model = make_model(tmp_path / "model", "gemma2")
     quantize = {"method": "gptq", "bits": 8, "group_size": 32}
     recipe = write_recipe(tmp_path / "r.yaml", model, text, merge=None, quantize=quantize, evaluate=None)
+    for command in ("plan", "run"):
+        refused = mkaq(command, recipe, "--output", tmp_path / "run", "--set", "quantize.target=source")
+        one_message(refused, 3, "quantize.target: source: gemma2 normalizes", "fix: use target: input")
     outcome = mkaq("run", recipe, "--output", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     step = read_manifest(tmp_path / "run" / "artifact").steps[-1]
