@@ -38,6 +38,7 @@ from mkaq.errors import UsageError
 START = time.monotonic()
 SPARE = 10  # seconds of the time that no part may have
 RESULTS = Path(__file__).parent / "results"
+KERNELS = "large/kernels"  # needs no checkpoint
 LIMIT_MB = 64 * 1.048576
 NEEDED = {  # what it imports, the packages that have it, MB of their wheels
     "accelerate": ("accelerate", 0.4),
@@ -110,8 +111,7 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
             record = json.loads(file.read_text())
         began, missing = START - record["seconds"], absent()
         for name, limit, part in checks.parts():
-            unwanted = options.part and name not in options.part and not name.endswith("build")
-            if unwanted or name in record["parts"]:
+            if not wanted(name, options.part) or name in record["parts"]:
                 continue
             left = 60 * options.minutes - SPARE - (time.monotonic() - began)
             row = record["parts"][name] = {"status": "failed", "error": "the process ended"}
@@ -130,6 +130,14 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def wanted(name: str, asked: list[str] | None) -> bool:
+    """Whether a part is asked for, or makes the checkpoint of one that is."""
+    if not asked or name in asked:
+        return True
+    folders = {part.partition("/")[0] for part in asked if part != KERNELS}
+    return name.endswith("/build") and name.partition("/")[0] in folders
 
 
 def guarded(part: Callable[[], dict[str, Any]], limit: float, checks: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import gpu_check
 from benchmarks.gpu_compare import compare, stage_rows, verified
+from benchmarks.gpu_kernels import compare_kernels
 from benchmarks.gpu_products import product_shares
 from benchmarks.machine import machine
 from benchmarks.shapes import CONFIGS, write_checkpoint
@@ -121,6 +122,7 @@ class Check:
         yield "small/build", 60, self.build_small
         for name, sections in small_recipes(tune, 32).items():
             yield f"small/{name}", 60, partial(self.run_small, name, sections)
+        yield gpu_check.KERNELS, 90, self.time_kernels
         yield "large/build", 90, self.build_large
         for name, sections in large_recipes(tune, self._group, self._measured(8)).items():
             yield f"large/{name}", 180, partial(self.run_large, name, sections)
@@ -183,6 +185,11 @@ class Check:
         """The share of matrix products in the work of one layer of the large model."""
         samples, length = self._large_tokens()
         return product_shares(self.large_model, self.device, min(samples, 16), length, self._group)
+
+    def time_kernels(self) -> dict[str, Any]:
+        """Times GPTQ with the plain inner loops and with the fastest ones of the device, on one weight."""
+        rows, columns = (64, 256) if self.device.type == "cpu" else (6144, 4096)  # q, k and v of Llama-3-8B
+        return compare_kernels(self.device, rows, columns, self._group)
 
     def usable(self) -> bool:
         """Whether the device still computes."""

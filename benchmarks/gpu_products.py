@@ -17,8 +17,8 @@ from mkaq.merge.hold_out import hold_out
 from mkaq.model.opening import open_checkpoint
 from mkaq.model.piecewise import Piecewise
 from mkaq.model.walk import LayerWalk, compute_dtype, spans
-from mkaq.quantize import gptq_cpu
-from mkaq.quantize.gptq import PLAIN, gptq
+from mkaq.quantize.gptq import gptq
+from mkaq.quantize.gptq_stage import kernels_for
 from mkaq.quantize.hessian import HessianSum
 from mkaq.recipe import CalibrationSection, LayerwiseSection
 from mkaq.recover.layerwise import tune
@@ -73,13 +73,12 @@ def product_shares(
                 hessians.append(total.whole())
 
     writers = names[1][0], names[3][0]
-    kernels = gptq_cpu.COMPILED if device.type == "cpu" else PLAIN
     with walk.layer(LAYER) as layer:
         add("forward", "evaluate, merge", lambda: walk.run_all(layer, LAYER, states.clone()))
         add("hessians", "quantize", sum_hessians)
         weight = torch.cat([layer.get_submodule(name).weight.float() for name in names[0]])
         told = f"quantize, {' and '.join(name.rpartition('.')[2] for name in names[0])}"
-        options: dict[str, Any] = {"bits": 4, "group_size": group_size, "kernels": kernels}
+        options: dict[str, Any] = {"bits": 4, "group_size": group_size, "kernels": kernels_for(device)}
         add("gptq", told, lambda: gptq(weight, hessians[0], **options))
     hessians.clear()
     pair = [LAYER, LAYER + 1]

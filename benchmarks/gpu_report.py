@@ -18,6 +18,7 @@ def tables(record: dict[str, Any]) -> str:
     found = {name: part["found"] for name, part in parts.items() if part.get("found")}
     runs = {name: row for name, row in found.items() if "verify" in row}
     lines += agreement({name: row for name, row in runs.items() if name.startswith("small/")})
+    lines += kernels(found.get("large/kernels"))
     lines += stages({name: row for name, row in runs.items() if name.startswith("large/")})
     lines += products(found.get("large/products", {}))
     return "\n".join(lines) + "\n"
@@ -54,6 +55,34 @@ def agreement(found: dict[str, dict[str, Any]]) -> list[str]:
         cells += [f"{row['hidden_difference']:.1e}", "-" if ratio[0] is None else f"{ratio[0]:.4f}"]
         cells += [str(row["verify"][place]["exit"]) for place in ("device", "cpu")]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def kernels(found: dict[str, Any] | None) -> list[str]:
+    """Seconds of GPTQ with each kind of inner loops."""
+    if not found:
+        return []
+    size = f"{found['rows']} x {found['columns']}"
+    lines = [
+        "",
+        f"GPTQ of a random weight of {size} in groups of {found['group_size']}, by each kind of inner loops:",
+        "",
+        "| inner loops | s | first, of 256 columns, s |",
+        "|---|---|---|",
+    ]
+    for name, row in found["loops"].items():
+        lines.append(f"| {name} | {row['seconds']:.3f} | {row['first']:.3f} |")
+    lines += [
+        "",
+        f"What {found['fastest']} gives beside what the plain loops give; a close call that falls the other "
+        "way changes the rest of its row:",
+        "",
+        "| weight | codes equal | whole rows equal | scales equal | errors |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in {size: found, **found["others"]}.items():
+        cells = [name, *(f"{row[key]:.5f}" for key in ("codes_equal", "rows_equal", "scales_equal"))]
+        lines.append(f"| {' | '.join(cells)} | {row['error_ratio']:.6f} |")
     return lines
 
 

@@ -134,9 +134,11 @@ def pretended_gpu(memory: int = 10**12) -> Iterator[torch.device]:
     """Gives a machine a GPU with some bytes of memory for a `with` block."""
     autocast, properties = torch.autocast, SimpleNamespace(name="pretended", total_memory=memory)
     with (
+        patch("torch.version.cuda", None),  # no kernels but torch's own: there is nothing to run them on
         patch("torch.cuda.get_device_properties", lambda _: properties),
         patch("torch.cuda.mem_get_info", lambda _: (memory, memory)),
         patch("torch.cuda.max_memory_allocated", lambda _: 0),
+        patch("torch.cuda.reset_peak_memory_stats", lambda _: None),
         patch("torch.autocast", lambda _, *args, **kwargs: autocast("cpu", *args, **kwargs)),
         _Mode(),
     ):

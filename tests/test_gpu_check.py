@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import deadline, guarded, wheels
+from benchmarks.gpu_check import deadline, guarded, wanted, wheels
 from benchmarks.gpu_products import is_product
 from tests.runs import ONE_THREAD, ROOT
 
@@ -35,7 +35,7 @@ def test_all_parts_run_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert {name: part["error"] for name, part in record["parts"].items() if part["status"] != "ok"} == {}
-    assert len(record["parts"]) == 14 and record["device"] == {"name": "CPU"}
+    assert len(record["parts"]) == 15 and record["device"] == {"name": "CPU"}
     found = {name: part.get("found") for name, part in record["parts"].items()}
     small = {name: row for name, row in found.items() if name.startswith("small/") and "verify" in row}
     for name, row in small.items():  # the device is the CPU, so both runs must give the same
@@ -44,9 +44,24 @@ def test_all_parts_run_on_a_cpu(tmp_path: Path) -> None:
         assert row["codes_equal"] == (None if name == "small/merge_only" else 1.0), name
         assert [told["exit"] for told in row["verify"].values()] == [0, 0], row["verify"]
     assert len(small) == 7
+    kernels = found["large/kernels"]
+    assert kernels["fastest"] == "numba" and set(kernels["loops"]) == {"plain", "numba"}
+    for row in (kernels, *kernels["others"].values()):
+        assert row["codes_equal"] > 0.95 and row["error_ratio"] == pytest.approx(1, abs=0.01)
     for work in found["large/products"].values():
         assert 0 < work["products"] <= work["operations"] <= work["seconds"]
     assert (tmp_path / "gpu.md").read_text() == done.stdout.removesuffix("\n")
+
+
+def test_a_part_brings_the_checkpoint_that_it_needs() -> None:
+    def chosen(*asked: str) -> list[str]:
+        names = ["small/build", "small/merge_only", "large/kernels", "large/build", "large/products"]
+        return [name for name in names if wanted(name, list(asked))]
+
+    assert len(chosen()) == 5
+    assert chosen("large/kernels") == ["large/kernels"]
+    assert chosen("large/kernels", "small/merge_only") == ["small/build", "small/merge_only", "large/kernels"]
+    assert chosen("large/products") == ["large/build", "large/products"]
 
 
 def test_a_part_that_fails_or_hangs_says_so() -> None:

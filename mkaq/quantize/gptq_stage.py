@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from mkaq.progress import Progress
 from mkaq.quantize import gptq_cpu
 from mkaq.quantize.check import check_gptq
 from mkaq.quantize.error import ratio, relative_error
-from mkaq.quantize.gptq import PLAIN, DampingError, GptqResult, gptq
+from mkaq.quantize.gptq import PLAIN, DampingError, GptqResult, Kernels, gptq
 from mkaq.quantize.hessian import HessianSum
 from mkaq.quantize.joint import JointTarget
 from mkaq.quantize.packing import pack_linear
@@ -202,7 +203,7 @@ def _solve(
 ) -> GptqResult:
     """`gptq`, of several processes each for its share of the rows, all with the same damping."""
     rows, options = len(weight), dict(options)
-    kernels = gptq_cpu.COMPILED if weight.device.type == "cpu" else PLAIN
+    kernels = kernels_for(weight.device)
     fast = ranks.has_fast_bfloat16(weight.device)
     while True:
         own = gptq(weight[ranks.share(rows)], hessian, **options, kernels=kernels, fast=fast)
@@ -218,6 +219,17 @@ def _solve(
         errors=ranks.join(own.errors, rows),
         energies=ranks.join(own.energies, rows),
     )
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The fastest inner loops of GPTQ that run on a device."""
+    if device.type == "cpu":
+        return gptq_cpu.COMPILED
+    if device.type == "cuda" and torch.version.cuda is not None and find_spec("triton") is not None:
+        from mkaq.quantize import gptq_cuda  # imports Triton, which only torch for CUDA brings along
+
+        return gptq_cuda.FUSED if gptq_cuda.works_on(device) else PLAIN
+    return PLAIN
 
 
 def set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:
