@@ -69,7 +69,9 @@ def agree(own: GptqResult, plain: GptqResult) -> None:
     assert rows.sum() >= ROWS - 3
     for name in ("scales", "zeros", "weight"):
         first, second = getattr(own, name), getattr(plain, name)
-        assert first.dtype == second.dtype and torch.equal(first[rows], second[rows]), name
+        assert first.dtype == second.dtype
+        near = 0 if DEVICE.type == "cpu" else 2e-3  # a scale may be rounded to the next float16
+        assert torch.allclose(first[rows].float(), second[rows].float(), rtol=near, atol=0), name
     assert torch.equal(own.g_idx, plain.g_idx)
     assert torch.allclose(own.errors[rows], plain.errors[rows], rtol=1e-3, atol=1e-5)
 
