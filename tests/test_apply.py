@@ -157,26 +157,3 @@ def test_what_no_walk_reads_is_checked_too(tmp_path: Path, name: str) -> None:
         file.write(b"\x80\x7f")  # infinity in bfloat16
     with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
         merged(source, [{index: 1.0} for index in range(4)], tmp_path / "out")
-
-
-def test_pieces_are_not_shared_out_among_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a merge takes several times as long on a machine that is busy; afterwards all is as it was."""
-    source = open_checkpoint(make_model(tmp_path / "model"))
-    finite, threads = Checkpoint._check_finite, []
-
-    def noted(self: Checkpoint, name: str, tensor: torch.Tensor) -> None:
-        threads.append(torch.get_num_threads())
-        finite(self, name, tensor)
-
-    monkeypatch.setattr(Checkpoint, "_check_finite", noted)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        weights = [{0: 1.0}, {1: 0.5, 2: 0.5}, {3: 1.0}]
-        merged(source, weights, tmp_path / "out")
-        for _ in merged_layers(source, MergePlan((), tuple(weights)), source.dtype):
-            assert torch.get_num_threads() == 3
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-    assert set(threads) == {1}

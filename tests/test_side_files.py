@@ -78,8 +78,11 @@ def test_everything_that_comes_along_is_fetched(rich: Path, monkeypatch: pytest.
 
     asked: list[str] = []
 
-    def download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(
+        repository: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
         asked.extend(allow_patterns)
+        assert ignore_patterns == ["consolidated*"]  # Mistral's second copy of the weights
         return str(rich)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

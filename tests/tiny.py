@@ -84,5 +84,8 @@ def write_recipe(path: Path, model: Path, text: Path, /, **sections: Any) -> Pat
         "quantize": {"method": "gptq", "bits": 4, "group_size": 32},
         "evaluate": {"perplexity": {**plain, "num_samples": 2}},
     }
-    path.write_text(yaml.safe_dump(data | sections, sort_keys=False))
+    data |= sections
+    if not data["merge"] and (data["quantize"] or {}).get("method") == "bitsandbytes":
+        del data["calibration"]  # nothing reads it
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
     return path
