@@ -55,9 +55,9 @@ class _Shape:
         """A layer as it is stored, the next one, and the one that computes, if it is another."""
         return self.layer * (2 * self.stored + (0 if item == self.stored else item))
 
-    def batch(self, length: int, item: int) -> int:
+    def batch(self, tokens: int, item: int) -> int:
         """What a batch of tokens leaves in a layer while it runs."""
-        return max(TOKENS_PER_BATCH, length) * item * (3 * self.intermediate + 6 * self.hidden)
+        return tokens * item * (3 * self.intermediate + 6 * self.hidden)
 
 
 def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, processes: int = 1) -> dict[str, Need]:
@@ -125,7 +125,7 @@ def _merging(
         measured = 3 if section.order == "measured" or section.coefficient == "measured" else 1
         states = tokens * shape.hidden * shape.fast
         walked = measured * shape.walked(shape.fast)
-        return Need(walked + shape.batch(length, shape.fast) + points, measured * states)
+        return Need(walked + shape.batch(_batch(tokens, length), shape.fast) + points, measured * states)
     stream = tokens * shape.hidden
     candidates = candidate_groups(section, source.num_layers, layers_to_remove(section, source.num_layers))
     probes = 2 * probe_count(samples, max(1, len(candidates))) * length * shape.hidden
@@ -135,10 +135,17 @@ def _merging(
     kept = channels if group == 1 else int(CANDIDATES * shape.intermediate)
     moments = 8 * (2 * kept**2 + 3 * kept * shape.hidden)  # the Gram matrix and its inverse
     modules = group * shape.layer * (shape.stored + 2 * shape.exact)
-    features = max(TOKENS_PER_BATCH, length) * 4 * (2 * channels + 2 * kept)
-    fusing = modules + features + moments + shape.batch(length, shape.exact)
-    head = shape.vocabulary * shape.hidden * (shape.exact + shape.stored) + 4 * 4 * LOGITS
+    features = _batch(tokens, length) * 4 * (2 * channels + 2 * kept)
+    fusing = modules + features + moments + shape.batch(_batch(tokens, length), shape.exact)
+    head = shape.vocabulary * shape.hidden * (shape.exact + shape.stored) + 4 * 4 * min(
+        LOGITS, shape.vocabulary * probes // shape.hidden
+    )
     return Need(_holes(shape.walked(shape.exact) + max(fusing, head)), states)
+
+
+def _batch(tokens: int, length: int) -> int:
+    """Tokens of a batch."""
+    return min(tokens, max(TOKENS_PER_BATCH, length))
 
 
 def _holes(size: int) -> int:
@@ -182,12 +189,12 @@ def _gptq(
     streams = tokens * item * ((5 if joint else 3) * shape.hidden + shape.intermediate)
     walks = 2 if joint else 1
     weights = walks * shape.walked(item) + shape.layer * item  # what was read stays mapped beside the new
-    return Need(weights + max(solving, shape.batch(length, item) + hessian), streams)
+    return Need(weights + max(solving, shape.batch(_batch(tokens, length), item) + hessian), streams)
 
 
 def _perplexity(section: PerplexitySection, shape: _Shape, processes: int) -> Need:
     sequences = -(-(section.num_samples or 1024) // processes)
     length, item = section.max_seq_length, shape.exact
     head = shape.vocabulary * shape.hidden * (item + shape.stored) + length * shape.vocabulary * 8
-    compute = max(shape.walked(item) + shape.batch(length, item), head)
+    compute = max(shape.walked(item) + shape.batch(_batch(sequences * length, length), item), head)
     return Need(compute, sequences * length * shape.hidden * item)
