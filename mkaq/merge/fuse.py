@@ -168,8 +168,7 @@ def fuse(
             origins = origins[strongest(parts, rows_at)]
         moments = moments_at(parts, origins, rows_at, learn)
         if len(group) > 1:
-            chosen = keep_columns(moments, parts.count, SELECTION_RIDGE, parts.width)
-            chosen = walk.ranks.from_first(chosen)
+            chosen = choose_together(walk.ranks, moments, parts)
             origins = origins[chosen.cpu()]
             moments = moments.select(columns_of(chosen, parts.width))
         held_out = moments_at(parts, origins, rows_at, held)
@@ -285,13 +284,25 @@ def first_batch(samples: Samples) -> slice:
     return slice(0, min(max(0, size - samples.first), samples.learned))
 
 
+def choose_together(ranks: Ranks, moments: Moments, parts: Parts) -> torch.Tensor:
+    """The parts to keep, shape (count,); of several processes the first one chooses."""
+    if ranks.main:
+        return ranks.from_first(keep_columns(moments, parts.count, SELECTION_RIDGE, parts.width))
+    device = moments.cross.device
+    return ranks.from_first(torch.empty(parts.count, dtype=torch.int64, device=device))
+
+
 def fit_together(
     ranks: Ranks, moments: Moments, held_out: Moments, prior: torch.Tensor, nearly: float
 ) -> Fit:
-    """`fit`, of several processes that of the first one."""
+    """`fit`; of several processes the first one does it."""
+    if not ranks.main:
+        ridge, error, before = ranks.tell()
+        weight = torch.empty(prior.shape, device=prior.device)
+        return Fit(ranks.from_first(weight), ridge, error, before)
     own = fit(moments, held_out, prior, nearly)
-    ridge, error, before = ranks.tell((own.ridge, own.error, own.error_before))
-    return Fit(ranks.from_first(own.weight.contiguous()), ridge, error, before)
+    ranks.tell((own.ridge, own.error, own.error_before))
+    return replace(own, weight=ranks.from_first(own.weight.contiguous()))
 
 
 def moments_of(walk: LayerWalk, features: int) -> Moments:
