@@ -65,7 +65,9 @@ def as_mkaq_error(error: BaseException) -> MkaqError:
         case MkaqError():
             return error
         case KeyboardInterrupt():
-            return Interrupted("interrupted; finished stages are kept", fix="the same command resumes")
+            return Interrupted(
+                "interrupted", fix="the same command again: a run resumes, with its finished stages"
+            )
         case OSError():
             return _os_error(error)
         case MemoryError():

@@ -34,6 +34,7 @@ PLACES = (
     "evaluate/recover",
     "evaluate/quantize",
 )
+LOGS = ("recipe.yaml", "run.json", "budget.json", "report.html")
 _PATIENCE = 60  # seconds in which a shared file system shows what another process has published
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "numba", "scipy", "bitsandbytes")
 
@@ -235,9 +236,15 @@ def _handoff_place(folder: Path, inside: bool) -> Path:
     return folder / HANDOFF if inside else folder.parent / f".{folder.name}.{HANDOFF}"
 
 
-def _is_foreign(folder: Path) -> bool:
-    """Whether something lies where a stage would be published that no run has put there."""
-    return folder.exists() and not any(_handoff_place(folder, inside).exists() for inside in (True, False))
+def _foreign(folder: Path) -> list[str]:
+    """What lies where a run would write, in a folder that no run has held."""
+    stages = [
+        name
+        for name in PLACES
+        if (folder / name).exists()
+        and not any(_handoff_place(folder / name, inside).exists() for inside in (True, False))
+    ]
+    return stages + [name for name in LOGS if (folder / name).exists()]
 
 
 def _scratch(folder: Path) -> Path:
@@ -269,7 +276,7 @@ def locked(folder: Path) -> Iterator[None]:
     fix = "choose another folder with --output"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        foreign = [] if (folder / ".lock").exists() else [n for n in PLACES if _is_foreign(folder / n)]
+        foreign = [] if (folder / ".lock").exists() else _foreign(folder)
         file = (folder / ".lock").open("w")
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot be written ({error})", where=folder, fix=fix) from None

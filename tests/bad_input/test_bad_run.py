@@ -157,6 +157,16 @@ def test_folders_that_mkaq_did_not_make_are_left_alone(
     assert (tmp_path / "mine" / "merge" / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "run.json", "report.html", "budget.json"])
+def test_files_that_mkaq_did_not_make_are_left_alone(
+    name: str, mkaq: Mkaq, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    one_message(mkaq("run", recipe(), "--output", tmp_path / "mine"), 2, "mine", name, "did not make")
+    assert (tmp_path / "mine" / name).read_text() == "mine"
+
+
 def test_two_runs_in_one_folder(mkaq: Mkaq, recipe: Callable[..., Path], folder: Path) -> None:
     before = tree(folder)
     with locked(folder):
