@@ -65,9 +65,7 @@ def as_mkaq_error(error: BaseException) -> MkaqError:
         case MkaqError():
             return error
         case KeyboardInterrupt():
-            return Interrupted(
-                "interrupted", fix="the same command again: a run resumes, with its finished stages"
-            )
+            return Interrupted("interrupted", fix="the same command resumes a run, with its finished stages")
         case OSError():
             return _os_error(error)
         case MemoryError():
