@@ -1,5 +1,6 @@
 """The error of hidden states, and the samples that are held out to measure it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -102,9 +103,22 @@ def held_out_error(walk: LayerWalk, samples: Samples, states: torch.Tensor, targ
         states: Shape (samples, length, hidden_size).
         target: Of the same shape.
     """
+    return held_out_mean(walk, samples, lambda rows: (walk.fetch(states[rows]), walk.fetch(target[rows])))
+
+
+def held_out_mean(
+    walk: LayerWalk, samples: Samples, pair_at: Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
+) -> float:
+    """The mean of `token_errors` over the held-out tokens of all processes, batch by batch.
+
+    Args:
+        walk: Whose device computes.
+        samples: Which ones are held out.
+        pair_at: States and targets of some samples, on the device.
+    """
     total, count = 0.0, 0
     for rows in samples.halves()[1]:
-        errors = token_errors(walk.fetch(states[rows]), walk.fetch(target[rows]))
+        errors = token_errors(*pair_at(rows))
         total, count = total + float(errors.double().sum()), count + errors.numel()
         walk.activations.release()
     return walk.ranks.mean(total / max(1, count), count)

@@ -17,7 +17,7 @@ from torch import nn
 
 from mkaq.heap import return_freed_memory
 from mkaq.merge.final_norm import rescale, rescaled
-from mkaq.merge.hold_out import Samples, token_errors, token_weights
+from mkaq.merge.hold_out import Samples, held_out_mean, token_weights
 from mkaq.model.architecture import FINAL_NORM
 from mkaq.model.walk import LayerWalk, batch_size
 from mkaq.model.writer import layout_like, write_json, write_side_files, writer_of
@@ -177,12 +177,9 @@ def layer_error(
     samples: Samples,
 ) -> float:
     """The mean of |output - target|^2 / |target|^2 over the held-out tokens of all processes."""
-    total, count = 0.0, 0
-    for rows in samples.halves()[1]:
-        errors = token_errors(walk.run(layer, new, inputs[rows]), walk.fetch(targets[rows]))
-        total, count = total + float(errors.double().sum()), count + errors.numel()
-        walk.activations.release()
-    return walk.ranks.mean(total / max(1, count), count)
+    return held_out_mean(
+        walk, samples, lambda rows: (walk.run(layer, new, inputs[rows]), walk.fetch(targets[rows]))
+    )
 
 
 def with_weights(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
