@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from mkaq.durable import is_blank, replace_json
 from mkaq.errors import UsageError, VerificationError
 from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.writer import is_blank, replace_json
 from mkaq.plan import RunPlan, plan_run
 from mkaq.progress import Progress
 from mkaq.recipe import GptqSection, Recipe

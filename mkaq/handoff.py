@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from mkaq import __version__
+from mkaq.durable import is_blank, replace_json, sync
 from mkaq.errors import UsageError, VerificationError
-from mkaq.model.writer import is_blank, replace_json, sync, write_json
+from mkaq.model.writer import write_json
 
 HANDOFF = "handoff.json"
 PLACES = (

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from mkaq import handoff
+from mkaq import durable, handoff
+from mkaq.durable import replace_json
 from mkaq.errors import UsageError, VerificationError
 from mkaq.handoff import Handoff, find_published, locked, publish, sha256_file
-from mkaq.model import writer
-from mkaq.model.writer import replace_json
 
 HOLD = """import fcntl, sys
 file = open(sys.argv[1], "w")
@@ -126,7 +125,7 @@ def test_damaged_stage_is_made_again(tmp_path: Path, damage: str, inside: bool) 
 
 def test_json_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    fsync, rename = writer.os.fsync, Path.rename
+    fsync, rename = durable.os.fsync, Path.rename
 
     def note_sync(handle: int) -> None:
         done.append(f"sync {Path(f'/proc/self/fd/{handle}').readlink().name}")
@@ -136,7 +135,7 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch:
         done.append(f"rename {path.name} {to.name}")
         return rename(path, to)
 
-    monkeypatch.setattr(writer.os, "fsync", note_sync)
+    monkeypatch.setattr(durable.os, "fsync", note_sync)
     monkeypatch.setattr(Path, "rename", note_rename)
     replace_json(tmp_path / "data.json", {"a": 1})
     new = ".data.json.new"
@@ -209,7 +208,7 @@ def test_full_disk_at_the_sync_leaves_the_old_stage(tmp_path: Path, monkeypatch:
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", full)
+    monkeypatch.setattr(durable.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         make(tmp_path / "stage", text="two", section=2)
     assert tree(tmp_path) == before
