@@ -79,9 +79,8 @@ def plan_budget(
         raise UsageError("no layer may be merged and nothing is quantized", where="budget")
     plans = [plan_run(settle(recipe, option), source, device, limit) for option in options]
     largest = max(plans, key=lambda plan: plan.sizes[-1].bytes)
-    memory = {
-        stage: max(p.memory.get(stage, 0) for p in plans) for stage in set().union(*(p.memory for p in plans))
-    }
+    stages = dict.fromkeys(stage for plan in plans for stage in plan.memory)
+    memory = {stage: max(plan.memory.get(stage, 0) for plan in plans) for stage in stages}
     disk = max(plan.disk_bytes for plan in plans)
     place = max((plan.place for plan in plans), key=("device", "host", "files").index)
     host = max(plan.host_bytes for plan in plans)
