@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mkaq.merge.apply import merge_layers
+from mkaq.arch.families import LAYER_PREFIX
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.checkpoint.writer import ShardWriter, write_side_files
+from mkaq.files import write_json
+from mkaq.merge.average import merge_layers
 from mkaq.merge.stage import cast, merged_config
-from mkaq.model.architecture import LAYER_PREFIX
-from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.walk import LayerWalk, batches
-from mkaq.model.writer import ShardWriter, write_json, write_side_files
 from mkaq.progress import Progress
+from mkaq.walk.walk import LayerWalk, batches
 
 Tensors = dict[str, torch.Tensor]
 Weights = dict[int, float]

@@ -9,15 +9,15 @@ import torch
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import evaluation_sequences
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import MkaqError
-from mkaq.evaluate.verify import verify
-from mkaq.merge.hold_out import token_weights
-from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import LayerWalk, dense_layer
+from mkaq.fit.hold_out import token_weights
+from mkaq.formats.packing import unpack
 from mkaq.progress import Progress
-from mkaq.quantize.packing import unpack
 from mkaq.recipe import PerplexitySection
+from mkaq.verify.verify import verify
+from mkaq.walk.walk import LayerWalk, dense_layer
 
 CPU = torch.device("cpu")
 

@@ -20,15 +20,15 @@ from benchmarks.gpu_products import product_shares
 from benchmarks.machine import machine
 from benchmarks.shapes import CONFIGS, write_checkpoint
 from mkaq import pipeline
-from mkaq.handoff import library_versions
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import pick_device
-from mkaq.model.writer import write_json
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.digests import library_versions
+from mkaq.files import write_json
 from mkaq.peak import peak_bytes, reset_peak
 from mkaq.progress import Progress
 from mkaq.quantize import gptq_cpu
 from mkaq.quantize.gptq import PLAIN
 from mkaq.recipe import Recipe
+from mkaq.walk.walk import pick_device
 
 Part = tuple[str, float, Callable[[], dict[str, Any]]]
 SMALL: dict[str, Any] = {

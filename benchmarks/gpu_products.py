@@ -12,16 +12,16 @@ from torch.profiler import ProfilerActivity, profile
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens
-from mkaq.merge.fuse import fuse
-from mkaq.merge.hold_out import hold_out
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.piecewise import Piecewise
-from mkaq.model.walk import LayerWalk, compute_dtype, spans
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.fit.hold_out import hold_out
+from mkaq.merge.channels import fuse
 from mkaq.quantize.gptq import gptq
 from mkaq.quantize.gptq_stage import kernels_for
 from mkaq.quantize.hessian import HessianSum
 from mkaq.recipe import CalibrationSection, LayerwiseSection
 from mkaq.recover.layerwise import tune
+from mkaq.walk.piecewise import Piecewise
+from mkaq.walk.walk import LayerWalk, compute_dtype, spans
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "matmul")
 SOLVES = ("cholesky", "solve_triangular", "triangular_solve", "linalg_solve", "linalg_lu", "lu_solve")

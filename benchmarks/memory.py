@@ -21,10 +21,11 @@ import torch
 import yaml
 from transformers import LlamaConfig
 
-from mkaq.handoff import library_versions
-from mkaq.model.expected import plain_tensors
-from mkaq.model.source import BUILTIN
-from mkaq.model.writer import ShardWriter, write_json
+from mkaq.arch.skeleton import plain_tensors
+from mkaq.checkpoint.resolve import BUILTIN
+from mkaq.checkpoint.writer import ShardWriter
+from mkaq.digests import library_versions
+from mkaq.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"

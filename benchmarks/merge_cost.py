@@ -24,14 +24,14 @@ from benchmarks.memory import RESULTS, write_model
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens
-from mkaq.handoff import library_versions
+from mkaq.checkpoint.resolve import resolve_model
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.digests import library_versions
 from mkaq.heap import arrange_heap
 from mkaq.merge.stage import merge
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.source import resolve_model
-from mkaq.model.walk import LayerWalk, compute_dtype
 from mkaq.progress import Progress
 from mkaq.recipe import CalibrationSection, MergeSection
+from mkaq.walk.walk import LayerWalk, compute_dtype
 
 SAMPLES, LENGTH = 512, 128
 

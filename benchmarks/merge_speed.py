@@ -42,16 +42,17 @@ from benchmarks.shapes import CONFIGS, write_checkpoint
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens
-from mkaq.handoff import library_versions, publish
+from mkaq.checkpoint.resolve import resolve_model
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.digests import library_versions
 from mkaq.heap import arrange_heap
-from mkaq.merge.plan import MergePlan, plan_merge
+from mkaq.merge.groups import MergePlan, plan_merge
 from mkaq.merge.stage import averaged_layers, merge, write_merged
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.source import resolve_model
-from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
 from mkaq.peak import peak_bytes, reset_peak
 from mkaq.progress import Progress
 from mkaq.recipe import CalibrationSection, MergeSection
+from mkaq.run.publish import publish
+from mkaq.walk.walk import LayerWalk, compute_dtype, pick_device
 
 SHARD_SIZE = 4 * 10**9
 FREE_BYTES = 8 * 10**9  # used just before each run

@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences
+from mkaq.checkpoint.resolve import resolve_model
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.digests import library_versions
 from mkaq.evaluate.perplexity import Perplexity, perplexity
-from mkaq.handoff import library_versions
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.source import resolve_model
-from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
 from mkaq.quantize.gptq_stage import quantize_gptq
 from mkaq.recipe import GptqSection, TextSection
+from mkaq.walk.walk import LayerWalk
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).parent / "results"

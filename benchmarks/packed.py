@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from mkaq.model.writer import ShardWriter, write_json
-from mkaq.quantize.packing import unpack
+from mkaq.checkpoint.writer import ShardWriter
+from mkaq.files import write_json
+from mkaq.formats.packing import unpack
 
 
 def unpack_weight(packed: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:

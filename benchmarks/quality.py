@@ -32,24 +32,24 @@ from benchmarks.quality_text import Text, load_text, measure, section_of, window
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.checkpoint.resolve import resolve_model
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.digests import describe_files, digest_of, library_versions
 from mkaq.errors import MkaqError
-from mkaq.handoff import describe_files, digest_of, library_versions
+from mkaq.files import write_json
+from mkaq.fit.hold_out import learning_samples
 from mkaq.heap import arrange_heap
-from mkaq.merge.hold_out import learning_samples
-from mkaq.merge.plan import layers_to_remove
+from mkaq.merge.groups import layers_to_remove
 from mkaq.merge.segment import groups_of
 from mkaq.merge.stage import merge
-from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.source import resolve_model
-from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
-from mkaq.model.writer import write_json
 from mkaq.progress import Progress
 from mkaq.quantize.gptq_stage import quantize_gptq
 from mkaq.quantize.joint import JointTarget
 from mkaq.ranks import ALONE
 from mkaq.recipe import GptqSection, LayerwiseSection, MergeSection
 from mkaq.recover.layerwise import recover
+from mkaq.walk.walk import LayerWalk, compute_dtype, pick_device
 
 KEY = ("sleb", "channels", "channels+layerwise", "sleb+layerwise")
 REST = ("reverse", "shortgpt", "contiguous", "laco", "replaceme", "average", "average-similarity")

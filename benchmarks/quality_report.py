@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mkaq.model.writer import write_json
-from mkaq.report import with_error
+from mkaq.files import write_json
+from mkaq.run.report import with_error
 
 RESULTS = Path(__file__).parent / "results"
 LABELS = {

@@ -11,8 +11,8 @@ from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import evaluation_sequences
 from mkaq.errors import UsageError
 from mkaq.evaluate.perplexity import summarize
-from mkaq.model.walk import LayerWalk
 from mkaq.recipe import TextSection
+from mkaq.walk.walk import LayerWalk
 
 WINDOW, DOCUMENT = 32, 20_000
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from mkaq.model.checkpoint import BLOCK
-from mkaq.model.expected import plain_tensors
-from mkaq.model.source import BUILTIN
-from mkaq.model.writer import Layout, ShardWriter, TensorSpec, write_json
+from mkaq.arch.skeleton import plain_tensors
+from mkaq.checkpoint.reader import BLOCK
+from mkaq.checkpoint.resolve import BUILTIN
+from mkaq.checkpoint.writer import Layout, ShardWriter, TensorSpec
+from mkaq.files import write_json
 
 SHARD_SIZE = 5 * 10**9
 PERIOD = 16_777_259  # values of the block: a prime, so that no two rows of a matrix are alike

@@ -47,11 +47,11 @@ from benchmarks.speed_report import describe, table
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens
-from mkaq.handoff import library_versions
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.source import resolve_model
-from mkaq.model.walk import LayerWalk
+from mkaq.checkpoint.resolve import resolve_model
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.digests import library_versions
 from mkaq.recipe import CalibrationSection
+from mkaq.walk.walk import LayerWalk
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parent

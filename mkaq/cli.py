@@ -78,12 +78,12 @@ def run(
     _quiet_libraries()
     from mkaq import pipeline
     from mkaq.export.manifest import read_manifest
-    from mkaq.export.runtimes import describe, runtimes
-    from mkaq.model.walk import pick_device
+    from mkaq.formats.runtimes import describe, runtimes
     from mkaq.progress import Progress
     from mkaq.ranks import joined
     from mkaq.recipe import Recipe
-    from mkaq.report import table_rows
+    from mkaq.run.report import table_rows
+    from mkaq.walk.walk import pick_device
 
     limit = _bytes(max_memory)
     with joined(pick_device(device)) as (ranks, place):
@@ -128,14 +128,14 @@ def plan(
     """Say what a run would do: layers, sizes, memory, disk. Changes nothing."""
     loaded, folder = _load(recipe, settings, output)
     _quiet_libraries()
-    from mkaq.budget import plan_budget, settle
-    from mkaq.export.runtimes import describe, runtimes
-    from mkaq.model.opening import open_checkpoint
-    from mkaq.model.source import resolve_model
-    from mkaq.model.walk import pick_device
-    from mkaq.plan import remarks
-    from mkaq.report import table_rows
+    from mkaq.checkpoint.resolve import resolve_model
+    from mkaq.checkpoint.validate import open_checkpoint
+    from mkaq.formats.runtimes import describe, runtimes
+    from mkaq.run.budget import plan_budget, settle
+    from mkaq.run.plan import remarks
+    from mkaq.run.report import table_rows
     from mkaq.units import human
+    from mkaq.walk.walk import pick_device
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
     for remark in source.remarks:
@@ -199,13 +199,13 @@ def analyze(
     from mkaq.calibrate.text import documents
     from mkaq.calibrate.tokenizer import load_tokenizer
     from mkaq.calibrate.tokens import calibration_tokens
+    from mkaq.checkpoint.resolve import resolve_model
+    from mkaq.checkpoint.validate import open_checkpoint
     from mkaq.merge.compare import compare_layers
-    from mkaq.model.opening import open_checkpoint
-    from mkaq.model.source import resolve_model
-    from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
     from mkaq.progress import Progress
     from mkaq.recipe import CalibrationSection, ManifoldSection
-    from mkaq.report import save_heatmap
+    from mkaq.run.report import save_heatmap
+    from mkaq.walk.walk import LayerWalk, compute_dtype, pick_device
 
     values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
     section = _section(CalibrationSection, values)
@@ -231,9 +231,9 @@ def analyze(
 @app.command()
 def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
     """Show the manifest of an artifact."""
-    from mkaq.budget import describe
     from mkaq.export.manifest import read_manifest
     from mkaq.export.summary import describe_step
+    from mkaq.run.budget import describe
     from mkaq.units import human
 
     manifest = read_manifest(artifact)
@@ -279,11 +279,11 @@ def verify(
 ) -> None:
     """Check every claim of an artifact's manifest."""
     _quiet_libraries()
-    from mkaq.evaluate.verify import verify as check
-    from mkaq.model.source import resolve_model
-    from mkaq.model.walk import pick_device
+    from mkaq.checkpoint.resolve import resolve_model
     from mkaq.paths import utf8_path
     from mkaq.progress import Progress
+    from mkaq.verify.verify import verify as check
+    from mkaq.walk.walk import pick_device
 
     original = resolve_model(source) if source else None
     done = check(utf8_path(artifact), original, pick_device(device), Progress())
@@ -319,14 +319,14 @@ def evaluate(
     from mkaq.calibrate.text import documents
     from mkaq.calibrate.tokenizer import load_tokenizer
     from mkaq.calibrate.tokens import evaluation_sequences
+    from mkaq.checkpoint.resolve import resolve_model
+    from mkaq.checkpoint.validate import open_checkpoint
     from mkaq.evaluate.perplexity import perplexity
     from mkaq.evaluate.tasks import run_tasks
-    from mkaq.model.opening import open_checkpoint
-    from mkaq.model.source import resolve_model
-    from mkaq.model.walk import LayerWalk, compute_dtype, pick_device
     from mkaq.progress import Progress
     from mkaq.recipe import PerplexitySection
-    from mkaq.report import with_error
+    from mkaq.run.report import with_error
+    from mkaq.walk.walk import LayerWalk, compute_dtype, pick_device
 
     checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
     tokenizer, dtype = load_tokenizer(checkpoint.path), compute_dtype(checkpoint, place)
@@ -369,11 +369,11 @@ def generate_text(
     import torch
 
     from mkaq.calibrate.tokenizer import load_tokenizer
-    from mkaq.model.end_tokens import end_tokens
-    from mkaq.model.load import generate, whole_model
-    from mkaq.model.opening import open_checkpoint
-    from mkaq.model.source import resolve_model
-    from mkaq.model.walk import compute_dtype, pick_device
+    from mkaq.checkpoint.end_tokens import end_tokens
+    from mkaq.checkpoint.resolve import resolve_model
+    from mkaq.checkpoint.validate import open_checkpoint
+    from mkaq.walk.walk import compute_dtype, pick_device
+    from mkaq.walk.whole_model import generate, whole_model
 
     checkpoint, place = open_checkpoint(resolve_model(artifact), quantized=True), pick_device(device)
     tokenizer = load_tokenizer(checkpoint.path)

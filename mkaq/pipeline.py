@@ -9,17 +9,18 @@ from typing import Literal
 
 import torch
 
-from mkaq.budget import Trials, meet_budget, plan_budget
-from mkaq.handoff import describe_files, locked
+from mkaq.checkpoint.resolve import resolve_model
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.digests import describe_files
 from mkaq.heap import arrange_heap
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.source import resolve_model
-from mkaq.plan import check_resources, plan_run, remarks
 from mkaq.progress import Progress
 from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import Recipe
-from mkaq.report import write_report
-from mkaq.result import RunResult
+from mkaq.run.budget import Trials, meet_budget, plan_budget
+from mkaq.run.plan import check_resources, plan_run, remarks
+from mkaq.run.publish import locked
+from mkaq.run.report import write_report
+from mkaq.run.result import RunResult
 from mkaq.stages import Stages
 
 Until = Literal["calibrate", "merge", "recover", "quantize", "export"]

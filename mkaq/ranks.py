@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # if imported later, its default arguments keep the group
 
+from mkaq.dtypes import has_fast_bfloat16
 from mkaq.errors import UsageError
-from mkaq.model.products import has_fast_bfloat16
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mkaq.model.base_model import is_hub_id
+from mkaq.checkpoint.hub_id import is_hub_id
 from mkaq.units import parse_size
 
 Dtype = Literal["float32", "bfloat16", "float16"]

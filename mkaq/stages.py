@@ -14,22 +14,19 @@ from safetensors.torch import load_file, save_file
 from mkaq.calibrate.text import documents, text_digest
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.digests import digest_of
 from mkaq.evaluate.perplexity import perplexity
-from mkaq.evaluate.residuals import residuals
 from mkaq.export.artifact import write_artifact
 from mkaq.export.record import Published, build_manifest
-from mkaq.handoff import Handoff, digest_of, find_published, fingerprint_of, publish
+from mkaq.files import write_json
+from mkaq.fit.hold_out import learning_samples
+from mkaq.fit.residuals import residuals
 from mkaq.heap import return_freed_memory
-from mkaq.merge.hold_out import learning_samples
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import merge
-from mkaq.model.activations import Activations
-from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import LayerWalk, compute_dtype
-from mkaq.model.writer import write_json
 from mkaq.peak import peak_bytes, reset_peak
-from mkaq.plan import RunPlan, StageSize, output_dtype
 from mkaq.progress import Progress
 from mkaq.quantize.bnb_stage import quantize_bitsandbytes
 from mkaq.quantize.gptq_stage import quantize_gptq
@@ -37,8 +34,12 @@ from mkaq.quantize.joint import JointTarget
 from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import BitsandbytesSection, GptqSection, MergeSection, Recipe
 from mkaq.recover.layerwise import recover
-from mkaq.result import RunResult
+from mkaq.run.plan import RunPlan, StageSize, output_dtype
+from mkaq.run.publish import Handoff, find_published, fingerprint_of, publish
+from mkaq.run.result import RunResult
 from mkaq.units import parse_size
+from mkaq.walk.activations import Activations
+from mkaq.walk.walk import LayerWalk, compute_dtype
 
 
 class Stages:

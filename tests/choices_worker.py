@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from mkaq.cli import main
-from mkaq.merge import choose, fuse
+from mkaq.merge import channels as fuse
+from mkaq.merge import choose
 from mkaq.recover import layerwise
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from mkaq import pipeline
+from mkaq.digests import digest_of
 from mkaq.export.manifest import MANIFEST
-from mkaq.handoff import digest_of
 from mkaq.progress import Progress
 from mkaq.recipe_file import load_recipe
 

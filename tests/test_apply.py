@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from mkaq.checkpoint import reader as checkpoint
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import CheckpointError
-from mkaq.merge.apply import merge_layers, weighted_sum
-from mkaq.merge.plan import MergePlan
+from mkaq.merge.average import merge_layers, weighted_sum
+from mkaq.merge.groups import MergePlan
 from mkaq.merge.stage import averaged_blocks, averaged_layers, digest_layer, merged_layers, write_merged
-from mkaq.model import checkpoint
-from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.opening import open_checkpoint
 from tests.tiny import make_model
 
 WEIGHTS = (0.83 * 0.41, 0.17 * 0.41, 0.59)

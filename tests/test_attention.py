@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
-from mkaq.model import attention
-from mkaq.model.attention import causal_attention
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import LayerWalk
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.walk import attention
+from mkaq.walk.attention import causal_attention
+from mkaq.walk.walk import LayerWalk
 from tests.tiny import FAMILIES, make_model
 
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks import baselines
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.evaluate.perplexity import perplexity
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
+from mkaq.walk.walk import LayerWalk
 from tests.tiny import FAMILIES, make_model
 
 Tensors = dict[str, torch.Tensor]

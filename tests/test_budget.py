@@ -9,7 +9,12 @@ import pytest
 import torch
 import yaml
 
-from mkaq.budget import (
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.errors import UsageError, VerificationError
+from mkaq.progress import Progress
+from mkaq.recipe import BitsandbytesSection, GptqSection, Recipe
+from mkaq.recipe_file import load_recipe
+from mkaq.run.budget import (
     Option,
     Trials,
     describe,
@@ -20,13 +25,8 @@ from mkaq.budget import (
     plan_budget,
     settle,
 )
-from mkaq.errors import UsageError, VerificationError
-from mkaq.model.opening import open_checkpoint
-from mkaq.plan import StageSize, plan_run
-from mkaq.progress import Progress
-from mkaq.recipe import BitsandbytesSection, GptqSection, Recipe
-from mkaq.recipe_file import load_recipe
-from mkaq.result import RunResult
+from mkaq.run.plan import StageSize, plan_run
+from mkaq.run.result import RunResult
 from tests.tiny import make_model
 
 Write = Callable[..., Path]

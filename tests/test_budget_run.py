@@ -8,9 +8,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from mkaq.budget import Trials
 from mkaq.export.manifest import MANIFEST, manifest_schema, read_manifest
 from mkaq.recipe import Recipe
+from mkaq.run.budget import Trials
 from mkaq.units import human
 from tests.runs import Mkaq, Outcome, tree
 from tests.tiny import write_recipe

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mkaq.checkpoint import reader as checkpoint
+from mkaq.checkpoint import validate as opening
+from mkaq.checkpoint.reader import Checkpoint, TensorInfo
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import CheckpointError
-from mkaq.model import checkpoint, opening
-from mkaq.model.checkpoint import Checkpoint, TensorInfo
-from mkaq.model.opening import open_checkpoint
 
 EMBEDDING = "model.embed_tokens.weight"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}

@@ -51,7 +51,7 @@ def test_help_and_version_are_instant() -> None:
 
 
 def test_commands_that_quantize_nothing_do_not_load_the_compiler(plain: Path) -> None:
-    line = mkaq_then("assert 'mkaq.budget' in sys.modules and 'numba' not in sys.modules")
+    line = mkaq_then("assert 'mkaq.run.budget' in sys.modules and 'numba' not in sys.modules")
     told = subprocess.run([*line, "plan", str(plain)], capture_output=True, text=True)
     assert (told.returncode, told.stderr) == (0, "")
 

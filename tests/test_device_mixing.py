@@ -10,12 +10,12 @@ import torch
 from benchmarks.gpu_compare import compare, verified
 from benchmarks.gpu_parts import small_recipes
 from mkaq import pipeline
-from mkaq.merge.hold_out import token_weights
-from mkaq.merge.least_squares import Moments, column_sizes, fit, keep_columns
+from mkaq.fit.hold_out import token_weights
+from mkaq.fit.ridge import Moments, column_sizes, fit, keep_columns
+from mkaq.formats.packing import pack_linear
 from mkaq.progress import Progress
 from mkaq.quantize.gptq import find_scales, gptq
 from mkaq.quantize.hessian import HessianSum
-from mkaq.quantize.packing import pack_linear
 from mkaq.recipe import Recipe
 from tests.pretend import pretended_gpu
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.checkpoint.end_tokens import end_tokens
 from mkaq.errors import CheckpointError
-from mkaq.model.end_tokens import end_tokens
 from tests.runs import Mkaq, one_message
 from tests.tiny import edit_config
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mkaq.model.load import generate, whole_model
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import LayerWalk
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.walk.walk import LayerWalk
+from mkaq.walk.whole_model import generate, whole_model
 from tests.runs import Outcome
 from tests.tiny import FAMILIES, make_model
 

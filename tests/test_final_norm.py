@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mkaq.merge.final_norm import norm_error, rescale, scaled_norm
-from mkaq.merge.hold_out import hold_out
-from mkaq.model.architecture import FINAL_NORM
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import LayerWalk
+from mkaq.arch.families import FINAL_NORM
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.fit.final_norm import norm_error, rescale, scaled_norm
+from mkaq.fit.hold_out import hold_out
+from mkaq.walk.walk import LayerWalk
 from tests.tiny import FAMILIES, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mkaq.model.finite import all_finite
+from mkaq.checkpoint.finite import all_finite
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mkaq.merge.fuse import FusedLayer, advance, first_batch, fuse, pass_fused
-from mkaq.merge.hold_out import hold_out
-from mkaq.merge.measure import best_average
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.fit.hold_out import hold_out
+from mkaq.merge.channels import FusedLayer, advance, first_batch, fuse, pass_fused
+from mkaq.merge.cost import best_average
 from mkaq.merge.stage import digest_layer
-from mkaq.model.observe import outputs_of
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import LayerWalk
 from mkaq.ranks import Ranks
+from mkaq.walk.hooks import outputs_of
+from mkaq.walk.walk import LayerWalk
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.digests import digest_of
 from mkaq.export.manifest import MANIFEST, MergeStep, manifest_schema, read_manifest
-from mkaq.handoff import digest_of
-from mkaq.merge.measure import COEFFICIENTS
+from mkaq.merge.cost import COEFFICIENTS
 from mkaq.merge.origins import ORIGINS
 from mkaq.merge.stage import digest_layer
-from mkaq.model.opening import open_checkpoint
 from tests.runs import Mkaq, forge, run_quietly, tree
 from tests.test_families import IDS, walk_logits
 from tests.tiny import CHANNELS, FAMILIES, make_model, write_recipe

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mkaq.model.gram import add_gram, factorize, mirror
+from mkaq.fit.gram import add_gram, factorize, mirror
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

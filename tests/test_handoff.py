@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from mkaq import durable, handoff
-from mkaq.durable import replace_json
+from mkaq import files as durable
+from mkaq.digests import sha256_file
 from mkaq.errors import UsageError, VerificationError
-from mkaq.handoff import Handoff, find_published, locked, publish, sha256_file
+from mkaq.files import replace_json
+from mkaq.run import publish as handoff
+from mkaq.run.publish import Handoff, find_published, locked, publish
 
 HOLD = """import fcntl, sys
 file = open(sys.argv[1], "w")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mkaq.calibrate.tokens import half_in_random_order, in_random_order, probing_tokens
-from mkaq.merge.hold_out import (
+from mkaq.fit.hold_out import (
     Samples,
     held_out_error,
     held_out_samples,
@@ -12,8 +12,8 @@ from mkaq.merge.hold_out import (
     token_errors,
     token_weights,
 )
-from mkaq.model.walk import LayerWalk
 from mkaq.ranks import Ranks
+from mkaq.walk.walk import LayerWalk
 from tests.test_baselines import idle
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.export.manifest import MANIFEST, QuantizeStep, read_manifest
-from mkaq.merge.hold_out import hold_out
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import LayerWalk
+from mkaq.fit.hold_out import hold_out
 from mkaq.progress import Progress
 from mkaq.quantize.gptq_stage import GptqModule, quantize_gptq
 from mkaq.quantize.joint import JointTarget
 from mkaq.recipe import GptqSection
+from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq, one_message
 from tests.tiny import make_model, write_recipe
 

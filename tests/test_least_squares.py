@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mkaq.merge.least_squares import (
+from mkaq.fit.ridge import (
     RIDGES,
     Moments,
     column_sizes,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mkaq.model.load import whole_model
-from mkaq.model.opening import open_checkpoint
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.walk.whole_model import whole_model
 from tests.runs import Outcome
 from tests.tiny import FAMILIES, make_model
 

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pytest
 
 from mkaq.merge.manifold import diffusion_map, squared_distances
-from mkaq.merge.similarity import equal_frequency_cells, npib
+from mkaq.merge.npib import equal_frequency_cells, npib
 
 Array = npt.NDArray[np.float64]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from mkaq.merge.measure import by_average, by_channels, divergences, measure_groups, split_samples
+from mkaq.merge.cost import by_average, by_channels, divergences, measure_groups, split_samples
 from mkaq.merge.segment import cheapest_groups
-from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
+from mkaq.walk.walk import LayerWalk
 from tests.test_baselines import idle, random_tokens
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from benchmarks.memory import write_model
-from mkaq.model.activations import Activations
+from mkaq.walk.activations import Activations
 from tests.runs import Mkaq, command, one_message, tree
 
 DEPTHS = (8, 16, 32)

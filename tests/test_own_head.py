@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mkaq.model.load import whole_model
-from mkaq.model.opening import open_checkpoint
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.walk.whole_model import whole_model
 from tests.bad_input.damage import EMBED, SINGLE, change_tensors
 from tests.runs import Mkaq, one_message
 from tests.tiny import PROTECT, edit_config, make_model, write_recipe

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from mkaq.formats.packing import pack, pack_linear, unpack, unpack_linear
 from mkaq.quantize.gptq import gptq
-from mkaq.quantize.packing import pack, pack_linear, unpack, unpack_linear
 
 
 def codes(bits: int, rows: int = 64, columns: int = 5) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.merge.parts import (
     Parts,
     all_parts,
@@ -18,9 +19,8 @@ from mkaq.merge.parts import (
     take_columns,
     take_parts,
 )
-from mkaq.model.observe import input_of
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import LayerWalk
+from mkaq.walk.hooks import input_of
+from mkaq.walk.walk import LayerWalk
 from tests.tiny import make_model
 
 Tensors = dict[str, torch.Tensor]

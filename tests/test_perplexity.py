@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.evaluate.perplexity import Perplexity, perplexity, summarize
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
+from mkaq.walk.walk import LayerWalk
 
 
 def sequences(*lengths: int) -> list[list[int]]:

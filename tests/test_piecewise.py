@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import CheckpointError
-from mkaq.model.observe import input_of
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.piecewise import Piecewise
-from mkaq.model.walk import LayerWalk
+from mkaq.walk.hooks import input_of
+from mkaq.walk.piecewise import Piecewise
+from mkaq.walk.walk import LayerWalk
 from tests.tiny import FAMILIES, make_model
 
 TOKENS = torch.randint(2, 4096, (6, 32), generator=torch.Generator().manual_seed(1))
@@ -42,7 +42,7 @@ def inputs_from_the_start(
 def test_pieces_are_those_of_the_whole_layer_whose_weights_change_on_the_way(
     family: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mkaq.model.walk.TOKENS_PER_BATCH", 64)  # three batches
+    monkeypatch.setattr("mkaq.walk.walk.TOKENS_PER_BATCH", 64)  # three batches
     walk = LayerWalk(
         open_checkpoint(make_model(tmp_path, family)),
         torch.device("cpu"),

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from mkaq.errors import UsageError
-from mkaq.merge.plan import Merge, MergePlan, coefficient_of, layers_to_remove, plan_merge
+from mkaq.merge.groups import Merge, MergePlan, coefficient_of, layers_to_remove, plan_merge
 from mkaq.recipe import MergeSection, ProtectSection
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mkaq.formats.packing import unpack
 from mkaq.quantize.gptq import gptq
 from mkaq.quantize.gptq_cpu import COMPILED
 from mkaq.quantize.gptq_stage import _solve
-from mkaq.quantize.packing import unpack
 from mkaq.ranks import Ranks
 from tests.runs import Outcome
 
@@ -144,7 +144,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
         "import os, pathlib, torch\n"
         "from mkaq.ranks import joined\n"
         "with joined(torch.device('cpu')) as (ranks, _):\n"
-        "    import mkaq.model.expected, transformers.modeling_utils, torch._dynamo\n"
+        "    import mkaq.arch.skeleton, transformers.modeling_utils, torch._dynamo\n"
         "    ranks.wait()\n"
         "tasks = pathlib.Path('/proc/self/task').glob('*/comm')\n"
         "print(sorted({task.read_text().strip() for task in tasks}), flush=True)\n"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mkaq.checkpoint.resolve import BUILTIN, resolve_model
 from mkaq.errors import UsageError
-from mkaq.model.source import BUILTIN, resolve_model
 from mkaq.recipe import GptqSection, ManifoldSection, Recipe
 from mkaq.recipe_file import load_recipe
 from tests.runs import Mkaq, one_message

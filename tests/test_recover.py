@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mkaq.arch.families import FINAL_NORM
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.export.manifest import MANIFEST, RecoverStep, manifest_schema, read_manifest
-from mkaq.merge.apply import merge_layers
-from mkaq.merge.hold_out import hold_out
-from mkaq.model.architecture import FINAL_NORM
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import LayerWalk
+from mkaq.fit.hold_out import hold_out
+from mkaq.merge.average import merge_layers
 from mkaq.recipe import LayerwiseSection
 from mkaq.recover.layerwise import RecoveredLayer, layer_error, schedule, shuffled, tune
+from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq, Outcome, forge, tree
 from tests.tiny import make_model, write_recipe
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mkaq.export.runtimes import Quantize, describe, runtimes
+from mkaq.formats.runtimes import Quantize, describe, runtimes
 from mkaq.recipe import BitsandbytesSection, GptqSection
 from tests.runs import Mkaq
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from mkaq.evaluate.verify import check_files
+from mkaq.checkpoint import resolve as source
+from mkaq.checkpoint.side_files import side_files, stays_inside
 from mkaq.export.manifest import FileEntry, read_manifest
-from mkaq.model import source
-from mkaq.model.side_files import side_files, stays_inside
+from mkaq.verify.verify import check_files
 from tests.runs import Mkaq, forge, one_message, run_quietly, tree
 from tests.tiny import make_model, write_recipe
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mkaq.merge.similarity import entropy, equal_frequency_cells, npib, similarity_matrix
+from mkaq.merge.npib import entropy, equal_frequency_cells, npib, similarity_matrix
 
 Array = npt.NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.packed import unpack_weight, write_dense
 from benchmarks.process_tree import CommandError, run_measured
-from mkaq.model.writer import write_json
+from mkaq.files import write_json
 
 MB = 10**6
 FORKS = """

@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from mkaq.calibrate.text import Split, builtin_documents, documents, text_digest
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences
+from mkaq.checkpoint.resolve import BUILTIN
 from mkaq.errors import UsageError
-from mkaq.model.source import BUILTIN
 from mkaq.recipe import Dataset, TextSection
 
 PROSE = "\n".join(f"Line {i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs." for i in range(400))

@@ -10,13 +10,13 @@ from typing import NoReturn
 import pytest
 import torch
 
-from mkaq.model.gram import solve_positive
+from mkaq.fit.gram import solve_positive
 from tests.runs import ROOT, Mkaq
 from tests.tiny import CHANNELS, write_recipe
 
 SOLVE = """
 import torch
-from mkaq.merge.least_squares import Moments, keep_columns
+from mkaq.fit.ridge import Moments, keep_columns
 torch.manual_seed(0)
 for threads in (1, 2):
     torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ import torch
 
 from mkaq import stages
 from mkaq.export.manifest import read_manifest
-from mkaq.merge import fuse
+from mkaq.merge import channels as fuse
 from tests.runs import Mkaq, forge
 from tests.tiny import CHANNELS, write_recipe
 

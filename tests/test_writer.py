@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mkaq.checkpoint import writer
+from mkaq.checkpoint.writer import ShardWriter, TensorSpec
 from mkaq.errors import VerificationError
-from mkaq.model import writer
-from mkaq.model.writer import ShardWriter, TensorSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

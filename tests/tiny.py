@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mkaq.model.source import BUILTIN
+from mkaq.checkpoint.resolve import BUILTIN
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 PROTECT = {"protect": {"first": 1, "last": 0}, "manifold": {"points": 128}}

@@ -6,11 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mkaq.checkpoint.remote_code import remote_code_keys, without_remote_code
+from mkaq.checkpoint.side_files import copy_side_files, side_files
+from mkaq.checkpoint.validate import read_json
 from mkaq.errors import CheckpointError
-from mkaq.model.opening import read_json
-from mkaq.model.remote_code import remote_code_keys, without_remote_code
-from mkaq.model.side_files import copy_side_files, side_files
-from mkaq.model.writer import write_json
+from mkaq.files import write_json
 
 _CONFIG = "tokenizer_config.json"
 _PACKAGES = {  # what libraries need to read a vocabulary: module to look for, package to install

@@ -1,1 +1,1 @@
-"""Perplexity, and the verification of every claim of a manifest."""
+"""Perplexity, and the tasks of lm-evaluation-harness."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
+from mkaq.walk.walk import LayerWalk
 
 
 @dataclass(frozen=True)

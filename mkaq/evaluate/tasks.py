@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import UsageError
-from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.load import whole_model
+from mkaq.walk.whole_model import whole_model
 
 
 def run_tasks(

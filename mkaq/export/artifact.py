@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.digests import describe_files
+from mkaq.export.card import model_card
 from mkaq.export.manifest import MANIFEST, FileEntry, Manifest, write_manifest
-from mkaq.export.model_card import model_card
-from mkaq.handoff import describe_files
-from mkaq.model.checkpoint import Checkpoint
 
 
 def write_artifact(

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mkaq.digests import digest_of
 from mkaq.errors import VerificationError
-from mkaq.handoff import digest_of
 
 MANIFEST = "mkaq-manifest.json"
 SCHEMA: Literal["mkaq-manifest/1"] = "mkaq-manifest/1"

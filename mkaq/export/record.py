@@ -9,6 +9,9 @@ import torch
 
 from mkaq import __version__
 from mkaq.calibrate.tokens import tokens_digest
+from mkaq.checkpoint.hub_id import hub_id_of
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.digests import library_versions
 from mkaq.export.manifest import (
     Budget,
     Calibration,
@@ -25,11 +28,8 @@ from mkaq.export.manifest import (
     RecoverStep,
     Source,
 )
-from mkaq.handoff import library_versions
-from mkaq.model.base_model import hub_id_of
-from mkaq.model.checkpoint import Checkpoint
-from mkaq.plan import StageSize
 from mkaq.recipe import Recipe
+from mkaq.run.plan import StageSize
 
 
 @dataclass(frozen=True)

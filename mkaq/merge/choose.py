@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mkaq.fit.hold_out import Samples, learning_samples
 from mkaq.merge.compare import LayerSimilarity, compare_layers
-from mkaq.merge.hold_out import Samples, learning_samples
-from mkaq.merge.measure import best_average, by_average, by_channels, measure_groups
-from mkaq.merge.plan import MergePlan, chain_plan, layers_to_remove, plan_merge
+from mkaq.merge.cost import best_average, by_average, by_channels, measure_groups
+from mkaq.merge.groups import MergePlan, chain_plan, layers_to_remove, plan_merge
 from mkaq.merge.segment import cheapest_groups, longest_group
-from mkaq.model.walk import LayerWalk
 from mkaq.progress import Progress
 from mkaq.recipe import MergeSection
+from mkaq.walk.walk import LayerWalk
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 
 from mkaq.errors import UsageError
 from mkaq.merge.manifold import diffusion_map
-from mkaq.merge.similarity import equal_frequency_cells, similarity_matrix
-from mkaq.model.walk import LayerWalk
+from mkaq.merge.npib import equal_frequency_cells, similarity_matrix
 from mkaq.progress import Progress
 from mkaq.recipe import ManifoldSection
+from mkaq.walk.walk import LayerWalk
 
 
 @dataclass(frozen=True)

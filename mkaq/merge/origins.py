@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mkaq.errors import VerificationError
-from mkaq.merge.fuse import FusedLayer
+from mkaq.merge.channels import FusedLayer
 
 ORIGINS = "mkaq-origins.json"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mkaq.merge.least_squares import columns_of
+from mkaq.fit.ridge import columns_of
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -9,24 +9,25 @@ from typing import Any
 import torch
 from safetensors.numpy import save_file
 
+from mkaq.arch.families import FINAL_NORM, LAYER_PREFIX, keep_layers
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.checkpoint.writer import Writer, checksum_of, layout_like, write_side_files, writer_of
+from mkaq.digests import digest_of
 from mkaq.errors import UnsupportedError
-from mkaq.handoff import digest_of
+from mkaq.files import write_json
+from mkaq.fit.final_norm import Rescaled, rescale, rescaled
+from mkaq.fit.hold_out import Samples, learning_samples
+from mkaq.fit.ridge import Fit
 from mkaq.heap import return_freed_memory
-from mkaq.merge.apply import weighted_sum
+from mkaq.merge.average import weighted_sum
+from mkaq.merge.channels import fuse, pass_fused
 from mkaq.merge.choose import choose_groups
-from mkaq.merge.final_norm import Rescaled, rescale, rescaled
-from mkaq.merge.fuse import fuse, pass_fused
-from mkaq.merge.hold_out import Samples, learning_samples
-from mkaq.merge.least_squares import Fit
+from mkaq.merge.groups import MergePlan
 from mkaq.merge.origins import ORIGINS, Origins, origins_of, shares, write_origins
-from mkaq.merge.plan import MergePlan
-from mkaq.model.architecture import FINAL_NORM, LAYER_PREFIX, keep_layers
-from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.walk import LayerWalk
-from mkaq.model.writer import Writer, checksum_of, layout_like, write_json, write_side_files, writer_of
 from mkaq.progress import Progress
 from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import MergeSection
+from mkaq.walk.walk import LayerWalk
 
 
 def merge(

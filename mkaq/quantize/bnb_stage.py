@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.checkpoint.writer import ShardWriter, write_side_files
 from mkaq.errors import UnsupportedError
+from mkaq.files import write_json
 from mkaq.heap import return_freed_memory
-from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.writer import ShardWriter, write_json, write_side_files
 from mkaq.progress import Progress
 from mkaq.quantize.bnb import dequantize_linear, quantization_config, quantize_linear
 from mkaq.quantize.error import relative_error

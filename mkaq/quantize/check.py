@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import UnsupportedError
-from mkaq.export.runtimes import runtimes
-from mkaq.model.checkpoint import Checkpoint
+from mkaq.formats.runtimes import runtimes
 from mkaq.recipe import GptqSection
 
 _SIZES = (128, 64, 32, 256, 512, 1024, -1, 16)  # of equal worth the first is the usual one

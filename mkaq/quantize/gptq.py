@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from mkaq.model.gram import factorize
+from mkaq.fit.gram import factorize
 
 SHRINK = tuple(1 - 0.025 * step for step in range(21))
 _BLOCK = 128

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from mkaq import __version__
+from mkaq.arch.families import FINAL_NORM
+from mkaq.checkpoint.finite import all_finite
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.checkpoint.writer import write_side_files, writer_of
 from mkaq.errors import CheckpointError, UsageError
-from mkaq.merge.final_norm import Rescaled, rescaled
-from mkaq.model.architecture import FINAL_NORM
-from mkaq.model.checkpoint import Checkpoint
-from mkaq.model.finite import all_finite
-from mkaq.model.piecewise import Piecewise
-from mkaq.model.walk import LayerWalk, spans
-from mkaq.model.writer import write_json, write_side_files, writer_of
+from mkaq.files import write_json
+from mkaq.fit.final_norm import Rescaled, rescaled
+from mkaq.formats.packing import pack_linear
 from mkaq.progress import Progress
 from mkaq.quantize import gptq_cpu
 from mkaq.quantize.check import check_gptq
@@ -25,9 +25,10 @@ from mkaq.quantize.error import ratio, relative_error
 from mkaq.quantize.gptq import PLAIN, DampingError, GptqResult, Kernels, gptq
 from mkaq.quantize.hessian import HessianSum
 from mkaq.quantize.joint import JointTarget
-from mkaq.quantize.packing import pack_linear
 from mkaq.ranks import Ranks
 from mkaq.recipe import GptqSection
+from mkaq.walk.piecewise import Piecewise
+from mkaq.walk.walk import LayerWalk, spans
 
 
 @dataclass(frozen=True)

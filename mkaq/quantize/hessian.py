@@ -2,7 +2,7 @@
 
 import torch
 
-from mkaq.model.gram import add_gram, mirror, stripes
+from mkaq.fit.gram import add_gram, mirror, stripes
 from mkaq.ranks import ALONE, Ranks
 
 

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from mkaq.merge.final_norm import Rescaled, rescale
-from mkaq.merge.fuse import add_rows, add_up, advance, fit_together, moments_of
-from mkaq.merge.hold_out import Samples
-from mkaq.merge.least_squares import Fit
+from mkaq.fit.final_norm import Rescaled, rescale
+from mkaq.fit.hold_out import Samples
+from mkaq.fit.ridge import Fit
+from mkaq.merge.channels import add_rows, add_up, advance, fit_together, moments_of
 from mkaq.merge.parts import attention_parts, mlp_parts
-from mkaq.model.piecewise import Piecewise
-from mkaq.model.walk import LayerWalk
+from mkaq.walk.piecewise import Piecewise
+from mkaq.walk.walk import LayerWalk
 
 NEARLY_BEST = 0.95  # of what a ridge gains: less would leave more of the rounding
 

@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mkaq.arch.families import FINAL_NORM
+from mkaq.checkpoint.writer import layout_like, write_side_files, writer_of
+from mkaq.files import write_json
+from mkaq.fit.final_norm import rescale, rescaled
+from mkaq.fit.hold_out import Samples, held_out_mean, token_weights
 from mkaq.heap import return_freed_memory
-from mkaq.merge.final_norm import rescale, rescaled
-from mkaq.merge.hold_out import Samples, held_out_mean, token_weights
-from mkaq.model.architecture import FINAL_NORM
-from mkaq.model.walk import LayerWalk, batch_size
-from mkaq.model.writer import layout_like, write_json, write_side_files, writer_of
 from mkaq.progress import Progress
 from mkaq.recipe import LayerwiseSection
+from mkaq.walk.walk import LayerWalk, batch_size
 
 CHECKS = 5
 

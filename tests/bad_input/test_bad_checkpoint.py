@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import MkaqError
-from mkaq.model.opening import open_checkpoint
 from tests.bad_input.damage import (
     EMBED,
     INDEX,

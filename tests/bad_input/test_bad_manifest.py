@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mkaq.handoff import digest_of
+from mkaq.digests import digest_of
 from tests.runs import Mkaq, forge, one_message, run_quietly, tree
 from tests.tiny import CHANNELS, write_recipe
 

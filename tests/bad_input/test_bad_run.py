@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mkaq.handoff import locked
+from mkaq.run.publish import locked
 from tests.runs import STAGES, Mkaq, Outcome, command, kept, one_message, told, tree
 from tests.tiny import PROTECT
 

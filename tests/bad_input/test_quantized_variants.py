@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mkaq.model.opening import open_checkpoint
-from mkaq.model.walk import dense_layer
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.walk.walk import dense_layer
 from tests.bad_input.damage import change_tensors
 from tests.bad_input.test_bad_quantized import change_parts, edit_quantization
 from tests.runs import Mkaq, one_message, run_quietly

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mkaq.calibrate.tokenizer import load_tokenizer
-from mkaq.model.source import BUILTIN
+from mkaq.checkpoint.resolve import BUILTIN
 from tests.bad_input.damage import Damage
 from tests.runs import Mkaq, one_message, tree
 from tests.tiny import edit_config, make_model, write_recipe

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mkaq.model.opening import open_checkpoint
+from mkaq.checkpoint.validate import open_checkpoint
 from tests.bad_input.damage import Damage
 from tests.bad_input.test_bad_quantized import edit_quantization
 from tests.runs import Mkaq, Outcome, one_message

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mkaq.model.opening import open_checkpoint
+from mkaq.checkpoint.validate import open_checkpoint
 from tests.bad_input.damage import EMBED, SINGLE, UP, Damage, change_tensors
 from tests.runs import Mkaq, Outcome, one_message
 from tests.tiny import PROTECT, edit_config, make_model, write_recipe

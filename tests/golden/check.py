@@ -1,4 +1,4 @@
-"""Whether a change leaves every byte as it was: `python -m tests.golden.check`, after `--write` before the change.
+"""Whether a change leaves every byte as it was: `python -m tests.golden.check`; before it, with `--write`.
 
 The digests are those of one machine: sums of floats come out otherwise on another one. The folder lives for
 the time of a move.
@@ -31,34 +31,47 @@ GPTQ = {"method": "gptq", "bits": 4, "group_size": 32}
 BNB = {"method": "bitsandbytes"}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("llama", {"merge": AVERAGE | {"order": "back_to_front"}, "quantize": GPTQ}),
-    "mistral": ("mistral", {"merge": CHANNELS, "recover": TUNE, "quantize": GPTQ | {"bits": 3, "sym": False}}),
+    "mistral": (
+        "mistral",
+        {"merge": CHANNELS, "recover": TUNE, "quantize": GPTQ | {"bits": 3, "sym": False}},
+    ),
     "qwen2": (
         "qwen2",
         {"merge": CHANNELS, "quantize": GPTQ | {"bits": 8, "desc_act": True, "static_groups": True}},
     ),
     "qwen3": (
         "qwen3",
-        {"merge": AVERAGE | {"order": "measured", "coefficient": "measured", "manifold": None},
-         "quantize": GPTQ | {"bits": 2, "group_size": -1}},
+        {
+            "merge": AVERAGE | {"order": "measured", "coefficient": "measured", "manifold": None},
+            "quantize": GPTQ | {"bits": 2, "group_size": -1},
+        },
     ),
     "gemma2": ("gemma2", {"merge": AVERAGE, "quantize": BNB | {"bits": 4}}),
     "phi3": ("phi3", {"merge": CHANNELS, "recover": TUNE, "quantize": BNB | {"bits": 8}}),
     "phi3-joint": ("phi3", {"merge": CHANNELS, "quantize": GPTQ | {"target": "source"}}),
     "gemma2-gptq": ("gemma2", {"merge": None, "quantize": GPTQ | {"desc_act": True, "sym": False}}),
-    "fp4": ("llama", {"merge": None, "calibration": None,
-                      "quantize": BNB | {"quant_type": "fp4", "double_quant": False}}),
+    "fp4": (
+        "llama",
+        {"merge": None, "calibration": None, "quantize": BNB | {"quant_type": "fp4", "double_quant": False}},
+    ),
     "merge-only": (
         "mistral",
-        {"merge": AVERAGE | {"coefficient": 0.7}, "quantize": None, "export": {"shard_size": "200KB"},
-         "model": {"path": "models/mistral", "dtype": "float32"}},
+        {
+            "merge": AVERAGE | {"coefficient": 0.7},
+            "quantize": None,
+            "export": {"shard_size": "200KB"},
+            "model": {"path": "models/mistral", "dtype": "float32"},
+        },
     ),
     "fused-only": ("qwen3", {"merge": CHANNELS, "quantize": None}),
     "tuned-average": ("qwen2", {"merge": AVERAGE, "recover": TUNE, "quantize": None}),
     "budget": (
         "llama",
-        {"merge": {"protect": {"first": 1, "last": 0}, "manifold": {"points": 128}},
-         "quantize": {"method": "gptq", "group_size": 32},
-         "budget": {"perplexity_increase": "5000%", "bits": [8, 4]}},
+        {
+            "merge": {"protect": {"first": 1, "last": 0}, "manifold": {"points": 128}},
+            "quantize": {"method": "gptq", "group_size": 32},
+            "budget": {"perplexity_increase": "5000%", "bits": [8, 4]},
+        },
     ),
     "two": ("llama", {"merge": CHANNELS, "recover": TUNE, "quantize": GPTQ | {"target": "source"}}),
 }

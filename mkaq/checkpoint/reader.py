@@ -1,0 +1,253 @@
+"""A checkpoint in Hugging Face format: what its headers say, and its tensors, read as they are needed."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mkaq.arch.families import LAYER_PREFIX, Family, family_of, layer_count
+from mkaq.arch.skeleton import plain_tensors
+from mkaq.checkpoint.finite import all_finite
+from mkaq.checkpoint.side_files import side_files
+from mkaq.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_NOT_ARCHITECTURE = ("quantization_config", "num_labels", "id2label", "label2id")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+BLOCK = 1 << 20  # bytes of a piece of a tensor: few enough for a processor's cache
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a file's header describes it; its bytes begin at byte `start` of the file."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        size = _ITEM_SIZE.get(self.dtype, 1)
+        for dimension in self.shape:
+            size *= dimension
+        return size
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers have been read and whose paths stay inside its folder.
+
+    Attributes:
+        path: Its folder.
+        config: config.json; where the tensors say otherwise, or it asks for code, it is put right.
+        tensors: Every tensor by name.
+        remarks: What was put right, a sentence for each.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> Family:
+        """What mkaq knows of its model family."""
+        return family_of(self.config, self.path / "config.json")
+
+    @property
+    def num_layers(self) -> int:
+        """The number of decoder layers."""
+        return layer_count(self.config, self.path / "config.json")
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """`quantization_config` of a quantized checkpoint."""
+        return self.config.get("quantization_config")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def weight_files(self) -> list[str]:
+        """The names of its safetensors files."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    @property
+    def files(self) -> list[str]:
+        """The names of all files that belong to the model, weights last."""
+        index = [INDEX] if (self.path / INDEX).is_file() else []
+        return ["config.json", *side_files(self.path), *index, *self.weight_files]
+
+    @cached_property
+    def hf_config(self) -> Any:
+        """The configuration object of transformers, defaults filled in, quantization left out."""
+        from transformers import AutoConfig
+
+        plain = {k: v for k, v in self.config.items() if k not in _NOT_ARCHITECTURE}
+        try:
+            return AutoConfig.for_model(**plain)
+        except Exception as error:  # its validation raises many kinds
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"transformers refuses it: {reason}", where=self.path / "config.json"
+            ) from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the embedding, which stands for the weights that are not quantized."""
+        return DTYPES[self.tensors["model.embed_tokens.weight"].dtype]
+
+    @cached_property
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of this model without quantization."""
+        try:
+            return plain_tensors(self.hf_config)
+        except Exception as error:  # a configuration that lies fails anywhere in the model's code
+            raise CheckpointError(
+                f"transformers cannot build the model that it describes: {type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0][:200]}",
+                where=self.path / "config.json",
+            ) from None
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights of this model without quantization."""
+        return sum(torch.Size(shape).numel() for shape in self.dense_shapes.values())
+
+    def count_weights(self, names: Iterable[str]) -> int:
+        """Number of weights that tensors hold as they are stored."""
+        return sum(torch.Size(self.tensors[name].shape).numel() for name in names)
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors by name, on the CPU, each checked to be finite.
+
+        Raises:
+            CheckpointError: If one cannot be read or holds NaN or infinity.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._info(name).file, []).append(name)
+        result: dict[str, torch.Tensor] = {}
+        for file, wanted in by_file.items():
+            try:
+                with safe_open(self.path / file, framework="pt") as handle:
+                    for name in wanted:
+                        result[name] = handle.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"cannot be read: {error}", where=self.path / file) from None
+        for name, tensor in result.items():
+            self._check_finite(name, tensor)
+        return result
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """A floating-point tensor in pieces, flat and in order, each checked to be finite.
+
+        Pieces hold `BLOCK` bytes but for the last; a tensor without values is one piece without values.
+
+        Raises:
+            CheckpointError: If it cannot be read or holds NaN or infinity.
+        """
+        info = self._info(name)
+        item = DTYPES[info.dtype].itemsize
+        with self._opened(info) as handle:
+            for at in range(0, max(info.nbytes, 1), BLOCK):
+                block = torch.empty(min(BLOCK, info.nbytes - at) // item, dtype=DTYPES[info.dtype])
+                _read_at(handle, info.start + at, block, self.path / info.file)
+                self._check_finite(name, block)
+                yield block
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows of a floating-point matrix, checked to be finite; no other row is read.
+
+        Args:
+            name: Of a tensor of shape (rows, columns).
+            rows: Row numbers, shape (n,).
+
+        Returns:
+            Shape (n, columns), of the tensor's own type.
+
+        Raises:
+            CheckpointError: If it cannot be read or holds NaN or infinity.
+            IndexError: If there is no such row.
+        """
+        info = self._info(name)
+        count, columns = info.shape
+        result = torch.empty(len(rows), columns, dtype=DTYPES[info.dtype])
+        with self._opened(info) as handle:
+            for place, row in zip(result, rows.tolist(), strict=True):
+                if not 0 <= row < count:
+                    raise IndexError(f"{name} has {count} rows, and no row {row}")
+                start = info.start + row * columns * result.itemsize
+                _read_at(handle, start, place, self.path / info.file)
+        self._check_finite(name, result)
+        return result
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise CheckpointError(f"tensor {name} is missing", where=self.path)
+        return self.tensors[name]
+
+    @contextmanager
+    def _opened(self, info: TensorInfo) -> Iterator[int]:
+        try:
+            handle = os.open(self.path / info.file, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error}", where=self.path / info.file) from None
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+    def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise CheckpointError(f"tensor {name} holds NaN or infinity", where=self.path)
+
+    def each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors, with one tensor in memory at a time."""
+        for name in names:
+            yield name, self.read([name])[name]
+
+    def layer_tensor_names(self, layer: int) -> list[str]:
+        """The names of all tensors of one decoder layer."""
+        return self.names_by_layer.get(layer, [])
+
+    @cached_property
+    def names_by_layer(self) -> Mapping[int, list[str]]:
+        """The names of the tensors of every decoder layer that has any."""
+        result: dict[int, list[str]] = {}
+        for name in sorted(self.tensors):
+            if found := re.match(r"model\.layers\.(\d+)\.", name):
+                result.setdefault(int(found[1]), []).append(name)
+        return result
+
+    @property
+    def outer_tensor_names(self) -> list[str]:
+        """The names of all tensors outside of the decoder layers."""
+        return sorted(name for name in self.tensors if not name.startswith(LAYER_PREFIX))
+
+
+def _read_at(handle: int, start: int, tensor: torch.Tensor, where: Path) -> None:
+    """Fills a tensor, contiguous, with the bytes of a file from byte `start` on."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    left = memoryview(flat)
+    try:
+        while left:
+            count = os.preadv(handle, [left], start)
+            if count == 0:
+                raise CheckpointError("is cut short", where=where)
+            left, start = left[count:], start + count
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error}", where=where) from None

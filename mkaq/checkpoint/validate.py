@@ -1,0 +1,250 @@
+"""Opening a checkpoint: safetensors only, complete, and checked before anything is built from it."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from mkaq.arch.families import FAMILIES, family_of, layer_count
+from mkaq.arch.skeleton import expected_tensors
+from mkaq.checkpoint.agreement import check_agreement, settle_head
+from mkaq.checkpoint.names import wrong_names
+from mkaq.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint, TensorInfo
+from mkaq.checkpoint.remote_code import remote_code_keys, without_remote_code
+from mkaq.checkpoint.side_files import side_files, stays_inside
+from mkaq.errors import CheckpointError, UnsupportedError
+from mkaq.formats.config import check_quantization
+
+_CHOOSES_CODE = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
+_TOKENIZER = "tokenizer_config.json"
+_SIZES = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "vocab_size": 2**24,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**13,
+}
+
+
+def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
+    """Opens a checkpoint: reads config.json, the index and every header, and checks completeness.
+
+    Args:
+        path: Its folder.
+        quantized: Whether a checkpoint that is quantized already is welcome.
+
+    Raises:
+        CheckpointError: If it is damaged, incomplete or unsafe (pickle, remote code).
+        UnsupportedError: If its family or its quantization is not supported.
+    """
+    config, remarks = _read_config(path, quantized)
+    files = _weight_files(path)
+    _check_links(path, files)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in _read_header(path, file).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} is also in {tensors[name].file}", where=path / file)
+            tensors[name] = info
+    _check_index(path, tensors)
+    kept = {name: info for name, info in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    checkpoint = Checkpoint(path, config, kept, remarks)
+    _check_layers(checkpoint)
+    checkpoint = settle_head(checkpoint)
+    _check_complete(checkpoint)
+    return checkpoint
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            "is missing", where=path, fix="a model folder holds config.json and .safetensors"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"is not readable JSON: {error}", where=path) from None
+    if not isinstance(data, dict):
+        raise CheckpointError("is not a JSON object", where=path)
+    return data
+
+
+def _read_config(path: Path, quantized: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """config.json without what chooses code, and what there is to say about that."""
+    where = path / "config.json"
+    config = read_json(where)
+    code = remote_code_keys(config)
+    if code and config.get("model_type") not in tuple(FAMILIES):
+        raise CheckpointError(f"{code[0]} asks for remote code, which mkaq never runs", where=where)
+    family = family_of(config, where)
+    layer_count(config, where)
+    for key, most in _SIZES.items():
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int) or not 1 <= value <= most):
+            raise CheckpointError(f"{key} is {str(value)[:40]}, not a number from 1 to {most}", where=where)
+    method = config.get("quantization_config")
+    if method is not None and not isinstance(method, dict):
+        raise CheckpointError("quantization_config is not an object", where=where)
+    if method is not None and not quantized:
+        raise UnsupportedError(
+            f"is quantized already ({method.get('quant_method')})",
+            where=path,
+            fix="start from the original weights",
+        )
+    beside = path / "quantize_config.json"
+    check_agreement(config, read_json(beside) if method is not None and beside.is_file() else None, where)
+    if method is not None:
+        check_quantization(method, family.linear_names, where)
+    config = {key: value for key, value in config.items() if key not in _CHOOSES_CODE}
+    asking = {"config.json": code, _TOKENIZER: _tokenizer_code(path)}
+    told = [f"{', '.join(keys)} of {name}" for name, keys in asking.items() if keys]
+    why = f"transformers has {config['model_type']} itself, and remote code is never run"
+    remark = f"{' and '.join(told)} left out: {why}"
+    return without_remote_code(config), (remark,) if told else ()
+
+
+def _tokenizer_code(path: Path) -> list[str]:
+    return remote_code_keys(read_json(path / _TOKENIZER)) if (path / _TOKENIZER).is_file() else []
+
+
+def _weight_files(path: Path) -> list[str]:
+    if (path / INDEX).is_file():
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError("has no weight_map", where=path / INDEX)
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", file):
+                raise CheckpointError(
+                    f"{name} points to {file!r}, which is no file of this folder", where=path / INDEX
+                )
+        files = sorted(set(weight_map.values()))
+        if missing := [file for file in files if not (path / file).is_file()]:
+            raise CheckpointError(
+                f"{len(missing)} of {len(files)} weight files missing: {', '.join(missing[:5])}",
+                where=path,
+                fix="download the checkpoint again",
+            )
+        return files
+    if (path / SINGLE).is_file():
+        return [SINGLE]
+    if pickles := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)):
+        raise CheckpointError(
+            f"only pickle weights ({', '.join(pickles[:3])}); a pickle can run code, so mkaq never opens one",
+            where=path,
+            fix="get or convert the checkpoint as safetensors",
+        )
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            "is an adapter (adapter_config.json), not a whole model",
+            where=path,
+            fix="merge it into its base model (merge_and_unload of peft) and save that",
+        )
+    raise CheckpointError(f"no weights: neither {SINGLE} nor {INDEX}", where=path)
+
+
+def _check_links(path: Path, weight_files: list[str]) -> None:
+    """A link must not bring in a file from elsewhere."""
+    beside = ["config.json", "quantize_config.json", INDEX]
+    for name in (*beside, *side_files(path), *weight_files):
+        if not stays_inside(path, name):
+            fix = "copy the file itself into the folder"
+            raise CheckpointError("is a link that leaves the folder", where=path / name, fix=fix)
+
+
+def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(path / file, framework="pt") as handle:  # checks the header as a whole
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        with (path / file).open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(size))
+        return {
+            name: TensorInfo(
+                file,
+                str(part.get_dtype()),
+                tuple(part.get_shape()),
+                8 + size + header[name]["data_offsets"][0],
+            )
+            for name, part in slices.items()
+        }
+    except (OSError, SafetensorError) as error:
+        reason = "the file is empty or cut short" if (path / file).stat().st_size < 8 else str(error)
+        raise CheckpointError(f"is not a whole safetensors file: {reason}", where=path / file) from None
+
+
+def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    if not (path / INDEX).is_file():
+        return
+    for name, file in read_json(path / INDEX)["weight_map"].items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"tensor {name} is not in {file}, where the index puts it", where=path / INDEX
+            )
+        if tensors[name].file != file:
+            raise CheckpointError(
+                f"tensor {name} is in {tensors[name].file}, not in {file}", where=path / INDEX
+            )
+
+
+def _check_layers(checkpoint: Checkpoint) -> None:
+    """Before anything is built from config.json, which may ask for any number of layers."""
+    found = max(checkpoint.names_by_layer, default=-1) + 1
+    if found != checkpoint.num_layers:
+        what = f"config.json says {checkpoint.num_layers} layers, the weights have {found}"
+        raise _misfit(checkpoint, what)
+
+
+def _check_complete(checkpoint: Checkpoint) -> None:
+    family, where = checkpoint.family, checkpoint.path / "config.json"
+    expected = expected_tensors(checkpoint.dense_shapes, family.linear_names, checkpoint.quantization, where)
+    if missing := [name for name in expected if name not in checkpoint.tensors]:
+        what = f"{len(missing)} tensors missing that config.json implies, such as {missing[0]}"
+        raise _misfit(checkpoint, what, fix="download or export the checkpoint again")
+    for name, shape in expected.items():
+        actual = checkpoint.tensors[name].shape
+        if shape is not None and actual != shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(actual)}, config.json implies {list(shape)}",
+                where=checkpoint.path / checkpoint.tensors[name].file,
+            )
+    for name, info in checkpoint.tensors.items():
+        if name in expected and info.dtype not in _types_of(name, checkpoint):
+            where = checkpoint.path / info.file
+            raise UnsupportedError(f"tensor {name} is of type {info.dtype}", where=where)
+    if extra := [name for name in checkpoint.tensors if name not in expected]:
+        what = f"{len(extra)} tensors that config.json does not imply, such as {extra[0]}"
+        raise _misfit(checkpoint, what)
+
+
+def _misfit(checkpoint: Checkpoint, what: str, fix: str | None = None) -> CheckpointError:
+    error = CheckpointError(what, where=checkpoint.path, fix=fix)
+    return wrong_names(checkpoint.tensors, checkpoint.config, error)
+
+
+def _types_of(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The types that a tensor may have: whole numbers are codes of a quantization, and nothing else."""
+    below_layer, part = name.split(".", 3)[-1], name.rpartition(".")[2]
+    config = checkpoint.quantization
+    if config is None or not below_layer.startswith(tuple(f"{n}." for n in checkpoint.family.linear_names)):
+        return tuple(DTYPES)
+    codes = {"qweight": "I32", "qzeros": "I32", "g_idx": "I32", "weight_format": "U8"}
+    codes["weight"] = "I8" if config.get("load_in_8bit") else "U8"
+    if part.startswith("bitsandbytes__"):
+        return ("U8",)
+    if part == "absmax":  # codes themselves where the scales are quantized too
+        return (*DTYPES, "U8")
+    return (codes[part],) if part in codes else tuple(DTYPES)

@@ -1,1 +1,0 @@
-"""Checkpoints on disk, model families, the walk over layers, and the shard writer."""

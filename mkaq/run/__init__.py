@@ -1,0 +1,1 @@
+"""A run on disk: the store of published stages, locks, resources, budgets."""

@@ -1,0 +1,132 @@
+"""report.html of a run, the heatmap of layer similarity, and the closing table."""
+
+import base64
+import io
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file
+
+from mkaq.export.manifest import read_manifest
+from mkaq.run.plan import StageSize
+from mkaq.run.result import RunResult
+from mkaq.units import human
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{{ m.name }} - mkaq</title>
+<style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background:#f4f4f4;padding:0 .2rem}
+</style>
+<h1>{{ m.name }}</h1>
+<p>{{ m.source.path }} ({{ m.source.model_type }}), by mkaq {{ m.mkaq_version }}.</p>
+<table><tr><th>stage<th>layers<th>parameters<th>bytes<th>perplexity</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
+{% endfor %}</table>
+{% if m.budget %}<h2>Budget</h2>
+<table><tr><th>layers removed<th>bits<th>bytes<th>perplexity</tr>
+{% for x in m.budget.tried %}<tr><td>{{ x.removed }}<td>{{ x.bits or "-" }}<td>{{ x.bytes }}<td>{{ "%.2f"|format(x.perplexity) }}</tr>
+{% endfor %}</table>{% endif %}
+{% if heatmap %}<h2>Layer similarity (NPIB)</h2><img alt="heatmap" src="data:image/png;base64,{{ heatmap }}">{% endif %}
+{% for s in m.steps %}{% if s.step == "merge" %}
+{% if s.merges %}<h2>Merges</h2>
+<table><tr><th>into<th>from<th>coefficient<th>similarity</tr>
+{% for x in s.merges %}<tr><td>{{ x.into }}<td>{{ x.from_ }}<td>{{ "%.3f"|format(x.coefficient) }}<td>{{ "%.3f"|format(x.similarity) if x.similarity is not none else "-" }}</tr>
+{% endfor %}</table>{% endif %}
+{% if s.measured %}<h2>Groups measured</h2>
+<table><tr><th>layers<th>divergence when merged alone, nats</tr>
+{% for x in s.measured %}<tr><td>{{ x.first }} - {{ x.first + x.layers - 1 }}<td>{{ "%.4f"|format(x.error) }}</tr>
+{% endfor %}</table>{% endif %}
+{% if s.layers[0].fused %}<h2>Fused layers</h2>
+<table><tr><th>layer<th>channels from<th>o_proj ridge<th>error<th>down_proj ridge<th>error<th>error of the output</tr>
+{% for x in s.layers %}<tr><td>{{ x.new }}<td>{% for old, share in x.from_.items() %}{{ old }}: {{ "%.0f"|format(100 * share) }} % {% endfor %}
+{% for f in (x.fused.attention, x.fused.mlp) %}<td>{{ f.ridge if f.ridge is not none else "left as it was" }}<td>{{ "%.4f"|format(f.error_before) }} to {{ "%.4f"|format(f.error) }}{% endfor %}<td>{{ "%.4f"|format(x.fused.residual) }}</tr>
+{% endfor %}</table>{% endif %}
+{% elif s.step == "recover" %}<h2>Recovered layers</h2>
+<table><tr><th>layer<th>error before<th>error<th>best step</tr>
+{% for x in s.layers %}<tr><td>{{ x.new }}<td>{{ "%.4f"|format(x.error_before) }}<td>{{ "%.4f"|format(x.error) }}<td>{{ x.steps or "kept as it was" }}</tr>
+{% endfor %}</table>
+{% else %}
+<h2>Quantized layers ({{ s.method }}, {{ s.bits }} bits)</h2>
+<table><tr><th>module<th>output error<th>weight error<th>damping</tr>
+{% for x in s.modules %}<tr><td><code>{{ x.name }}</code>
+<td>{{ "%.2e"|format(x.error) if x.error is not none else "-" }}
+<td>{{ "%.2e"|format(x.weight_error) }}<td>{{ x.damp_percent if x.damp_percent is not none else "-" }}</tr>
+{% endfor %}</table>{% endif %}
+{% if s.final_norm %}<p>Final norm times {{ "%.4f"|format(s.final_norm.scale) }}; error
+{{ "%.4f"|format(s.final_norm.error_before) }} to {{ "%.4f"|format(s.final_norm.error) }}.</p>{% endif %}
+{% endfor %}
+<h2>Times</h2>
+<table><tr><th>stage<th>seconds<th></tr>
+{% for x in log.stages %}<tr><td>{{ x.stage }}<td>{{ "%.1f"|format(x.seconds) }}<td>{{ "kept" if x.reused else "" }}</tr>
+{% endfor %}</table>
+<h2>Recipe</h2><pre>{{ recipe }}</pre>
+</html>
+"""
+
+
+def table_rows(sizes: list[StageSize], evaluation: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Stage, layers, parameters, bytes and perplexity, as text."""
+    rows = []
+    for size in sizes:
+        measured = evaluation.get(size.stage, {}).get("perplexity")
+        told = with_error(measured["perplexity"], measured["standard_error"], 2) if measured else "-"
+        rows.append((size.stage, str(size.layers), f"{size.parameters:,}", human(size.bytes), told))
+    return rows
+
+
+def with_error(value: float, error: float | None, digits: int) -> str:
+    """A measured value and its standard error, where there is one."""
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def write_report(result: RunResult, log: list[dict[str, Any]]) -> None:
+    """Writes report.html into the run's folder: one file, nothing loaded from elsewhere.
+
+    Without matplotlib it has no heatmap.
+    """
+    assert result.artifact is not None
+    folder, heatmap = result.folder, ""
+    manifest = read_manifest(result.artifact)
+    similarity = folder / "merge" / "similarity.safetensors"
+    merged = any(step.step == "merge" for step in manifest.steps)
+    if merged and similarity.is_file() and find_spec("matplotlib"):
+        matrix = load_file(similarity)["npib"]
+        heatmap = base64.b64encode(heatmap_png(matrix)).decode()
+    page = (
+        jinja2.Environment(autoescape=True)
+        .from_string(_PAGE)
+        .render(
+            m=manifest,
+            rows=table_rows(result.sizes, result.evaluation),
+            heatmap=heatmap,
+            log={"stages": log},
+            recipe=json.dumps(manifest.recipe, indent=2),
+        )
+    )
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def heatmap_png(matrix: npt.NDArray[np.float64]) -> bytes:
+    """The similarity of all pairs of layers as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis", origin="lower")
+    axes.set(xlabel="layer", ylabel="layer", title="NPIB between layers")
+    figure.colorbar(image, ax=axes)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def save_heatmap(matrix: npt.NDArray[np.float64], path: Path) -> None:
+    """Writes the heatmap to a file."""
+    path.write_bytes(heatmap_png(matrix))

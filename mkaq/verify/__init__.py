@@ -1,0 +1,1 @@
+"""Verification of every claim of a manifest."""

@@ -1,0 +1,88 @@
+"""Claims of a manifest about merging that must fit together: what was made of what, and in which shares."""
+
+from collections.abc import Iterator
+
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.digests import digest_of
+from mkaq.export.manifest import MergeStep, NewLayer, QuantizeStep, RecoverStep
+from mkaq.fit.ridge import RIDGES
+from mkaq.merge.origins import ORIGINS, Origins, as_tensor
+
+
+def weights_of(layer: NewLayer) -> dict[int, float]:
+    """Old layers and their weights or shares."""
+    return {int(old): weight for old, weight in layer.from_.items()}
+
+
+def recovery_faults(step: MergeStep, recovery: RecoverStep) -> Iterator[str]:
+    """Whether the tuned layers are those of the merge."""
+    if [layer.new for layer in recovery.layers] != list(range(len(step.layers))):
+        yield f"the recovered layers are not 0 to {len(step.layers) - 1}"
+    for layer in recovery.layers:
+        if layer.error > layer.error_before:
+            yield f"recovered layer {layer.new} is said to be worse than before: such weights are not kept"
+
+
+def origin_faults(step: MergeStep, origins: list[Origins], source: Checkpoint) -> Iterator[str]:
+    """Whether the origins are those of the manifest, and can be."""
+    if len(origins) != len(step.layers):
+        yield f"{ORIGINS} has {len(origins)} layers, the manifest {len(step.layers)}"
+        return
+    groups = [sorted(weights_of(layer)) for layer in step.layers]
+    if [index for group in groups for index in group] != list(range(source.num_layers)):
+        yield "the new layers do not stand for all layers of the source, in their order"
+    counts = {
+        "heads": source.hf_config.num_key_value_heads,
+        "channels": source.hf_config.intermediate_size,
+    }
+    for layer, group, origin in zip(step.layers, groups, origins, strict=True):
+        if layer.fused is None or digest_of(origin) != layer.fused.origins_sha256:
+            yield f"layer {layer.new}: its origins are not those of the manifest"
+            continue
+        for kind, count in counts.items():
+            places = as_tensor(origin[kind])
+            inside = set(places[:, 0].tolist()) <= set(group) and bool(
+                ((places[:, 1] >= 0) & (places[:, 1] < count)).all()
+            )
+            if len(places) != count or not inside or len(places.unique(dim=0)) != count:  # type: ignore[no-untyped-call]
+                yield f"layer {layer.new}: its {kind} are not {count} of those of layers {group}"
+        for name, solved in (("o_proj", layer.fused.attention), ("down_proj", layer.fused.mlp)):
+            if solved.ridge not in (None, *RIDGES):
+                yield f"layer {layer.new}: {name} is said to be solved with a ridge of {solved.ridge}"
+            if solved.ridge is None and solved.error != solved.error_before:
+                yield f"layer {layer.new}: {name} is said to be as it was, and to leave another error"
+        taken = as_tensor(origin["channels"])[:, 0]
+        share = {index: float((taken == index).sum()) / counts["channels"] for index in group}
+        if share != weights_of(layer):
+            yield f"layer {layer.new}: its channels do not have the shares that the manifest says"
+
+
+def residual_faults(step: QuantizeStep, needed: bool) -> Iterator[str]:
+    """Whether the errors of hidden states are there where weights do not follow from the source."""
+    if (step.residuals is not None) != needed:
+        yield "the quantized layers have " + (
+            "no recorded errors" if needed else "errors that none asked for"
+        )
+    elif step.residuals is not None and len(step.residuals) != step.layers_after:
+        yield f"{len(step.residuals)} errors are recorded for {step.layers_after} quantized layers"
+
+
+def plan_faults(step: MergeStep, source: Checkpoint) -> Iterator[str]:
+    """Whether the weights of the new layers follow from the recorded merges."""
+    groups: dict[int, dict[int, float]] = {index: {index: 1.0} for index in range(source.num_layers)}
+    for merge in step.merges:
+        if merge.into not in groups or merge.from_ not in groups:
+            yield f"the merge of {merge.from_} into {merge.into} names a layer that is gone"
+            return
+        later = groups.pop(merge.from_)
+        weights = {index: weight * merge.coefficient for index, weight in groups[merge.into].items()}
+        groups[merge.into] = weights | {
+            index: weight * (1 - merge.coefficient) for index, weight in later.items()
+        }
+    recorded = [weights_of(layer) for layer in step.layers]
+    if [layer.new for layer in step.layers] != list(range(len(step.layers))):
+        yield "the new layers are not numbered from 0"
+    if recorded != [groups[index] for index in sorted(groups)]:
+        yield "the weights of the new layers do not follow from the recorded merges"
+    if step.final_norm:
+        yield "the final norm is said to be rescaled, and averaging does not"

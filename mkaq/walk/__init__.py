@@ -1,0 +1,1 @@
+"""The walk over layers: one decoder layer in memory at a time."""

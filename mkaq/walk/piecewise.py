@@ -1,0 +1,131 @@
+"""A decoder layer run in pieces: what a part of it gave is not computed again for what follows it."""
+
+from functools import partial
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from mkaq.walk.hooks import input_of
+from mkaq.walk.walk import LayerWalk, spans
+
+_BEFORE_MLP = "pre_feedforward_layernorm"  # Gemma's; elsewhere it is the norm after the attention
+
+
+class Piecewise:
+    """One layer on all samples, for work on its linear layers in the order in which it reaches them.
+
+    The attention and the MLP each begin at a norm and end in a linear layer, the part's writer. What the
+    norm gives and what the writer reads is kept when it is asked for. When something after the part is, the
+    part's outputs are computed from the latter, with the weights of that moment, and the part is not run
+    any more: every norm and every linear layer is run once. Leaving the `with` block makes the layer whole
+    again.
+
+    Args:
+        walk: That the layer belongs to.
+        layer: Placed.
+        index: Its number.
+        hidden_states: Its input, shape (samples, length, hidden_size).
+        writers: The names of the linear layers that end the parts, in order.
+    """
+
+    def __init__(
+        self,
+        walk: LayerWalk,
+        layer: nn.Module,
+        index: int,
+        hidden_states: torch.Tensor,
+        writers: tuple[str, ...],
+    ) -> None:
+        self._walk, self._layer, self._index, self._states = walk, layer, index, hidden_states
+        self._writers = writers
+        before_mlp = _BEFORE_MLP if hasattr(layer, _BEFORE_MLP) else "post_attention_layernorm"
+        self._norms = {"self_attn": "input_layernorm", "mlp": before_mlp}  # only the part reads them
+        self._whole: dict[str, nn.Module] = {}
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> "Piecewise":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, module in self._whole.items():
+            self._replace(name, module)
+        for values in self._kept.values():
+            self._walk.activations.give_back(values)
+
+    def input_of(self, name: str, rows: slice) -> torch.Tensor:
+        """What a submodule reads for some samples, shape (rows, length, features).
+
+        What is in neither part comes after the attention and before the end of the MLP.
+        """
+        parts = [writer.partition(".")[0] for writer in self._writers]
+        part = name.partition(".")[0]
+        self._end_parts(parts.index(part) if part in parts else len(parts) - 1)
+        norm = self._norms.get(part)
+        if name in self._writers and norm in self._kept:
+            self._replace(norm, _Replay(self._kept.pop(norm), self._walk, alone=True))
+        found = input_of(self._layer.get_submodule(name), partial(self._run, rows))
+        self._keep(name if name in self._writers else norm, found, rows)
+        return found
+
+    def _keep(self, name: str | None, values: torch.Tensor, rows: slice) -> None:
+        """Keeps what a writer reads or a norm gives, unless the norm is replaced already."""
+        if name is None or name in self._whole:
+            return
+        if name not in self._kept:
+            shape = (len(self._states), *values.shape[1:])
+            self._kept[name] = self._walk.activations.empty(shape, values.dtype)
+        self._kept[name][rows] = values
+
+    def finish(self) -> None:
+        """Replaces the hidden states by the layer's output, with the weights that it has now.
+
+        Raises:
+            CheckpointError: If it gives NaN or infinity.
+        """
+        self._end_parts(len(self._writers))
+        for rows in spans(self._states):
+            self._states[rows] = self._walk.checked(self._run(rows), self._index)
+
+    def _run(self, rows: slice) -> torch.Tensor:
+        for name in self._whole:
+            if isinstance(module := self._layer.get_submodule(name), _Replay):
+                module.rows = rows
+        return self._walk.run(self._layer, self._index, self._states[rows])
+
+    def _end_parts(self, count: int) -> None:
+        """Replays the first parts from now on, if the inputs of their writers are kept."""
+        for name in [name for name in self._writers[:count] if name in self._kept]:
+            part = name.partition(".")[0]
+            self._replace(self._norms[part], nn.Identity())
+            writer, inputs = self._layer.get_submodule(name), self._kept.pop(name)
+            outputs = inputs
+            if inputs.shape[-1] != self._states.shape[-1]:
+                outputs = self._walk.activations.empty(tuple(self._states.shape), inputs.dtype)
+            for rows in spans(self._states):
+                outputs[rows] = writer(self._walk.fetch(inputs[rows]))
+                self._walk.activations.release()
+            if outputs is not inputs:
+                self._walk.activations.give_back(inputs)
+            self._replace(part, _Replay(outputs, self._walk, alone=part == "mlp"))
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        before = self._layer.get_submodule(name)
+        self._whole.setdefault(name, before)
+        if isinstance(before, _Replay):
+            self._walk.activations.give_back(before.outputs)
+        self._layer.set_submodule(name, module)
+
+
+class _Replay(nn.Module):
+    """Stands for a part of a layer: gives what that one gave."""
+
+    def __init__(self, outputs: torch.Tensor, walk: LayerWalk, alone: bool) -> None:
+        super().__init__()
+        self.outputs, self.rows, self._walk, self._alone = outputs, slice(0), walk, alone
+
+    def forward(self, *_: object, **__: object) -> torch.Tensor | tuple[torch.Tensor, None]:
+        found = self._walk.fetch(self.outputs[self.rows])
+        return found if self._alone else (found, None)  # an attention also gives its weights, or None

@@ -1,0 +1,76 @@
+"""A whole model in memory, for generating: what a walk does layer by layer, for all layers at once."""
+
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.errors import ResourceError
+from mkaq.walk.walk import LayerWalk
+
+
+def whole_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model of transformers with every weight in place; GPTQ weights are made dense.
+
+    Args:
+        checkpoint: Plain, GPTQ or bitsandbytes.
+        device: Where it runs.
+        dtype: In which it computes.
+
+    Raises:
+        ResourceError: If it does not fit into memory.
+    """
+    check_fits(checkpoint, device, dtype)
+    walk = LayerWalk(checkpoint, device, dtype)
+    model = walk.skeleton
+    model.model.layers = nn.ModuleList([walk.place(index) for index in range(walk.num_layers)])
+    outer = {
+        name: tensor.to(device, dtype) for name, tensor in checkpoint.each(checkpoint.outer_tensor_names)
+    }
+    model.load_state_dict(outer, strict=False, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(False).to(device).eval()
+
+
+def check_fits(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses to load what memory cannot hold.
+
+    Raises:
+        ResourceError: If the dense model is larger than what is free.
+    """
+    needed = checkpoint.parameters * dtype.itemsize
+    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise ResourceError(
+            f"the model needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free on {device}",
+            where=checkpoint.path,
+            fix="use a larger machine, or transformers, which keeps quantized weights as they are",
+        )
+
+
+@torch.no_grad()
+def generate(model: Any, input_ids: torch.Tensor, max_new_tokens: int, stop: set[int]) -> list[int]:
+    """Greedy generation with the KV cache on.
+
+    Args:
+        model: From `whole_model`.
+        input_ids: Shape (1, length), at least one token.
+        max_new_tokens: At most this many.
+        stop: Tokens that end the text.
+
+    Returns:
+        The new tokens, without the one that ended the text.
+    """
+    new: list[int] = []
+    cache, inputs = None, input_ids
+    for _ in range(max_new_tokens):
+        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        token = int(output.logits[0, -1].argmax())
+        if token in stop:
+            break
+        new.append(token)
+        inputs = torch.tensor([[token]], device=input_ids.device)
+    return new
