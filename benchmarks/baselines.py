@@ -25,7 +25,8 @@ from mkaq.files import write_json
 from mkaq.merge.average import merge_layers
 from mkaq.merge.stage import cast, merged_config
 from mkaq.progress import Progress
-from mkaq.walk.walk import LayerWalk, batches
+from mkaq.walk.batches import batches
+from mkaq.walk.walk import LayerWalk
 
 Tensors = dict[str, torch.Tensor]
 Weights = dict[int, float]
@@ -295,7 +296,7 @@ def _loss(head: nn.Module, tokens: torch.Tensor, states: torch.Tensor) -> float:
     """Mean negative log-likelihood of tokens, from the output of the last layer."""
     losses = []
     for row, state in zip(tokens, states, strict=True):
-        logits = head(inputs_embeds=state[None], use_cache=False).logits[0, :-1].float()
+        logits = head(state[None])[0, :-1].float()
         losses.append(nn.functional.cross_entropy(logits, row[1:].long().to(logits.device)).item())
     return math.fsum(losses) / len(losses)
 

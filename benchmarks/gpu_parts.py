@@ -28,7 +28,7 @@ from mkaq.progress import Progress
 from mkaq.quantize import gptq_cpu
 from mkaq.quantize.gptq import PLAIN
 from mkaq.recipe import Recipe
-from mkaq.walk.walk import pick_device
+from mkaq.walk.device import pick_device
 
 Part = tuple[str, float, Callable[[], dict[str, Any]]]
 SMALL: dict[str, Any] = {

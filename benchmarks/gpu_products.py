@@ -20,8 +20,10 @@ from mkaq.quantize.gptq_stage import kernels_for
 from mkaq.quantize.hessian import HessianSum
 from mkaq.recipe import CalibrationSection, LayerwiseSection
 from mkaq.recover.layerwise import tune
+from mkaq.walk.batches import spans
+from mkaq.walk.device import compute_dtype
 from mkaq.walk.piecewise import Piecewise
-from mkaq.walk.walk import LayerWalk, compute_dtype, spans
+from mkaq.walk.walk import LayerWalk
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "matmul")
 SOLVES = ("cholesky", "solve_triangular", "triangular_solve", "linalg_solve", "linalg_lu", "lu_solve")
@@ -48,7 +50,7 @@ def product_shares(
     source = open_checkpoint(model)
     texts = documents(CalibrationSection(), "calibrate")
     tokens = calibration_tokens(texts, load_tokenizer(model), samples, length, 0)
-    walk = LayerWalk(source, device, compute_dtype(source, device))
+    walk = LayerWalk(source, device, compute_dtype(source.dtype, device))
     kept = hold_out(tokens)
     states = walk.embed(tokens)
     for index in range(LAYER):

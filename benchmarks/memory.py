@@ -21,7 +21,8 @@ import torch
 import yaml
 from transformers import LlamaConfig
 
-from mkaq.arch.skeleton import plain_tensors
+from mkaq.arch.families import arch_of
+from mkaq.arch.skeleton import dense_tensors
 from mkaq.checkpoint.resolve import BUILTIN
 from mkaq.checkpoint.writer import ShardWriter
 from mkaq.digests import library_versions
@@ -90,7 +91,7 @@ def write_model(folder: Path, layers: int, hidden: int) -> int:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     with ShardWriter(folder, 10**9) as writer:
-        for name, shape in plain_tensors(config).items():
+        for name, shape in dense_tensors(config, arch_of(config.to_dict(), "benchmark")).items():
             tensor = (
                 torch.ones(shape)
                 if len(shape) == 1

@@ -31,7 +31,8 @@ from mkaq.heap import arrange_heap
 from mkaq.merge.stage import merge
 from mkaq.progress import Progress
 from mkaq.recipe import CalibrationSection, MergeSection
-from mkaq.walk.walk import LayerWalk, compute_dtype
+from mkaq.walk.device import compute_dtype
+from mkaq.walk.walk import LayerWalk
 
 SAMPLES, LENGTH = 512, 128
 
@@ -76,7 +77,7 @@ def measure(model: str, ratio: float) -> dict[str, Any]:
     texts = documents(CalibrationSection(), "calibrate")
     tokens = calibration_tokens(texts, load_tokenizer(source.path), SAMPLES, LENGTH, 0)
     device = torch.device("cpu")
-    walk = LayerWalk(source, device, compute_dtype(source, device))
+    walk = LayerWalk(source, device, compute_dtype(source.dtype, device))
     before = [forward_pass(walk, tokens) for _ in range(2)]
     section = MergeSection(ratio=ratio, order="measured", fuse="channels")
     output: dict[str, Any] = {

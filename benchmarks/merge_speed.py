@@ -52,7 +52,8 @@ from mkaq.peak import peak_bytes, reset_peak
 from mkaq.progress import Progress
 from mkaq.recipe import CalibrationSection, MergeSection
 from mkaq.run.publish import publish
-from mkaq.walk.walk import LayerWalk, compute_dtype, pick_device
+from mkaq.walk.device import compute_dtype, pick_device
+from mkaq.walk.walk import LayerWalk
 
 SHARD_SIZE = 4 * 10**9
 FREE_BYTES = 8 * 10**9  # used just before each run
@@ -255,7 +256,7 @@ def whole(model: str, out: str) -> dict[str, Any]:
     output: dict[str, Any] = {"dtype": source.dtype, "shard_size": SHARD_SIZE}
 
     def build(folder: Path) -> dict[str, str]:
-        walk = LayerWalk(source, device, compute_dtype(source, device, fast=True))
+        walk = LayerWalk(source, device, compute_dtype(source.dtype, device, fast=True))
         return merge(source, tokens, section, 0, folder, walk=walk, progress=Progress(quiet=True), **output)
 
     publish(Path(out), "merge", None, {}, build)

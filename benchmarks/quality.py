@@ -49,7 +49,8 @@ from mkaq.quantize.joint import JointTarget
 from mkaq.ranks import ALONE
 from mkaq.recipe import GptqSection, LayerwiseSection, MergeSection
 from mkaq.recover.layerwise import recover
-from mkaq.walk.walk import LayerWalk, compute_dtype, pick_device
+from mkaq.walk.device import compute_dtype, pick_device
+from mkaq.walk.walk import LayerWalk
 
 KEY = ("sleb", "channels", "channels+layerwise", "sleb+layerwise")
 REST = ("reverse", "shortgpt", "contiguous", "laco", "replaceme", "average", "average-similarity")
@@ -224,7 +225,7 @@ class Bench:
         if job.joint:
             samples = learning_samples(ALONE, tokens, 0)
             tokens, target = samples.tokens, JointTarget(self.walk, base.groups, samples)
-        names = model.family.linear_names
+        names = model.arch.linear_names
         widths = [model.tensors[f"model.layers.0.{name}.weight"].shape[1] for name in names]
         size = 32 if any(width % 128 for width in widths) else 128
         section = GptqSection(method="gptq", bits=job.bits, group_size=size)
@@ -232,7 +233,7 @@ class Bench:
         quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **self.output)
 
     def _walk(self, model: Checkpoint) -> LayerWalk:
-        return LayerWalk(model, self.device, compute_dtype(self.source, self.device))
+        return LayerWalk(model, self.device, compute_dtype(self.source.dtype, self.device))
 
 
 def main() -> None:

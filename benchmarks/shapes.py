@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from mkaq.arch.skeleton import plain_tensors
+from mkaq.arch.families import arch_of
+from mkaq.arch.skeleton import dense_tensors
 from mkaq.checkpoint.reader import BLOCK
 from mkaq.checkpoint.resolve import BUILTIN
 from mkaq.checkpoint.writer import Layout, ShardWriter, TensorSpec
@@ -162,7 +163,7 @@ def write_checkpoint(
 
 def layout_of(config: dict[str, Any]) -> Layout:
     """Every tensor that a configuration implies, in the model's own order."""
-    shapes = plain_tensors(AutoConfig.for_model(**config))
+    shapes = dense_tensors(AutoConfig.for_model(**config), arch_of(config, "benchmark"))
     return {name: TensorSpec(torch.bfloat16, shape) for name, shape in shapes.items()}
 
 

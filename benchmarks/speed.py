@@ -290,7 +290,7 @@ def logits_of(folder: Path, row: torch.Tensor) -> torch.Tensor:
     for index in range(walk.num_layers):
         walk.pass_layer(index, hidden_states)
     with walk.head() as head:
-        return head(inputs_embeds=hidden_states, use_cache=False).logits[0].float()
+        return head(hidden_states)[0].float()
 
 
 def parse() -> argparse.Namespace:

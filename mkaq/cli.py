@@ -83,7 +83,7 @@ def run(
     from mkaq.ranks import joined
     from mkaq.recipe import Recipe
     from mkaq.run.report import table_rows
-    from mkaq.walk.walk import pick_device
+    from mkaq.walk.device import pick_device
 
     limit = _bytes(max_memory)
     with joined(pick_device(device)) as (ranks, place):
@@ -135,7 +135,7 @@ def plan(
     from mkaq.run.plan import remarks
     from mkaq.run.report import table_rows
     from mkaq.units import human
-    from mkaq.walk.walk import pick_device
+    from mkaq.walk.device import pick_device
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
     for remark in source.remarks:
@@ -205,7 +205,8 @@ def analyze(
     from mkaq.progress import Progress
     from mkaq.recipe import CalibrationSection, ManifoldSection
     from mkaq.run.report import save_heatmap
-    from mkaq.walk.walk import LayerWalk, compute_dtype, pick_device
+    from mkaq.walk.device import compute_dtype, pick_device
+    from mkaq.walk.walk import LayerWalk
 
     values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
     section = _section(CalibrationSection, values)
@@ -214,7 +215,7 @@ def analyze(
     tokens = calibration_tokens(
         texts, load_tokenizer(checkpoint.path), num_samples, max_seq_length, section.seed
     )
-    walk = LayerWalk(checkpoint, place, compute_dtype(checkpoint, place, fast=True))
+    walk = LayerWalk(checkpoint, place, compute_dtype(checkpoint.dtype, place, fast=True))
     matrix = compare_layers(walk, tokens, ManifoldSection(), section.seed, Progress()).matrix
     save_heatmap(matrix, heatmap)
     if as_json:
@@ -283,7 +284,7 @@ def verify(
     from mkaq.paths import utf8_path
     from mkaq.progress import Progress
     from mkaq.verify.verify import verify as check
-    from mkaq.walk.walk import pick_device
+    from mkaq.walk.device import pick_device
 
     original = resolve_model(source) if source else None
     done = check(utf8_path(artifact), original, pick_device(device), Progress())
@@ -326,10 +327,11 @@ def evaluate(
     from mkaq.progress import Progress
     from mkaq.recipe import PerplexitySection
     from mkaq.run.report import with_error
-    from mkaq.walk.walk import LayerWalk, compute_dtype, pick_device
+    from mkaq.walk.device import compute_dtype, pick_device
+    from mkaq.walk.walk import LayerWalk
 
     checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
-    tokenizer, dtype = load_tokenizer(checkpoint.path), compute_dtype(checkpoint, place)
+    tokenizer, dtype = load_tokenizer(checkpoint.path), compute_dtype(checkpoint.dtype, place)
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         scores = run_tasks(checkpoint, tokenizer, names, place, dtype, limit=limit, include_path=include_path)
@@ -372,7 +374,7 @@ def generate_text(
     from mkaq.checkpoint.end_tokens import end_tokens
     from mkaq.checkpoint.resolve import resolve_model
     from mkaq.checkpoint.validate import open_checkpoint
-    from mkaq.walk.walk import compute_dtype, pick_device
+    from mkaq.walk.device import compute_dtype, pick_device
     from mkaq.walk.whole_model import generate, whole_model
 
     checkpoint, place = open_checkpoint(resolve_model(artifact), quantized=True), pick_device(device)
@@ -383,7 +385,7 @@ def generate_text(
     if not ids:
         raise UsageError("the prompt has no tokens", where="PROMPT")
     stop = end_tokens(checkpoint.path, tokenizer)
-    model = whole_model(checkpoint, place, compute_dtype(checkpoint, place))
+    model = whole_model(checkpoint, place, compute_dtype(checkpoint.dtype, place))
     new = generate(model, torch.tensor([ids], device=place), max_new_tokens, stop)
     text = tokenizer.decode(new)
     if as_json:

@@ -1,6 +1,16 @@
-"""Where matrix products in bfloat16 are the faster ones."""
+"""Types of numbers: as safetensors names them, and where products in bfloat16 are the faster ones."""
+
+from collections.abc import Mapping
 
 import torch
+
+FLOATS: Mapping[str, torch.dtype] = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}
+"""The floating-point types that weights may have."""
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

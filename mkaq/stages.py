@@ -39,7 +39,8 @@ from mkaq.run.publish import Handoff, find_published, fingerprint_of, publish
 from mkaq.run.result import RunResult
 from mkaq.units import parse_size
 from mkaq.walk.activations import Activations
-from mkaq.walk.walk import LayerWalk, compute_dtype
+from mkaq.walk.device import compute_dtype
+from mkaq.walk.walk import LayerWalk
 
 
 class Stages:
@@ -337,7 +338,7 @@ class Stages:
         ranks: Ranks | None = None,
     ) -> LayerWalk:
         """A walk over a checkpoint; one that goes beside another shares its place for hidden states."""
-        dtype = compute_dtype(self.source, self.device, fast=fast, ranks=self.ranks)
+        dtype = compute_dtype(self.source.dtype, self.device, fast=fast, ranks=self.ranks)
         activations = beside.activations if beside else Activations(self.device, self.plan.place, self.folder)
         walk = LayerWalk(model, self.device, dtype, activations=activations, ranks=ranks or self.ranks)
         if fast:
@@ -375,7 +376,7 @@ class Stages:
         cuda = self.device.type == "cuda"
         alone = stage == "residuals"
         alone |= stage == "quantize" and isinstance(self.recipe.quantize, BitsandbytesSection)
-        dtype = compute_dtype(self.source, self.device, fast=self._is_fast(stage), ranks=self.ranks)
+        dtype = compute_dtype(self.source.dtype, self.device, fast=self._is_fast(stage), ranks=self.ranks)
         return {
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "compute_dtype": str(dtype).removeprefix("torch."),

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mkaq.arch.families import FINAL_NORM
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.fit.final_norm import norm_error, rescale, scaled_norm
 from mkaq.fit.hold_out import hold_out
@@ -74,7 +73,7 @@ def test_factor_that_does_not_hold_elsewhere_is_not_taken(walk: LayerWalk) -> No
 def test_scaled_weight_scales_the_output(family: str, tmp_path: Path) -> None:
     source = open_checkpoint(make_model(tmp_path / "model", family))
     weight = source.read([FINAL_NORM])[FINAL_NORM].float()
-    scaled = scaled_norm(weight, 0.75, source.family.norm_offset, torch.float32)
+    scaled = scaled_norm(weight, 0.75, source.arch.norm_offset, torch.float32)
     walk = LayerWalk(source, CPU)
     with walk.final_norm() as norm, torch.no_grad():
         norm.weight = torch.nn.Parameter(weight)
@@ -82,4 +81,4 @@ def test_scaled_weight_scales_the_output(family: str, tmp_path: Path) -> None:
         norm.weight = torch.nn.Parameter(scaled)
         after = norm(STATES)
     assert torch.allclose(after, before * 0.75, atol=1e-5)
-    assert scaled_norm(weight, 1.0, source.family.norm_offset, torch.bfloat16).equal(weight.bfloat16())
+    assert scaled_norm(weight, 1.0, source.arch.norm_offset, torch.bfloat16).equal(weight.bfloat16())

@@ -67,7 +67,7 @@ def test_eight_bits_of_an_unmerged_model_stay_with_the_source(model: Path, tmp_p
     modules = quantize(model, tmp_path / "joint", joint=True, bits=8)
     assert distance(tmp_path / "joint", model) < 1e-3
     first = modules[0].name.rpartition(".self_attn")[0]
-    assert first == "model.layers.0" and len(modules) == 4 * len(open_checkpoint(model).family.linear_names)
+    assert first == "model.layers.0" and len(modules) == 4 * len(open_checkpoint(model).arch.linear_names)
     assert all(module.ridge is None for module in modules if not module.name.endswith(WRITERS))
 
 

@@ -51,7 +51,7 @@ def walk_of(tmp_path_factory: pytest.TempPathFactory) -> WalkOf:
 
 
 def parts_of(walk: LayerWalk) -> tuple[Parts, Parts]:
-    config, linears = walk.checkpoint.hf_config, walk.checkpoint.family.linear_names
+    config, linears = walk.checkpoint.hf_config, walk.checkpoint.arch.linear_names
     return attention_parts(config, linears), mlp_parts(config, linears)
 
 

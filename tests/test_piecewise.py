@@ -54,7 +54,7 @@ def test_pieces_are_those_of_the_whole_layer_whose_weights_change_on_the_way(
     norms = ("input_layernorm", before_mlp)
     with walk.layer(1) as layer:
         calls: list[str] = []
-        for name in (*walk.checkpoint.family.linear_names, *norms):
+        for name in (*walk.checkpoint.arch.linear_names, *norms):
             layer.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
         whole = {name: layer.get_submodule(name) for name in ("self_attn", "mlp", *norms)}
         with Piecewise(walk, layer, 1, states, WRITERS) as pieces:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mkaq.arch.families import FINAL_NORM
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.export.manifest import MANIFEST, RecoverStep, manifest_schema, read_manifest
 from mkaq.fit.hold_out import hold_out

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from mkaq.checkpoint.reader import DTYPES, Checkpoint
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.dtypes import FLOATS
 from mkaq.errors import CheckpointError
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _OF_GPTQ = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
 
 
@@ -86,14 +86,12 @@ def settle_head(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         CheckpointError: If either cannot be read.
     """
-    tensors = checkpoint.tensors
-    if not checkpoint.hf_config.tie_word_embeddings or _HEAD not in tensors or _EMBEDDING not in tensors:
+    tensors, embedding, head = checkpoint.tensors, checkpoint.arch.embed_weight, checkpoint.arch.head_weight
+    if not checkpoint.hf_config.tie_word_embeddings or head not in tensors or embedding not in tensors:
         return checkpoint
-    if _same(checkpoint, _EMBEDDING, _HEAD):
-        return replace(checkpoint, tensors={k: v for k, v in tensors.items() if k != _HEAD})
-    remark = (
-        "lm_head.weight is not the embedding, though config.json ties them: it is kept, and they are untied"
-    )
+    if _same(checkpoint, embedding, head):
+        return replace(checkpoint, tensors={k: v for k, v in tensors.items() if k != head})
+    remark = f"{head} is not the embedding, though config.json ties them: it is kept, and they are untied"
     return replace(
         checkpoint,
         config={**checkpoint.config, "tie_word_embeddings": False},
@@ -104,7 +102,7 @@ def settle_head(checkpoint: Checkpoint) -> Checkpoint:
 def _same(checkpoint: Checkpoint, one: str, other: str) -> bool:
     """Whether two tensors are the same, piece by piece."""
     first, second = checkpoint.tensors[one], checkpoint.tensors[other]
-    if (first.dtype, first.shape) != (second.dtype, second.shape) or first.dtype not in DTYPES:
+    if (first.dtype, first.shape) != (second.dtype, second.shape) or first.dtype not in FLOATS:
         return False
     pairs = zip(checkpoint.blocks(one), checkpoint.blocks(other), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)

@@ -1,7 +1,6 @@
 """A checkpoint in Hugging Face format: what its headers say, and its tensors, read as they are needed."""
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,16 +11,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mkaq.arch.families import LAYER_PREFIX, Family, family_of, layer_count
-from mkaq.arch.skeleton import plain_tensors
+from mkaq.arch.arch import Arch
+from mkaq.arch.config import Sizes, layer_count
+from mkaq.arch.families import arch_of
+from mkaq.arch.skeleton import dense_tensors
 from mkaq.checkpoint.finite import all_finite
 from mkaq.checkpoint.side_files import side_files
+from mkaq.dtypes import FLOATS
 from mkaq.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _NOT_ARCHITECTURE = ("quantization_config", "num_labels", "id2label", "label2id")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 BLOCK = 1 << 20  # bytes of a piece of a tensor: few enough for a processor's cache
 
@@ -61,9 +62,9 @@ class Checkpoint:
     remarks: tuple[str, ...] = ()
 
     @property
-    def family(self) -> Family:
-        """What mkaq knows of its model family."""
-        return family_of(self.config, self.path / "config.json")
+    def arch(self) -> Arch:
+        """The names and roles of its modules."""
+        return arch_of(self.config, self.path / "config.json")
 
     @property
     def num_layers(self) -> int:
@@ -105,16 +106,21 @@ class Checkpoint:
                 f"transformers refuses it: {reason}", where=self.path / "config.json"
             ) from None
 
+    @cached_property
+    def sizes(self) -> Sizes:
+        """The sizes of the model."""
+        return Sizes.of(self.hf_config)
+
     @property
     def dtype(self) -> torch.dtype:
         """The type of the embedding, which stands for the weights that are not quantized."""
-        return DTYPES[self.tensors["model.embed_tokens.weight"].dtype]
+        return FLOATS[self.tensors[self.arch.embed_weight].dtype]
 
     @cached_property
     def dense_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of this model without quantization."""
         try:
-            return plain_tensors(self.hf_config)
+            return dense_tensors(self.hf_config, self.arch)
         except Exception as error:  # a configuration that lies fails anywhere in the model's code
             raise CheckpointError(
                 f"transformers cannot build the model that it describes: {type(error).__name__}: "
@@ -161,10 +167,10 @@ class Checkpoint:
             CheckpointError: If it cannot be read or holds NaN or infinity.
         """
         info = self._info(name)
-        item = DTYPES[info.dtype].itemsize
+        item = FLOATS[info.dtype].itemsize
         with self._opened(info) as handle:
             for at in range(0, max(info.nbytes, 1), BLOCK):
-                block = torch.empty(min(BLOCK, info.nbytes - at) // item, dtype=DTYPES[info.dtype])
+                block = torch.empty(min(BLOCK, info.nbytes - at) // item, dtype=FLOATS[info.dtype])
                 _read_at(handle, info.start + at, block, self.path / info.file)
                 self._check_finite(name, block)
                 yield block
@@ -185,7 +191,7 @@ class Checkpoint:
         """
         info = self._info(name)
         count, columns = info.shape
-        result = torch.empty(len(rows), columns, dtype=DTYPES[info.dtype])
+        result = torch.empty(len(rows), columns, dtype=FLOATS[info.dtype])
         with self._opened(info) as handle:
             for place, row in zip(result, rows.tolist(), strict=True):
                 if not 0 <= row < count:
@@ -220,6 +226,12 @@ class Checkpoint:
         for name in names:
             yield name, self.read([name])[name]
 
+    def read_layer(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of one decoder layer, as they are stored, by their names below it."""
+        prefix = f"{self.arch.layer_name(index)}."
+        stored = self.read(self.layer_tensor_names(index))
+        return {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+
     def layer_tensor_names(self, layer: int) -> list[str]:
         """The names of all tensors of one decoder layer."""
         return self.names_by_layer.get(layer, [])
@@ -229,14 +241,14 @@ class Checkpoint:
         """The names of the tensors of every decoder layer that has any."""
         result: dict[int, list[str]] = {}
         for name in sorted(self.tensors):
-            if found := re.match(r"model\.layers\.(\d+)\.", name):
-                result.setdefault(int(found[1]), []).append(name)
+            if found := self.arch.split(name):
+                result.setdefault(found[0], []).append(name)
         return result
 
     @property
     def outer_tensor_names(self) -> list[str]:
         """The names of all tensors outside of the decoder layers."""
-        return sorted(name for name in self.tensors if not name.startswith(LAYER_PREFIX))
+        return sorted(name for name in self.tensors if self.arch.split(name) is None)
 
 
 def _read_at(handle: int, start: int, tensor: torch.Tensor, where: Path) -> None:

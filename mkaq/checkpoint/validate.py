@@ -8,15 +8,16 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mkaq.arch.families import FAMILIES, family_of, layer_count
-from mkaq.arch.skeleton import expected_tensors
+from mkaq.arch.config import layer_count
+from mkaq.arch.families import FAMILIES, arch_of
 from mkaq.checkpoint.agreement import check_agreement, settle_head
 from mkaq.checkpoint.names import wrong_names
-from mkaq.checkpoint.reader import DTYPES, INDEX, SINGLE, Checkpoint, TensorInfo
+from mkaq.checkpoint.reader import INDEX, SINGLE, Checkpoint, TensorInfo
 from mkaq.checkpoint.remote_code import remote_code_keys, without_remote_code
 from mkaq.checkpoint.side_files import side_files, stays_inside
 from mkaq.errors import CheckpointError, UnsupportedError
-from mkaq.formats.config import check_quantization
+from mkaq.formats.format import TensorSchema
+from mkaq.formats.formats import format_of
 
 _CHOOSES_CODE = (
     "attn_implementation",
@@ -90,7 +91,7 @@ def _read_config(path: Path, quantized: bool) -> tuple[dict[str, Any], tuple[str
     code = remote_code_keys(config)
     if code and config.get("model_type") not in tuple(FAMILIES):
         raise CheckpointError(f"{code[0]} asks for remote code, which mkaq never runs", where=where)
-    family = family_of(config, where)
+    arch = arch_of(config, where)
     layer_count(config, where)
     for key, most in _SIZES.items():
         value = config.get(key)
@@ -108,7 +109,7 @@ def _read_config(path: Path, quantized: bool) -> tuple[dict[str, Any], tuple[str
     beside = path / "quantize_config.json"
     check_agreement(config, read_json(beside) if method is not None and beside.is_file() else None, where)
     if method is not None:
-        check_quantization(method, family.linear_names, where)
+        format_of(method, where).check_config(method, arch.linear_names, where)
     config = {key: value for key, value in config.items() if key not in _CHOOSES_CODE}
     asking = {"config.json": code, _TOKENIZER: _tokenizer_code(path)}
     told = [f"{', '.join(keys)} of {name}" for name, keys in asking.items() if keys]
@@ -209,12 +210,11 @@ def _check_layers(checkpoint: Checkpoint) -> None:
 
 
 def _check_complete(checkpoint: Checkpoint) -> None:
-    family, where = checkpoint.family, checkpoint.path / "config.json"
-    expected = expected_tensors(checkpoint.dense_shapes, family.linear_names, checkpoint.quantization, where)
-    if missing := [name for name in expected if name not in checkpoint.tensors]:
+    schema = tensor_schema(checkpoint)
+    if missing := [name for name in schema if name not in checkpoint.tensors]:
         what = f"{len(missing)} tensors missing that config.json implies, such as {missing[0]}"
         raise _misfit(checkpoint, what, fix="download or export the checkpoint again")
-    for name, shape in expected.items():
+    for name, (shape, _) in schema.items():
         actual = checkpoint.tensors[name].shape
         if shape is not None and actual != shape:
             raise CheckpointError(
@@ -222,29 +222,29 @@ def _check_complete(checkpoint: Checkpoint) -> None:
                 where=checkpoint.path / checkpoint.tensors[name].file,
             )
     for name, info in checkpoint.tensors.items():
-        if name in expected and info.dtype not in _types_of(name, checkpoint):
+        if name in schema and info.dtype not in schema[name].dtypes:
             where = checkpoint.path / info.file
             raise UnsupportedError(f"tensor {name} is of type {info.dtype}", where=where)
-    if extra := [name for name in checkpoint.tensors if name not in expected]:
+    if extra := [name for name in checkpoint.tensors if name not in schema]:
         what = f"{len(extra)} tensors that config.json does not imply, such as {extra[0]}"
         raise _misfit(checkpoint, what)
+
+
+def tensor_schema(checkpoint: Checkpoint) -> dict[str, TensorSchema]:
+    """What every tensor of a checkpoint must be, as config.json implies it."""
+    linears, config = set(checkpoint.arch.linear_names), checkpoint.quantization
+    result: dict[str, TensorSchema] = {}
+    for name, shape in checkpoint.dense_shapes.items():
+        place = checkpoint.arch.split(name)
+        module, _, part = name.rpartition(".")
+        if place is None or part != "weight" or place[1].removesuffix(".weight") not in linears:
+            result[name] = TensorSchema(shape)
+            continue
+        stored = format_of(config).schema((shape[0], shape[1]), config or {})
+        result |= {f"{module}.{below}": expected for below, expected in stored.items()}
+    return result
 
 
 def _misfit(checkpoint: Checkpoint, what: str, fix: str | None = None) -> CheckpointError:
     error = CheckpointError(what, where=checkpoint.path, fix=fix)
     return wrong_names(checkpoint.tensors, checkpoint.config, error)
-
-
-def _types_of(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The types that a tensor may have: whole numbers are codes of a quantization, and nothing else."""
-    below_layer, part = name.split(".", 3)[-1], name.rpartition(".")[2]
-    config = checkpoint.quantization
-    if config is None or not below_layer.startswith(tuple(f"{n}." for n in checkpoint.family.linear_names)):
-        return tuple(DTYPES)
-    codes = {"qweight": "I32", "qzeros": "I32", "g_idx": "I32", "weight_format": "U8"}
-    codes["weight"] = "I8" if config.get("load_in_8bit") else "U8"
-    if part.startswith("bitsandbytes__"):
-        return ("U8",)
-    if part == "absmax":  # codes themselves where the scales are quantized too
-        return (*DTYPES, "U8")
-    return (codes[part],) if part in codes else tuple(DTYPES)

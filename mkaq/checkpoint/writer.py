@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from xxhash import xxh3_128
 
-from mkaq.arch.families import LAYER_PREFIX
 from mkaq.checkpoint.reader import BLOCK, INDEX, SINGLE, Checkpoint
 from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.errors import VerificationError
@@ -339,8 +338,8 @@ def layout_like(source: Checkpoint, layers: Iterable[int], dtype: torch.dtype) -
     layout = {name: TensorSpec(dtype, source.tensors[name].shape) for name in source.outer_tensor_names}
     for new, old in enumerate(layers):
         for name in source.layer_tensor_names(old):
-            below = name.removeprefix(f"{LAYER_PREFIX}{old}.")
-            layout[f"{LAYER_PREFIX}{new}.{below}"] = TensorSpec(dtype, source.tensors[name].shape)
+            below = name.removeprefix(f"{source.arch.layer_name(old)}.")
+            layout[source.arch.in_layer(new, below)] = TensorSpec(dtype, source.tensors[name].shape)
     return layout
 
 

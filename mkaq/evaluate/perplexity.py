@@ -56,7 +56,7 @@ def perplexity(
         for input_ids, hidden_states in states:
             for row, state in zip(input_ids, hidden_states, strict=True):
                 embeds = walk.fetch(state[None])
-                logits = head(inputs_embeds=embeds, use_cache=False).logits[0, :-1].float()
+                logits = head(embeds)[0, :-1].float()
                 targets = row[1:].to(logits.device)
                 losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item())
                 counts.append(len(targets))

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from mkaq.arch.families import FINAL_NORM
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.fit.hold_out import Samples
 from mkaq.walk.walk import LayerWalk
@@ -110,8 +109,9 @@ def _energies(
 
 def rescaled(checkpoint: Checkpoint, found: Rescaled | None, dtype: torch.dtype) -> torch.Tensor:
     """The weight of a checkpoint's final norm, rescaled as was found, if anything was."""
-    weight = checkpoint.read([FINAL_NORM])[FINAL_NORM]
-    return scaled_norm(weight, found.scale if found else 1.0, checkpoint.family.norm_offset, dtype)
+    name = checkpoint.arch.final_norm_weight
+    weight = checkpoint.read([name])[name]
+    return scaled_norm(weight, found.scale if found else 1.0, checkpoint.arch.norm_offset, dtype)
 
 
 def scaled_norm(weight: torch.Tensor, scale: float, offset: float, dtype: torch.dtype) -> torch.Tensor:

@@ -7,7 +7,8 @@ import torch
 
 from mkaq.calibrate.tokens import half_in_random_order
 from mkaq.ranks import ALONE, Ranks
-from mkaq.walk.walk import LayerWalk, spans
+from mkaq.walk.batches import spans
+from mkaq.walk.walk import LayerWalk
 
 HELD_OUT = 8
 

@@ -30,8 +30,9 @@ from mkaq.merge.parts import (
     take_parts,
 )
 from mkaq.ranks import Ranks
+from mkaq.walk.batches import TOKENS_PER_BATCH, batches, spans
 from mkaq.walk.hooks import input_of, outputs_of
-from mkaq.walk.walk import TOKENS_PER_BATCH, LayerWalk, batches, spans
+from mkaq.walk.walk import LayerWalk
 
 CANDIDATES = 1.5  # channels that may be kept, for each that is; those that write most
 SELECTION_RIDGE = 1e-2
@@ -81,12 +82,12 @@ def check_solvable(source: Checkpoint, samples: int, where: str, instead: str) -
             where="calibration.num_samples",
             fix=f"use at least {HELD_OUT}, better 128 or more",
         )
-    if any(name.endswith(".post_feedforward_layernorm.weight") for name in source.tensors):
-        raise UnsupportedError(
-            f"{source.config['model_type']} normalizes what its layers write, so no closed form exists",
-            where=where,
-            fix=f"use {instead}",
-        )
+    reason = "normalizes what its layers write" if source.arch.written_norms else ""
+    if source.arch.parallel:
+        reason = "runs attention and MLP side by side"
+    if reason:
+        what = f"{source.config['model_type']} {reason}, so no closed form exists"
+        raise UnsupportedError(what, where=where, fix=f"use {instead}")
 
 
 @torch.no_grad()
@@ -111,8 +112,8 @@ def fuse(
         samples: Which ones are held out.
         dtype: Of the new tensors.
     """
-    config, linears = walk.checkpoint.hf_config, walk.checkpoint.family.linear_names
-    heads, channels = attention_parts(config, linears), mlp_parts(config, linears)
+    arch, sizes = walk.checkpoint.arch, walk.checkpoint.sizes
+    heads, channels = attention_parts(arch, sizes), mlp_parts(arch, sizes)
     layers = [walk.layer_tensors(index) for index in group]
     attended = walk.activations.empty(tuple(original.shape), torch.float32)
     advance(walk, group, heads.writer, original, compressed, attended)
@@ -127,7 +128,9 @@ def fuse(
         return input_of(module.get_submodule(name), partial(walk.run, module, group[0], states))
 
     def channels_of(module: nn.Module, normed: torch.Tensor) -> torch.Tensor:
-        return input_of(module.get_submodule(channels.writer), partial(module.get_submodule("mlp"), normed))
+        return input_of(
+            module.get_submodule(channels.writer), partial(module.get_submodule(arch.mlp), normed)
+        )
 
     def heads_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         features = torch.cat([run_to(m, heads.writer, compressed[rows]) for m in modules], -1)
@@ -207,9 +210,10 @@ def pass_fused(
     Returns:
         Mean over held-out tokens of |output - original|^2 / |original|^2.
     """
-    first, parts = layer.group[0], mlp_parts(walk.checkpoint.hf_config, walk.checkpoint.family.linear_names)
+    first, arch = layer.group[0], walk.checkpoint.arch
+    parts = mlp_parts(arch, walk.checkpoint.sizes)
     module = walk.assemble(first, layer.tensors)
-    norm, mlp = module.get_submodule(parts.norm), module.get_submodule("mlp")
+    norm, mlp = module.get_submodule(parts.norm), module.get_submodule(arch.mlp)
     for states in batches(compressed):
         before = walk.fetch(states)
         states.copy_(walk.checked(before + mlp(norm(before)), first))
@@ -307,7 +311,7 @@ def fit_together(
 
 def moments_of(walk: LayerWalk, features: int) -> Moments:
     """Empty moments of what a layer writes from some features."""
-    return Moments(features, walk.checkpoint.hf_config.hidden_size, walk.device)
+    return Moments(features, walk.checkpoint.sizes.hidden, walk.device)
 
 
 def add_rows(moments: Moments, features: torch.Tensor, target: torch.Tensor, final: torch.Tensor) -> None:

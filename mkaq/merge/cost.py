@@ -3,20 +3,22 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
 
 from mkaq.calibrate.tokens import probing_tokens
 from mkaq.fit.hold_out import HELD_OUT, Samples, held_out_error, learning_samples
 from mkaq.merge.average import merge_layers
 from mkaq.merge.channels import fuse
 from mkaq.progress import Progress
-from mkaq.walk.walk import LayerWalk, spans
+from mkaq.walk.batches import spans
+from mkaq.walk.walk import LayerWalk
 
 SHARE = 8
 PROBES = 24
 LOGITS = 2**24  # logits that are in memory at once, of each of a few tensors
 COEFFICIENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""From outputs of the last layer to logits."""
 Build = Callable[[Sequence[int], torch.Tensor, torch.Tensor, Samples], Mapping[str, torch.Tensor]]
 
 
@@ -69,7 +71,7 @@ def measure_groups(
                 if start + length <= index:
                     walk.run_all(layer, index, states)
     nats = torch.zeros(len(merged), dtype=torch.float64, device=walk.device)
-    streams_of, step = (expected, *merged.values()), max(1, LOGITS // walk.checkpoint.hf_config.vocab_size)
+    streams_of, step = (expected, *merged.values()), max(1, LOGITS // walk.checkpoint.sizes.vocabulary)
     with walk.head() as head:
         for rows in spans(expected):
             original, *others = (states[rows].reshape(-1, states.shape[-1]) for states in streams_of)
@@ -108,11 +110,11 @@ def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tupl
 
 
 @torch.no_grad()
-def divergences(head: nn.Module, streams: Iterable[torch.Tensor], original: torch.Tensor) -> torch.Tensor:
+def divergences(head: Head, streams: Iterable[torch.Tensor], original: torch.Tensor) -> torch.Tensor:
     """Sums over tokens of KL(p || q) in nats, p the original's next-token distribution, q another's.
 
     Args:
-        head: The final norm and the output layer.
+        head: The final norm and the output layer, as `LayerWalk.head` gives them.
         streams: Outputs of the last layer of several models, each of shape (tokens, hidden_size).
         original: Those of the original model, of the same shape.
 
@@ -130,9 +132,8 @@ def divergences(head: nn.Module, streams: Iterable[torch.Tensor], original: torc
     return torch.stack(sums)
 
 
-def _logits(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = head(inputs_embeds=states[None], use_cache=False).logits
-    return logits[0].float()
+def _logits(head: Head, states: torch.Tensor) -> torch.Tensor:
+    return head(states[None])[0].float()
 
 
 def by_channels(walk: LayerWalk, dtype: torch.dtype) -> Build:

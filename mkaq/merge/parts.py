@@ -6,10 +6,11 @@ owns rows of the linear layers that read the hidden state and columns of the one
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from mkaq.arch.arch import READ_BY_ATTENTION, READ_BY_MLP, Arch, Role
+from mkaq.arch.config import Sizes
 from mkaq.fit.ridge import columns_of
 
 Tensors = Mapping[str, torch.Tensor]
@@ -34,39 +35,31 @@ class Parts:
     width: int
 
 
-def attention_parts(config: Any, linears: Sequence[str]) -> Parts:
-    """The KV groups of a layer.
-
-    Args:
-        config: The configuration object of transformers.
-        linears: The linear layers of the family.
-    """
-    groups = config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    query = config.num_attention_heads // groups * size
-    fused = "self_attn.qkv_proj" in linears
-    readers: dict[str, tuple[tuple[int, int], ...]] = (
-        {"self_attn.qkv_proj": ((0, query), (groups * query, size), (groups * (query + size), size))}
-        if fused
-        else {
-            "self_attn.q_proj": ((0, query),),
-            "self_attn.k_proj": ((0, size),),
-            "self_attn.v_proj": ((0, size),),
-        }
-    )
-    return Parts(groups, "input_layernorm", readers, "self_attn.o_proj", query)
+def attention_parts(arch: Arch, sizes: Sizes) -> Parts:
+    """The KV groups of a layer."""
+    query = sizes.heads // sizes.kv_heads * sizes.head_dim
+    rows = {Role.QUERY: query, Role.KEY: sizes.head_dim, Role.VALUE: sizes.head_dim}
+    readers = _spans(arch, {role: rows[role] for role in READ_BY_ATTENTION}, sizes.kv_heads)
+    writer = arch.linear_of(Role.ATTENTION_OUTPUT).name
+    return Parts(sizes.kv_heads, arch.attention_norm, readers, writer, query)
 
 
-def mlp_parts(config: Any, linears: Sequence[str]) -> Parts:
+def mlp_parts(arch: Arch, sizes: Sizes) -> Parts:
     """The channels of a layer's MLP."""
-    channels = config.intermediate_size
-    fused = "mlp.gate_up_proj" in linears
-    readers: dict[str, tuple[tuple[int, int], ...]] = (
-        {"mlp.gate_up_proj": ((0, 1), (channels, 1))}
-        if fused
-        else {"mlp.gate_proj": ((0, 1),), "mlp.up_proj": ((0, 1),)}
-    )
-    return Parts(channels, "post_attention_layernorm", readers, "mlp.down_proj", 1)
+    readers = _spans(arch, dict.fromkeys(READ_BY_MLP, 1), sizes.intermediate)
+    return Parts(sizes.intermediate, arch.mlp_norm, readers, arch.linear_of(Role.DOWN).name, 1)
+
+
+def _spans(arch: Arch, rows: Mapping[Role, int], count: int) -> Mapping[str, tuple[tuple[int, int], ...]]:
+    """Where `count` parts lie in the linear layers that have some roles, with so many rows each."""
+    found: dict[str, tuple[tuple[int, int], ...]] = {}
+    for linear in arch.linears:
+        start = 0
+        for role in linear.roles:
+            if role in rows:
+                found[linear.name] = (*found.get(linear.name, ()), (start, rows[role]))
+                start += count * rows[role]
+    return found
 
 
 def fold_norm(tensors: Tensors, parts: Parts, kept: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.numpy import save_file
 
-from mkaq.arch.families import FINAL_NORM, LAYER_PREFIX, keep_layers
+from mkaq.arch.arch import Arch
+from mkaq.arch.config import keep_layers
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.writer import Writer, checksum_of, layout_like, write_side_files, writer_of
 from mkaq.digests import digest_of
@@ -168,24 +169,25 @@ def write_merged(
     """
     rows: list[dict[str, Any]] = []
     origins: list[Origins] = []
+    arch, norm = source.arch, source.arch.final_norm_weight
     with writer_of(ranks, folder, shard_size, layout_like(source, kept, dtype)) as writer:
         for name in source.outer_tensor_names:
-            if name != FINAL_NORM:
+            if name != norm:
                 writer.put(name, (cast(block, dtype, name) for block in source.blocks(name)))
         for new, layer in enumerate(layers):
-            rows.append({"new": new, **layer.record, "sha256": write_layer(writer, new, layer.tensors)})
+            rows.append({"new": new, **layer.record, "sha256": write_layer(writer, arch, new, layer.tensors)})
             origins += [layer.origins] if layer.origins else []
             return_freed_memory()
         found = final_norm() if final_norm else None
-        writer.add(FINAL_NORM, cast(rescaled(source, found, dtype), dtype, FINAL_NORM))
+        writer.add(norm, cast(rescaled(source, found, dtype), dtype, norm))
     write_json(folder / "config.json", merged_config(source, kept, dtype))
     write_side_files(source, folder)
     return Written(rows, origins, found, dict(writer.digests))
 
 
-def write_layer(writer: Writer, new: int, tensors: Mapping[str, Iterable[torch.Tensor]]) -> str:
+def write_layer(writer: Writer, arch: Arch, new: int, tensors: Mapping[str, Iterable[torch.Tensor]]) -> str:
     """Writes a layer piece by piece; returns what `digest_layer` gives."""
-    return _digest((n, writer.put(f"{LAYER_PREFIX}{new}.{n}", tensors[n])) for n in sorted(tensors))
+    return _digest((n, writer.put(arch.in_layer(new, n), tensors[n])) for n in sorted(tensors))
 
 
 def averaged_layers(source: Checkpoint, plan: MergePlan, dtype: torch.dtype) -> Iterator[NewLayer]:
@@ -232,14 +234,14 @@ def merged_layers(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors of every new layer of an average in turn, whole, by their names below the layer."""
     for weights, layer in zip(plan.layers, averaged_layers(source, plan, dtype), strict=True):
-        infos = {name: source.tensors[f"{LAYER_PREFIX}{min(weights)}.{name}"] for name in layer.tensors}
+        infos = {name: source.tensors[source.arch.in_layer(min(weights), name)] for name in layer.tensors}
         whole = {name: torch.cat(list(pieces)) for name, pieces in layer.tensors.items()}
         yield {name: tensor.reshape(infos[name].shape) for name, tensor in whole.items()}
 
 
 def names_below(source: Checkpoint, layer: int) -> list[str]:
     """The names of the tensors of a layer, below it."""
-    prefix = f"{LAYER_PREFIX}{layer}."
+    prefix = f"{source.arch.layer_name(layer)}."
     return [name.removeprefix(prefix) for name in source.layer_tensor_names(layer)]
 
 
@@ -257,7 +259,7 @@ def averaged_blocks(
         weights: For each old layer its weight.
         dtype: Of the result.
     """
-    streams = [source.blocks(f"{LAYER_PREFIX}{old}.{name}") for old in weights]
+    streams = [source.blocks(source.arch.in_layer(old, name)) for old in weights]
     for parts in zip(*streams, strict=True):
         yield cast(weighted_sum(parts, list(weights.values()), dtype), dtype, name)
 

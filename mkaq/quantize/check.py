@@ -17,7 +17,8 @@ def check_gptq(source: Checkpoint, section: GptqSection) -> None:
         UnsupportedError: If a size is not a multiple of 32, or `group_size` does not divide it.
     """
     shapes = {
-        name: source.tensors[f"model.layers.0.{name}.weight"].shape for name in source.family.linear_names
+        name: source.tensors[source.arch.in_layer(0, f"{name}.weight")].shape
+        for name in source.arch.linear_names
     }
     for name, (out_features, in_features) in shapes.items():
         if in_features % 32 or out_features % 32:

@@ -9,14 +9,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mkaq import __version__
-from mkaq.arch.families import FINAL_NORM
 from mkaq.checkpoint.finite import all_finite
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.writer import write_side_files, writer_of
 from mkaq.errors import CheckpointError, UsageError
 from mkaq.files import write_json
 from mkaq.fit.final_norm import Rescaled, rescaled
+from mkaq.formats.gptq import quantization_config
 from mkaq.formats.packing import pack_linear
 from mkaq.progress import Progress
 from mkaq.quantize import gptq_cpu
@@ -27,8 +26,9 @@ from mkaq.quantize.hessian import HessianSum
 from mkaq.quantize.joint import JointTarget
 from mkaq.ranks import Ranks
 from mkaq.recipe import GptqSection
+from mkaq.walk.batches import spans
 from mkaq.walk.piecewise import Piecewise
-from mkaq.walk.walk import LayerWalk, spans
+from mkaq.walk.walk import LayerWalk
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,20 @@ def quantize_gptq(
     check_gptq(source, section)
     modules: list[GptqModule] = []
     hidden_states = walk.embed(tokens)
-    writers = source.family.linears[1][0], source.family.linears[3][0]
+    arch, norm = source.arch, source.arch.final_norm_weight
     with writer_of(walk.ranks, folder, shard_size) as writer:
-        for name, tensor in source.each(n for n in source.outer_tensor_names if n != FINAL_NORM):
+        for name, tensor in source.each(n for n in source.outer_tensor_names if n != norm):
             writer.add(name, tensor.to(dtype))
         for index in progress.track(range(walk.num_layers), "quantize (gptq)"):
-            prefix = f"model.layers.{index}."
-            linears = {f"{prefix}{name}.weight" for name in source.family.linear_names}
+            prefix = f"{arch.layer_name(index)}."
+            linears = {f"{prefix}{name}.weight" for name in arch.linear_names}
             for name, tensor in source.each(n for n in source.layer_tensor_names(index) if n not in linears):
                 writer.add(name, tensor.to(dtype))
             if target is not None:
                 target.enter(index, hidden_states)
-            with walk.layer(index) as layer, Piecewise(walk, layer, index, hidden_states, writers) as pieces:
-                for group in source.family.linears:
+            with walk.layer(index) as layer, Piecewise(walk, layer, index, hidden_states) as pieces:
+                for inputs in arch.inputs:
+                    group = tuple(linear.name for linear in inputs)
                     fitted = target and target.solve(pieces, layer, group[0])
                     if fitted and fitted.ridge is not None:
                         set_weight(layer, group[0], fitted.weight)
@@ -119,43 +120,24 @@ def quantize_gptq(
                             writer.add(f"{prefix}{name}.{part}", tensor)
                 pieces.finish()
         final_norm = target.rescale(walk, hidden_states) if target else None
-        writer.add(FINAL_NORM, rescaled(source, final_norm, dtype))
+        writer.add(norm, rescaled(source, final_norm, dtype))
     config = {
         **source.config,
         "dtype": str(dtype).removeprefix("torch."),
-        "quantization_config": checkpoint_config(section),
+        "quantization_config": quantization_config(
+            bits=section.bits,
+            group_size=section.group_size,
+            sym=section.sym,
+            scattered=section.scattered,
+            static_groups=section.static_groups,
+            damp_percent=section.damp_percent,
+        ),
     }
     config.pop("torch_dtype", None)
     write_json(folder / "config.json", config)
     write_json(folder / "quantize_config.json", config["quantization_config"])
     write_side_files(source, folder)
     return Quantized(modules, final_norm)
-
-
-def checkpoint_config(section: GptqSection) -> dict[str, Any]:
-    """`quantization_config` of the checkpoint, as GPTQModel, transformers and vLLM read it.
-
-    `desc_act` there means that the groups are scattered over the columns; with static groups
-    they are not, whatever the order in which the columns were solved. GPTQModel opens asymmetric
-    version-1 files only with a marker that their zero points do not overflow (its own, from 0.9
-    on); ours never do (`packing.pack_linear`), so the marker is set.
-    """
-    marker = [] if section.sym else ["gptqmodel:0.9.0"]
-    return {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "format": "gptq",
-        "bits": section.bits,
-        "group_size": section.group_size,
-        "sym": section.sym,
-        "desc_act": section.scattered,
-        "static_groups": section.static_groups,
-        "true_sequential": True,
-        "damp_percent": section.damp_percent,
-        "lm_head": False,
-        "pack_dtype": "int32",
-        "meta": {"quantizer": [f"mkaq:{__version__}", *marker]},
-    }
 
 
 def _solve_group(

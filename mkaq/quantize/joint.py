@@ -40,9 +40,8 @@ class JointTarget:
         self._original = source.embed(samples.tokens)
         self._attended = source.activations.empty(tuple(self._original.shape), torch.float32)
         checkpoint = source.checkpoint
-        linears = checkpoint.family.linear_names
-        self._heads = attention_parts(checkpoint.hf_config, linears)
-        self._channels = mlp_parts(checkpoint.hf_config, linears)
+        self._heads = attention_parts(checkpoint.arch, checkpoint.sizes)
+        self._channels = mlp_parts(checkpoint.arch, checkpoint.sizes)
 
     def enter(self, index: int, states: torch.Tensor) -> None:
         """Moves the original stream past the layers that layer `index` stands for.

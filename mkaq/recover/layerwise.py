@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mkaq.arch.families import FINAL_NORM
 from mkaq.checkpoint.writer import layout_like, write_side_files, writer_of
 from mkaq.files import write_json
 from mkaq.fit.final_norm import rescale, rescaled
@@ -23,7 +22,8 @@ from mkaq.fit.hold_out import Samples, held_out_mean, token_weights
 from mkaq.heap import return_freed_memory
 from mkaq.progress import Progress
 from mkaq.recipe import LayerwiseSection
-from mkaq.walk.walk import LayerWalk, batch_size
+from mkaq.walk.batches import batch_size
+from mkaq.walk.walk import LayerWalk
 
 CHECKS = 5
 
@@ -73,6 +73,7 @@ def recover(
         progress: Told of every layer.
     """
     compressed = walk.checkpoint
+    arch, norm = compressed.arch, compressed.arch.final_norm_weight
     if walk.device.type == "cpu":
         walk.use_eager_attention()
         source.use_eager_attention()
@@ -80,7 +81,9 @@ def recover(
     records = []
     layout = layout_like(compressed, range(compressed.num_layers), dtype)
     with writer_of(walk.ranks, folder, shard_size, layout) as writer:
-        for name, tensor in compressed.each(n for n in compressed.outer_tensor_names if n != FINAL_NORM):
+        for name, tensor in compressed.each(
+            n for n in compressed.outer_tensor_names if n != arch.final_norm_weight
+        ):
             writer.add(name, tensor.to(dtype))
         for new, group in enumerate(progress.track(groups, "recover (layerwise)")):
             for index in group:
@@ -90,10 +93,10 @@ def recover(
                 walk.run_all(layer, new, states)
                 progress.say(_line(records[-1]))
                 for name, parameter in layer.named_parameters():
-                    writer.add(f"model.layers.{new}.{name}", parameter.detach().to("cpu", dtype))
+                    writer.add(arch.in_layer(new, name), parameter.detach().to("cpu", dtype))
             return_freed_memory()
         final_norm = rescale(source, walk, original, states, samples)
-        writer.add(FINAL_NORM, rescaled(compressed, final_norm, dtype))
+        writer.add(norm, rescaled(compressed, final_norm, dtype))
     write_json(folder / "config.json", compressed.config)
     write_side_files(compressed, folder)
     told = {"layers": [asdict(record) for record in records], "final_norm": asdict(final_norm)}

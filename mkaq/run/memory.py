@@ -16,7 +16,8 @@ from mkaq.merge.groups import layers_to_remove
 from mkaq.merge.segment import longest_group
 from mkaq.recipe import GptqSection, LayerwiseSection, MergeSection, PerplexitySection, Recipe
 from mkaq.walk.activations import Place
-from mkaq.walk.walk import TOKENS_PER_BATCH, compute_dtype
+from mkaq.walk.batches import TOKENS_PER_BATCH
+from mkaq.walk.device import compute_dtype
 
 _INTERPRETER = {"cpu": 600_000_000, "cuda": 500_000_000}  # with torch and transformers
 
@@ -95,25 +96,25 @@ def peaks(recipe: Recipe, source: Checkpoint, device: torch.device, processes: i
 
 def spilled_bytes(recipe: Recipe, source: Checkpoint) -> int:
     """Bytes of hidden states, those of all processes, at most, where they lie in files."""
-    calibration, hidden = recipe.calibration, int(source.hf_config.hidden_size)
+    calibration, hidden = recipe.calibration, source.sizes.hidden
     streams = calibration.num_samples * calibration.max_seq_length
-    streams *= 5 + int(source.hf_config.intermediate_size) // hidden
+    streams *= 5 + source.sizes.intermediate // hidden
     section = recipe.evaluate.perplexity if recipe.evaluate else None
     measured = (section.num_samples or 1024) * section.max_seq_length if section else 0
     return 4 * hidden * max(streams, measured)
 
 
 def _shape(source: Checkpoint, device: torch.device) -> _Shape:
-    config = source.hf_config
+    sizes = source.sizes
     return _Shape(
         layer=source.count_weights(source.layer_tensor_names(0)),
-        hidden=int(config.hidden_size),
-        intermediate=int(config.intermediate_size),
-        vocabulary=int(config.vocab_size),
-        heads=int(config.num_attention_heads),
+        hidden=sizes.hidden,
+        intermediate=sizes.intermediate,
+        vocabulary=sizes.vocabulary,
+        heads=sizes.heads,
         stored=source.dtype.itemsize,
-        fast=compute_dtype(source, device, fast=True).itemsize,
-        exact=compute_dtype(source, device).itemsize,
+        fast=compute_dtype(source.dtype, device, fast=True).itemsize,
+        exact=compute_dtype(source.dtype, device).itemsize,
     )
 
 
@@ -175,8 +176,8 @@ def _gptq(
 ) -> Need:
     """The Hessian and its factor; the stacked weight, what was rounded, its error and codes."""
     solving = hessian = 0
-    for group in source.family.linears:
-        sizes = [source.tensors[f"model.layers.0.{name}.weight"].shape for name in group]
+    for group in source.arch.inputs:
+        sizes = [source.tensors[source.arch.in_layer(0, f"{linear.name}.weight")].shape for linear in group]
         rows, columns = sum(size[0] for size in sizes), sizes[0][1]
         hessian = max(hessian, 5 * columns**2)  # and in bfloat16 the upper half of what is taken off products
         copies = 3 if section.desc_act else 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from mkaq.arch.families import keep_layers
+from mkaq.arch.config import keep_layers
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import ResourceError, UsageError
 from mkaq.merge.channels import check_solvable
@@ -94,7 +94,7 @@ def plan_run(
     """
     if recipe.merge is None and recipe.quantize is None:
         raise UsageError("nothing to do: merge and quantize are both null", where="recipe")
-    longest = source.hf_config.max_position_embeddings
+    longest = source.sizes.positions
     length = recipe.calibration.max_seq_length
     if recipe.needs_calibration and length > longest:
         raise UsageError(
@@ -201,8 +201,8 @@ def memory_of(device: torch.device, processes: int = 1) -> int:
 
 
 def _linear_shapes(source: Checkpoint) -> list[tuple[int, int]]:
-    shapes = (source.tensors[f"model.layers.0.{name}.weight"].shape for name in source.family.linear_names)
-    return [(shape[0], shape[1]) for shape in shapes]
+    names = (source.arch.in_layer(0, f"{name}.weight") for name in source.arch.linear_names)
+    return [(shape[0], shape[1]) for shape in (source.tensors[name].shape for name in names)]
 
 
 def _quantized_bytes(rows: int, columns: int, section: GptqSection | BitsandbytesSection) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from mkaq.arch.families import FINAL_NORM
+from mkaq.arch.arch import Arch
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens, tokens_digest
@@ -24,6 +24,7 @@ from mkaq.export.manifest import (
 )
 from mkaq.fit.final_norm import scaled_norm
 from mkaq.fit.hold_out import learning_samples
+from mkaq.formats.layer import dense_layer
 from mkaq.merge.channels import known_tensors
 from mkaq.merge.groups import MergePlan
 from mkaq.merge.origins import ORIGINS, Origins, as_tensor, read_origins
@@ -35,7 +36,8 @@ from mkaq.ranks import ALONE
 from mkaq.recipe import CalibrationSection
 from mkaq.verify.claims import origin_faults, plan_faults, recovery_faults, residual_faults, weights_of
 from mkaq.verify.remeasure import measure_again, tolerance
-from mkaq.walk.walk import LayerWalk, compute_dtype, dense_layer
+from mkaq.walk.device import compute_dtype
+from mkaq.walk.walk import LayerWalk
 
 _SAME = 1e-6
 
@@ -85,7 +87,7 @@ def check_against(
         faults += [
             f"{name} is said to be solved, and writes no hidden state"
             for name, module in errors.items()
-            if not _is_source(module) and not name.endswith((".o_proj", ".down_proj"))
+            if not _is_source(module) and not name.endswith(tuple(f".{n}" for n in source.arch.writers))
         ]
         count, checked = 0, 0
         layers = _known_layers(merge_step, origins, source, dtype)
@@ -94,7 +96,9 @@ def check_against(
             record = merge_step.layers[new] if merge_step else None
             faults += _layer_faults(artifact, new, known, whole, record, errors)
             count += 1
-            checked += sum(n.endswith(".weight") and _is_source(errors.get(_module(new, n))) for n in known)
+            checked += sum(
+                n.endswith(".weight") and _is_source(errors.get(_module(source.arch, new, n))) for n in known
+            )
         if merge_step:
             what = "layers" if not origins else "layers but for what was solved"
             told.append(f"{count} {what} recomputed from the source, bit for bit")
@@ -110,7 +114,7 @@ def _measure_again(manifest: Manifest, artifact: Checkpoint, source: Checkpoint,
     tokens = _calibration_again(manifest, source)
     if tokens is None:
         return "errors of hidden states not measured again: the calibration text is not here"
-    dtype, last = compute_dtype(source, device), manifest.steps[-1].step
+    dtype, last = compute_dtype(source.dtype, device), manifest.steps[-1].step
     samples = learning_samples(ALONE, tokens, manifest.recipe["calibration"]["seed"]).held()
     walks = LayerWalk(source, device, dtype), LayerWalk(artifact, device, dtype)
     raise_faults(artifact.path, measure_again(manifest, *walks, samples))
@@ -124,8 +128,8 @@ def _outer_faults(
     """What is wrong with the tensors outside of the layers, given the factors of the final norm in turn."""
     for name, tensor in source.each(source.outer_tensor_names):
         expected = tensor
-        for scale in scales if name == FINAL_NORM else ():
-            expected = scaled_norm(expected, scale, source.family.norm_offset, dtype)
+        for scale in scales if name == source.arch.final_norm_weight else ():
+            expected = scaled_norm(expected, scale, source.arch.norm_offset, dtype)
         if not torch.equal(expected.to(dtype), artifact.read([name])[name]):
             yield f"{name} is not the source's" + (", rescaled" if expected is not tensor else "")
 
@@ -160,11 +164,11 @@ def _known_layers(
             yield tensors, True
         return
     assert step is not None
-    config, linears = source.hf_config, source.family.linear_names
-    kinds = {"heads": attention_parts(config, linears), "channels": mlp_parts(config, linears)}
+    arch, sizes = source.arch, source.sizes
+    kinds = {"heads": attention_parts(arch, sizes), "channels": mlp_parts(arch, sizes)}
     for layer, origin in zip(step.layers, origins, strict=True):
         group = sorted(weights_of(layer))
-        layers = [_tensors_of(source, index) for index in group]
+        layers = [source.read_layer(index) for index in group]
         parts = []
         for name, kind in kinds.items():
             places = as_tensor(origin[name])
@@ -184,21 +188,21 @@ def _layer_faults(
     errors: Mapping[str, Module],
 ) -> Iterator[str]:
     """What is wrong with a layer of the artifact, given the tensors that it should have."""
-    stored = _tensors_of(artifact, new)
-    present = dense_layer(stored, artifact.quantization)
+    arch, stored = artifact.arch, artifact.read_layer(new)
+    present = dense_layer(stored, arch.linear_names, artifact.quantization)
     if record and (whole or not errors):
         digest = digest_layer(known if whole else stored)
         if digest != record.sha256:
             yield f"layer {new} has another digest than the manifest says"
     for name, tensor in known.items():
-        module = _module(new, name)
+        module = _module(arch, new, name)
         if module in errors and name.endswith(".weight"):
             told, actual = errors[module], relative_error(tensor, present[name])
             if _is_source(told) and not math.isclose(actual, told.weight_error, rel_tol=_SAME, abs_tol=1e-12):
                 claimed = f"the manifest says {told.weight_error:.6g}"
                 yield f"{module} has a weight error of {actual:.6g}, {claimed}"
         elif not torch.equal(tensor, present[name]):
-            yield f"model.layers.{new}.{name} is not what the recorded merge gives"
+            yield f"{arch.in_layer(new, name)} is not what the recorded merge gives"
 
 
 def _is_source(module: Module | None) -> bool:
@@ -206,11 +210,5 @@ def _is_source(module: Module | None) -> bool:
     return module is not None and module.ridge is None
 
 
-def _module(new: int, name: str) -> str:
-    return f"model.layers.{new}.{name.removesuffix('.weight')}"
-
-
-def _tensors_of(checkpoint: Checkpoint, index: int) -> dict[str, torch.Tensor]:
-    prefix = f"model.layers.{index}."
-    stored = checkpoint.read(checkpoint.layer_tensor_names(index))
-    return {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+def _module(arch: Arch, new: int, name: str) -> str:
+    return arch.in_layer(new, name.removesuffix(".weight"))

@@ -32,8 +32,8 @@ def origin_faults(step: MergeStep, origins: list[Origins], source: Checkpoint) -
     if [index for group in groups for index in group] != list(range(source.num_layers)):
         yield "the new layers do not stand for all layers of the source, in their order"
     counts = {
-        "heads": source.hf_config.num_key_value_heads,
-        "channels": source.hf_config.intermediate_size,
+        "heads": source.sizes.kv_heads,
+        "channels": source.sizes.intermediate,
     }
     for layer, group, origin in zip(step.layers, groups, origins, strict=True):
         if layer.fused is None or digest_of(origin) != layer.fused.origins_sha256:

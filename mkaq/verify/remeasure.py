@@ -120,8 +120,8 @@ def _solved_errors(
     samples: Samples,
 ) -> tuple[float, float]:
     """What `o_proj` and `down_proj` miss, as shares of their targets' energies; moves `original` on."""
-    config, linears = walk.checkpoint.hf_config, walk.checkpoint.family.linear_names
-    heads, channels = attention_parts(config, linears), mlp_parts(config, linears)
+    arch, sizes = walk.checkpoint.arch, walk.checkpoint.sizes
+    heads, channels = attention_parts(arch, sizes), mlp_parts(arch, sizes)
     attended = walk.activations.empty(tuple(original.shape), torch.float32)
     advance(source, group, heads.writer, original, states, attended)
     with walk.layer(new) as layer:

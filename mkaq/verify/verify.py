@@ -11,9 +11,11 @@ from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import sha256_file
 from mkaq.errors import MkaqError, ResourceError, VerificationError
 from mkaq.export.manifest import MANIFEST, FileEntry, Manifest, QuantizeStep, read_manifest
+from mkaq.formats.formats import format_of
 from mkaq.progress import Progress
 from mkaq.verify.against import check_against, raise_faults
-from mkaq.walk.walk import LayerWalk, compute_dtype
+from mkaq.walk.device import compute_dtype
+from mkaq.walk.walk import LayerWalk
 from mkaq.walk.whole_model import generate, whole_model
 
 
@@ -96,15 +98,15 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         yield f"layers, parameters, bytes: the manifest ends with {before}, the model has {found}"
     quantized = next((step for step in manifest.steps if isinstance(step, QuantizeStep)), None)
     config = checkpoint.quantization or {}
-    bits = config.get("bits") or {True: 8, None: None, False: 4}[config.get("load_in_8bit")]
+    bits = format_of(checkpoint.quantization).bits(config)
     claimed = (quantized.method, quantized.bits) if quantized else (None, None)
     if claimed != (config.get("quant_method"), bits):
         yield f"the manifest says quantization {claimed}, config.json {(config.get('quant_method'), bits)}"
     if quantized:
         expected = {
-            f"model.layers.{i}.{n}"
-            for i in range(checkpoint.num_layers)
-            for n in checkpoint.family.linear_names
+            checkpoint.arch.in_layer(index, name)
+            for index in range(checkpoint.num_layers)
+            for name in checkpoint.arch.linear_names
         }
         if {module.name for module in quantized.modules} != expected:
             yield "the quantized modules are not those of the model"
@@ -134,8 +136,8 @@ def _source_claims(manifest: Manifest, source: Checkpoint) -> Iterator[str]:
 
 def _check_runs(checkpoint: Checkpoint, device: torch.device) -> str:
     """Runs the model: generation if it fits into memory, else one walk."""
-    dtype = compute_dtype(checkpoint, device)
-    prompt = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], device=device) % checkpoint.hf_config.vocab_size
+    dtype = compute_dtype(checkpoint.dtype, device)
+    prompt = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], device=device) % checkpoint.sizes.vocabulary
     try:
         model = whole_model(checkpoint, device, dtype)
     except ResourceError:

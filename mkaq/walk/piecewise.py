@@ -6,10 +6,9 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from mkaq.walk.batches import spans
 from mkaq.walk.hooks import input_of
-from mkaq.walk.walk import LayerWalk, spans
-
-_BEFORE_MLP = "pre_feedforward_layernorm"  # Gemma's; elsewhere it is the norm after the attention
+from mkaq.walk.walk import LayerWalk
 
 
 class Piecewise:
@@ -26,7 +25,6 @@ class Piecewise:
         layer: Placed.
         index: Its number.
         hidden_states: Its input, shape (samples, length, hidden_size).
-        writers: The names of the linear layers that end the parts, in order.
     """
 
     def __init__(
@@ -35,12 +33,12 @@ class Piecewise:
         layer: nn.Module,
         index: int,
         hidden_states: torch.Tensor,
-        writers: tuple[str, ...],
     ) -> None:
         self._walk, self._layer, self._index, self._states = walk, layer, index, hidden_states
-        self._writers = writers
-        before_mlp = _BEFORE_MLP if hasattr(layer, _BEFORE_MLP) else "post_attention_layernorm"
-        self._norms = {"self_attn": "input_layernorm", "mlp": before_mlp}  # only the part reads them
+        arch = walk.checkpoint.arch
+        self._parts, self._writers = (arch.attention, arch.mlp), arch.writers
+        shared = arch.attention_norm == arch.mlp_norm
+        self._norms = {} if shared else arch.norm_of  # those that only one part reads
         self._whole: dict[str, nn.Module] = {}
         self._kept: dict[str, torch.Tensor] = {}
 
@@ -60,15 +58,17 @@ class Piecewise:
 
         What is in neither part comes after the attention and before the end of the MLP.
         """
-        parts = [writer.partition(".")[0] for writer in self._writers]
-        part = name.partition(".")[0]
-        self._end_parts(parts.index(part) if part in parts else len(parts) - 1)
-        norm = self._norms.get(part)
+        part = self._part_of(name)
+        self._end_parts(self._parts.index(part) if part else len(self._parts) - 1)
+        norm = self._norms.get(part) if part else None
         if name in self._writers and norm in self._kept:
-            self._replace(norm, _Replay(self._kept.pop(norm), self._walk, alone=True))
+            self._replace(str(norm), _Replay(self._kept.pop(str(norm)), self._walk, alone=True))
         found = input_of(self._layer.get_submodule(name), partial(self._run, rows))
         self._keep(name if name in self._writers else norm, found, rows)
         return found
+
+    def _part_of(self, name: str) -> str | None:
+        return next((part for part in self._parts if name.startswith(f"{part}.")), None)
 
     def _keep(self, name: str | None, values: torch.Tensor, rows: slice) -> None:
         """Keeps what a writer reads or a norm gives, unless the norm is replaced already."""
@@ -97,9 +97,11 @@ class Piecewise:
 
     def _end_parts(self, count: int) -> None:
         """Replays the first parts from now on, if the inputs of their writers are kept."""
-        for name in [name for name in self._writers[:count] if name in self._kept]:
-            part = name.partition(".")[0]
-            self._replace(self._norms[part], nn.Identity())
+        for part, name in zip(self._parts[:count], self._writers, strict=False):
+            if name not in self._kept:
+                continue
+            if norm := self._norms.get(part):
+                self._replace(norm, nn.Identity())
             writer, inputs = self._layer.get_submodule(name), self._kept.pop(name)
             outputs = inputs
             if inputs.shape[-1] != self._states.shape[-1]:
@@ -109,7 +111,7 @@ class Piecewise:
                 self._walk.activations.release()
             if outputs is not inputs:
                 self._walk.activations.give_back(inputs)
-            self._replace(part, _Replay(outputs, self._walk, alone=part == "mlp"))
+            self._replace(part, _Replay(outputs, self._walk, alone=part == self._parts[-1]))
 
     def _replace(self, name: str, module: nn.Module) -> None:
         before = self._layer.get_submodule(name)

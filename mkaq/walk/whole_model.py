@@ -4,7 +4,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import ResourceError
@@ -23,15 +22,7 @@ def whole_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         ResourceError: If it does not fit into memory.
     """
     check_fits(checkpoint, device, dtype)
-    walk = LayerWalk(checkpoint, device, dtype)
-    model = walk.skeleton
-    model.model.layers = nn.ModuleList([walk.place(index) for index in range(walk.num_layers)])
-    outer = {
-        name: tensor.to(device, dtype) for name, tensor in checkpoint.each(checkpoint.outer_tensor_names)
-    }
-    model.load_state_dict(outer, strict=False, assign=True)
-    model.tie_weights()
-    return model.requires_grad_(False).to(device).eval()
+    return LayerWalk(checkpoint, device, dtype).whole_model()
 
 
 def check_fits(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:

@@ -1,0 +1,50 @@
+"""Linear layers as they are: a weight, and a bias where there is one."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mkaq.formats.format import Config, TensorSchema
+
+
+def check_config(config: Config, linear_names: Iterable[str], where: object) -> None:
+    """Nothing can be wrong with what is not there."""
+
+
+def bits(config: Config) -> int | None:
+    """There are no codes."""
+    return None
+
+
+def schema(shape: tuple[int, int], config: Config) -> dict[str, TensorSchema]:
+    """One tensor."""
+    return {"weight": TensorSchema(shape)}
+
+
+def stored_bytes(shape: tuple[int, int], config: Config) -> int:
+    """Bytes in bfloat16."""
+    return 2 * shape[0] * shape[1]
+
+
+def read(tensors: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
+    """As they are."""
+    return tensors
+
+
+def restore(
+    tensors: dict[str, torch.Tensor],
+    like: nn.Linear,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The layer itself, with its weights."""
+    placed = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    like.load_state_dict(placed, assign=True)
+    return like
+
+
+def dequantize(tensors: dict[str, torch.Tensor], config: Config) -> torch.Tensor:
+    """The weight, in its own type."""
+    return tensors["weight"]

@@ -1,0 +1,141 @@
+"""GPTQ checkpoints, as auto-gptq laid them out and GPTQModel, optimum, transformers and vLLM read them."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mkaq import __version__
+from mkaq.errors import CheckpointError
+from mkaq.formats import dense
+from mkaq.formats.format import Config, TensorSchema, type_name, unsupported
+from mkaq.formats.packing import unpack_linear
+
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_MUST_BE_OFF = {  # what it means where it is on
+    "dynamic": "settings of their own for some modules",
+    "lm_head": "a quantized output layer",
+    "rotation": "rotated weights",
+    "adapter": "an adapter beside the weights",
+    "is_marlin_format": "weights laid out for the Marlin kernel",
+}
+_CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+
+
+def quantization_config(
+    *, bits: int, group_size: int, sym: bool, scattered: bool, static_groups: bool, damp_percent: float
+) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint, as GPTQModel, transformers and vLLM read it.
+
+    `desc_act` there means that the groups are scattered over the columns; with static groups
+    they are not, whatever the order in which the columns were solved. GPTQModel opens asymmetric
+    version-1 files only with a marker that their zero points do not overflow (its own, from 0.9
+    on); ours never do (`packing.pack_linear`), so the marker is set.
+
+    Args:
+        bits: Of a code.
+        group_size: Weights of a row that share a scale; -1: all.
+        sym: Whether the zero point is the middle of the range.
+        scattered: Whether the columns of a group lie apart.
+        static_groups: Whether scales were fixed before solving.
+        damp_percent: Of the Hessian.
+    """
+    marker = [] if sym else ["gptqmodel:0.9.0"]
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "format": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": sym,
+        "desc_act": scattered,
+        "static_groups": static_groups,
+        "true_sequential": True,
+        "damp_percent": damp_percent,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"mkaq:{__version__}", *marker]},
+    }
+
+
+def checkpoint_format(config: Mapping[str, Any]) -> str:
+    """`gptq`, whose zero points are stored minus one, or `gptq_v2`, where they are stored as they are."""
+    return str(config.get("checkpoint_format") or config.get("format") or "gptq")
+
+
+def check_config(config: Config, linear_names: Iterable[str], where: object) -> None:
+    """Refuses variants, whose tensors have the same names and shapes and would be read wrongly."""
+    named = [config[key] for key in ("checkpoint_format", "format") if config.get(key)]
+    if len({str(name) for name in named}) > 1:
+        raise CheckpointError(
+            f"quantization_config says checkpoint_format {named[0]!r} and format {named[1]!r}", where=where
+        )
+    if checkpoint_format(config) not in _CHECKPOINT_FORMATS:
+        raise unsupported(f"checkpoint_format {checkpoint_format(config)!r}", where)
+    if config.get("method") not in (None, "gptq"):
+        raise unsupported(f"method {config['method']!r}", where)
+    if type_name(config.get("pack_dtype")) not in ("None", "int32"):
+        raise unsupported(f"pack_dtype {config['pack_dtype']!r}", where)
+    for key, meaning in _MUST_BE_OFF.items():
+        if config.get(key):
+            raise unsupported(f"{key} ({meaning})", where)
+    listed = config.get("modules_in_block_to_quantize")
+    if listed and not set(linear_names) <= set(re.findall(r"\w+\.\w+", str(listed))):
+        raise unsupported("modules_in_block_to_quantize (some layers left dense)", where)
+    size, group_size = config.get("bits"), config.get("group_size")
+    if size not in (2, 3, 4, 8) or not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        raise CheckpointError(
+            f"quantization_config has bits {size!r} and group_size {group_size!r}", where=where
+        )
+
+
+def bits(config: Config) -> int | None:
+    """Bits of a code."""
+    return int(config["bits"])
+
+
+def schema(shape: tuple[int, int], config: Config) -> dict[str, TensorSchema]:
+    """Codes and zero points in 32-bit words, scales, and the group of every column."""
+    out_features, in_features = shape
+    groups, size = _groups(in_features, config), config["bits"]
+    return {
+        "qweight": TensorSchema((in_features * size // 32, out_features), ("I32",)),
+        "qzeros": TensorSchema((groups, out_features * size // 32), ("I32",)),
+        "scales": TensorSchema((groups, out_features)),
+        "g_idx": TensorSchema((in_features,), ("I32",)),
+    }
+
+
+def stored_bytes(shape: tuple[int, int], config: Config) -> int:
+    """Bytes, with scales in float16."""
+    (rows, columns), groups = shape, _groups(shape[1], config)
+    return int((rows * columns + groups * rows) * config["bits"] // 8 + 2 * groups * rows + 4 * columns)
+
+
+def read(tensors: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
+    """The dense weight in the place of the codes."""
+    rest = {name: tensor for name, tensor in tensors.items() if name not in _PARTS}
+    return rest | {"weight": dequantize(tensors, config)}
+
+
+def restore(
+    tensors: dict[str, torch.Tensor],
+    like: nn.Linear,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The dense layer: runtimes multiply by the decoded weight too."""
+    return dense.restore(tensors, like, config, device, dtype)
+
+
+def dequantize(tensors: dict[str, torch.Tensor], config: Config) -> torch.Tensor:
+    """scale * (code - zero), float32."""
+    parts = {part: tensors[part] for part in _PARTS}
+    return unpack_linear(parts, config["bits"], checkpoint_format(config))
+
+
+def _groups(in_features: int, config: Config) -> int:
+    return 1 if config["group_size"] == -1 else -(-in_features // int(config["group_size"]))

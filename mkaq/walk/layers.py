@@ -1,0 +1,109 @@
+"""The decoder layers of a checkpoint as modules: read, the next one ahead, and given their weights."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.errors import CheckpointError
+from mkaq.formats.formats import format_of
+from mkaq.formats.layer import split_linears
+from mkaq.heap import return_freed_memory
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Layers:
+    """The layers of a skeleton, each with its weights while it is placed.
+
+    Args:
+        checkpoint: Whose tensors they get; quantized layers behave as in a runtime.
+        modules: The layers, on the meta device.
+        device: Where they run.
+        dtype: In which they compute.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, modules: list[nn.Module], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._checkpoint, self.modules, self._device, self._dtype = checkpoint, modules, device, dtype
+        self._config = checkpoint.quantization
+        self._format = format_of(self._config)
+        names = checkpoint.arch.linear_names
+        self._linears = [{name: module.get_submodule(name) for name in names} for module in modules]
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._ahead: tuple[int, Future[Tensors]] | None = None
+
+    @contextmanager
+    def placed(self, index: int) -> Iterator[nn.Module]:
+        """A layer with its weights, for a `with` block; the next one is read meanwhile."""
+        layer = self.place(index)
+        if index + 1 < len(self.modules):
+            self._ahead = index + 1, self._reader.submit(self._read, index + 1)
+        try:
+            yield layer
+        finally:
+            for name, linear in self._linears[index].items():
+                layer.set_submodule(name, linear)
+            layer.to("meta")
+            return_freed_memory()
+
+    def place(self, index: int) -> nn.Module:
+        """Gives a layer its weights, for good."""
+        layer = self.modules[index]
+        linears, rest = split_linears(self.tensors(index), self._linears[index])
+        for name, like in self._linears[index].items():
+            with self._unpacking(index, name):
+                assert isinstance(like, nn.Linear)
+                stored, config = linears.pop(name), self._config or {}
+                module = self._format.restore(stored, like, config, self._device, self._dtype)
+            layer.set_submodule(name, module)
+        layer.load_state_dict(self._moved(rest), strict=False, assign=True)
+        return layer.requires_grad_(False)
+
+    def assemble(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+        """A layer of its own, in the place of layer `index`, with weights that are given.
+
+        Args:
+            index: Whose attention type and keyword arguments it has.
+            tensors: Dense, by their names below the layer.
+        """
+        layer = copy.deepcopy(self.modules[index])
+        layer.load_state_dict(self._moved(tensors), assign=True)
+        return layer.requires_grad_(False)
+
+    def tensors(self, index: int) -> Tensors:
+        """The tensors of a layer by their names below it; what is decoded before it runs is dense."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == index:
+            return ahead[1].result()
+        return self._read(index)
+
+    def _read(self, index: int) -> Tensors:
+        linears, result = split_linears(self._checkpoint.read_layer(index), self._linears[index])
+        for name, stored in linears.items():
+            with self._unpacking(index, name):
+                decoded = self._format.read(stored, self._config or {})
+            result |= {f"{name}.{part}": tensor for part, tensor in decoded.items()}
+        return result
+
+    def _moved(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        return {name: tensor.to(self._device, self._dtype) for name, tensor in tensors.items()}
+
+    @contextmanager
+    def _unpacking(self, index: int, name: str) -> Iterator[None]:
+        """Quantized tensors can lie in more ways than their shapes tell."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            module = self._checkpoint.arch.in_layer(index, name)
+            raise CheckpointError(
+                f"{module} cannot be unpacked ({reason})", where=self._checkpoint.path
+            ) from None

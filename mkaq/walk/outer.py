@@ -1,0 +1,188 @@
+"""What a model does before its first layer and after its last one, by its own code.
+
+The model is run with recorders in the place of its layers. The first one's input is what goes before layer 0
+(embeddings, their scale, learned positions). What each is called with beside it (position embeddings, the
+mask of its own type) depends on the sequence length alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from mkaq.arch.skeleton import build_skeleton
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.errors import CheckpointError
+from mkaq.walk.hooks import input_of
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer: keeps the keyword arguments that it is called with."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+class _Base(nn.Module):
+    """Stands for the model without its head: gives a hidden state, whatever it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_states = torch.empty(0)
+
+    def forward(self, *_: object, **__: object) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden_states)
+
+
+class Outer:
+    """A model of transformers without its decoder layers.
+
+    Args:
+        checkpoint: Whose tensors it gets while it uses them.
+        hf_config: Of the model; changed by what is set for attention.
+        device: Where it runs.
+        dtype: In which it computes.
+
+    Attributes:
+        skeleton: The model, parameters on the meta device but where they are in use.
+        layers: Its decoder layers, taken out.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, hf_config: Any, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._checkpoint, self._device, self._dtype, self._arch = checkpoint, device, dtype, checkpoint.arch
+        self.skeleton = build_skeleton(hf_config)
+        self._base = self.skeleton.get_submodule(self._arch.base)
+        self.layers: list[nn.Module] = list(self._base.get_submodule(self._arch.layers))
+        self._put_layers([])
+        for module in self.skeleton.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+
+    def _put_layers(self, layers: list[nn.Module]) -> None:
+        self._base.set_submodule(self._arch.layers, nn.ModuleList(layers))
+
+    @contextmanager
+    def embedding(self, used: torch.Tensor) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """For a `with` block, what gives the input of layer 0 for token ids of shape (batch, length).
+
+        Args:
+            used: Rows of the embedding that are read; ids are positions in it.
+        """
+        embedding = self._base.get_submodule(self._arch.embed)
+        rows = self._checkpoint.read_rows(self._arch.embed_weight, used)
+        embedding.weight = nn.Parameter(rows.to(self._device, self._dtype), requires_grad=False)
+        embedding.padding_idx = None
+        recorders = [_Recorder(layer) for layer in self.layers]
+        with self._before_layers(recorders):
+
+            def embed(ids: torch.Tensor) -> torch.Tensor:
+                return input_of(recorders[0], partial(self._base, input_ids=ids, use_cache=False))
+
+            yield embed
+        embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
+
+    def arguments(self, length: int) -> list[dict[str, Any]]:
+        """The keyword arguments of every layer for sequences of a length; they go with any batch."""
+        shape, norm = (1, length, self._checkpoint.sizes.hidden), self._arch.final_norm
+        recorders, whole = [_Recorder(layer) for layer in self.layers], self._base.get_submodule(norm)
+        with self._before_layers(recorders):
+            self._base.set_submodule(norm, nn.Identity())
+            embeds = torch.zeros(shape, device=self._device, dtype=self._dtype)
+            self._base(inputs_embeds=embeds, use_cache=False)
+            self._base.set_submodule(norm, whole)
+        return [recorder.arguments for recorder in recorders]
+
+    @contextmanager
+    def _before_layers(self, recorders: list[_Recorder]) -> Iterator[None]:
+        """Recorders in the place of the layers, and all before them with its weights."""
+        after = (self._arch.embed_weight, self._arch.final_norm_weight, self._arch.head_weight)
+        ends = tuple(name.removesuffix("weight") for name in after)
+        names = [name for name in self._checkpoint.outer_tensor_names if not name.startswith(ends)]
+        self._put_layers([*recorders])
+        self._load(names)
+        try:
+            yield
+        finally:
+            self._put_layers([])
+            for name in names:
+                self.skeleton.get_submodule(self._arch.in_module(name).rpartition(".")[0]).to("meta")
+
+    @contextmanager
+    def final_norm(self) -> Iterator[nn.Module]:
+        """The norm after the last layer, for a `with` block."""
+        norm = self._base.get_submodule(self._arch.final_norm)
+        self._load(self._named_like(self._arch.final_norm_weight))
+        try:
+            yield norm
+        finally:
+            norm.to("meta")
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """For a `with` block: from the last layer's output, shape (batch, length, hidden_size), to logits."""
+        skeleton, stub = self.skeleton, _Base()
+        head = skeleton.get_submodule(self._arch.head)
+        with self.final_norm() as norm:
+            self._load(self._named_like(self._arch.head_weight))
+            if self._arch.head_weight not in self._checkpoint.tensors:  # tied
+                weight = self._checkpoint.read([self._arch.embed_weight])[self._arch.embed_weight]
+                head.weight = nn.Parameter(weight.to(self._device, self._dtype), requires_grad=False)
+            skeleton.set_submodule(self._arch.base, stub)
+
+            def logits(hidden_states: torch.Tensor) -> torch.Tensor:
+                stub.hidden_states = norm(hidden_states)
+                found: torch.Tensor = skeleton(inputs_embeds=hidden_states, use_cache=False).logits
+                return found
+
+            try:
+                yield logits
+            finally:
+                skeleton.set_submodule(self._arch.base, self._base)
+                head.to("meta")
+
+    def _named_like(self, weight: str) -> list[str]:
+        """A weight and its bias, as far as they are stored."""
+        names = (weight, weight.removesuffix("weight") + "bias")
+        return [name for name in names if name in self._checkpoint.tensors]
+
+    def _load(self, names: list[str]) -> None:
+        placed = {
+            self._arch.in_module(name): tensor.to(self._device, self._dtype)
+            for name, tensor in self._checkpoint.each(names)
+        }
+        self.skeleton.load_state_dict(placed, strict=False, assign=True)
+        for name in placed:
+            self.skeleton.get_parameter(name).requires_grad_(False)
+
+    def whole(self, layers: list[nn.Module]) -> Any:
+        """The model with all its tensors and with layers that have theirs."""
+        self._put_layers(layers)
+        self._load(self._checkpoint.outer_tensor_names)
+        self.skeleton.tie_weights()
+        return self.skeleton.requires_grad_(False).to(self._device).eval()
+
+
+def check_known(input_ids: torch.Tensor, checkpoint: Checkpoint) -> None:
+    """Refuses tokens that the model has no embedding for.
+
+    Raises:
+        CheckpointError: If there is one.
+    """
+    known = checkpoint.tensors[checkpoint.arch.embed_weight].shape[0]
+    if input_ids.numel() and int(input_ids.max()) >= known:
+        what = f"the tokenizer gives token {int(input_ids.max())}, the model knows {known} tokens"
+        raise CheckpointError(what, where=checkpoint.path)
