@@ -1,29 +1,26 @@
-"""A run, top to bottom: calibrate -> merge -> recover -> quantize -> export, the model measured on request.
+"""A run, top to bottom: each stage reads published folders and publishes one; nothing else passes between them."""
 
-A stage reads a folder and publishes a folder; nothing else passes between stages.
-"""
+from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
+from mkaq.stages import analyze, calibrate, evaluate, export, merge, quantize, recover
+from mkaq.stages.base import ModelStage, Stage, makes_model
 
-from mkaq.checkpoint.resolve import resolve_model
-from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.digests import describe_files
-from mkaq.heap import arrange_heap
-from mkaq.progress import Progress
-from mkaq.ranks import ALONE, Ranks
-from mkaq.recipe import Recipe
-from mkaq.run.budget import Trials, meet_budget, plan_budget
-from mkaq.run.plan import check_resources, plan_run, remarks
-from mkaq.run.publish import locked
-from mkaq.run.report import write_report
-from mkaq.run.result import RunResult
-from mkaq.stages import Stages
+if TYPE_CHECKING:
+    import torch
 
-Until = Literal["calibrate", "merge", "recover", "quantize", "export"]
+    from mkaq.progress import Progress
+    from mkaq.ranks import Ranks
+    from mkaq.recipe import Recipe
+    from mkaq.result import RunResult
+    from mkaq.run.job import Job
+    from mkaq.run.make import Maker
+
+STAGES: tuple[Stage | ModelStage, ...] = (calibrate, analyze, merge, recover, quantize)
+LAST = "export"
 
 
 def run(
@@ -32,30 +29,44 @@ def run(
     device: torch.device,
     progress: Progress,
     *,
-    until: Until = "export",
+    until: str = LAST,
     fresh: bool = False,
     max_memory: int | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks | None = None,
 ) -> RunResult:
-    """Runs a recipe, skipping the stages that are there already.
+    """Runs a recipe; stages that are there already are used.
 
     Args:
         recipe: What to do.
-        folder: Of the run; holds a folder for each stage.
+        folder: Of the run.
         device: Where layers run.
         progress: Told what happens.
         until: The last stage to run.
         fresh: Make every stage again.
         max_memory: Bytes that it may use; all that the device has if None.
-        ranks: The processes that share the calibration samples.
+        ranks: The processes that share the calibration samples; None: this one alone.
 
     Raises:
         MkaqError: Of the kind that fits; earlier stages and artifacts stay as they were.
     """
+    from mkaq.budget import meet_budget
+    from mkaq.checkpoint.resolve import resolve_model
+    from mkaq.checkpoint.validate import open_checkpoint
+    from mkaq.digests import describe_files, digest_of
+    from mkaq.heap import arrange_heap
+    from mkaq.plan import check_resources, output_of, plan_recipe, remarks
+    from mkaq.ranks import ALONE
+    from mkaq.report import write_report
+    from mkaq.result import RunResult, write_log
+    from mkaq.run.job import Job
+    from mkaq.run.lock import locked
+    from mkaq.run.make import Maker
+
+    ranks = ranks or ALONE
     source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))
     for line in remarks(recipe, ranks.size):
         progress.say(line)
-    options, plan = plan_budget(recipe, source, device, max_memory, ranks.size)
+    plan = plan_recipe(recipe, source, device, max_memory, ranks.size)
     check_resources(plan, folder, device, max_memory, ranks.local_size)
     arrange_heap(sparing=max_memory is not None)
     with locked(folder) if ranks.main else nullcontext():
@@ -64,47 +75,73 @@ def run(
             progress.say(f"note: {remark}")
         files = describe_files(source.path, source.files) if ranks.main else []
         ranks.wait()
+        maker, budget = Maker(folder, device, progress, fresh, ranks), None
 
-        def stages_of(settled: Recipe) -> Stages:
-            sizes = plan_run(settled, source, device, max_memory, ranks.size)
-            return Stages(settled, folder, device, progress, fresh, source, files, sizes, ranks)
+        def job_of(settled: Recipe) -> Job:
+            output, seed = output_of(settled, source, progress), settled.calibration.seed
+            return Job(source, digest_of(files), output, seed, device, ranks, plan.place, folder)
 
-        budget = None
-        if recipe.budget is not None:
-
-            def trial(settled: Recipe) -> RunResult:
-                return _run(stages_of(settled), "quantize")
-
-            if fresh:
-                (folder / "budget.json").unlink(missing_ok=True)
-            trials = Trials(folder / "budget.json", lambda tried: stages_of(tried).key(), trial, progress)
-            recipe, budget = meet_budget(recipe, options, trials, progress)
-        stages = stages_of(recipe)
-        stages.budget = budget
         try:
-            return _run(stages, until)
+            if recipe.budget is not None:
+                recipe, budget = meet_budget(
+                    recipe, plan.options, lambda tried: make(tried, job_of(tried), maker), progress
+                )
+            if ranks.main:
+                (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            job = make(recipe, job_of(recipe), maker, until)
+            result = RunResult(folder, job.sizes, job.evaluation)
+            if until == LAST:
+                result.artifact = ship(recipe, job, maker, files, budget)
         finally:
             if ranks.main:
-                stages.write_log()
+                write_log(folder, maker.log, plan, device, ranks)
+        if result.artifact and ranks.main:
+            write_report(
+                result, maker.log, job.path(analyze.NAME) / analyze.SIMILARITY if recipe.merge else None
+            )
+        return result
 
 
-def _run(stages: Stages, until: Until) -> RunResult:
-    recipe, model = stages.recipe, stages.source
-    stages.write_recipe()
-    stages.evaluate("source", model)
-    if recipe.needs_calibration:
-        stages.calibrate()
-    if recipe.merge and until != "calibrate":
-        model = stages.merge()
-        stages.evaluate("merge", model)
-    if recipe.recover and until not in ("calibrate", "merge"):
-        model = stages.recover(model)
-        stages.evaluate("recover", model)
-    if recipe.quantize and until in ("quantize", "export"):
-        model = stages.quantize(model)
-        stages.evaluate("quantize", model)
-    if until == "export":
-        stages.export(model)
-        if stages.ranks.main:
-            write_report(stages.result, stages.log)
-    return stages.result
+def make(recipe: Recipe, job: Job, maker: Maker, until: str = LAST) -> Job:
+    """Makes the models of a recipe, one stage after another, each measured on request."""
+    measured = evaluate.section(recipe, job.source)
+    if measured is not None:
+        _evaluate(measured, job, maker)
+    for stage in STAGES:
+        section = stage.section(recipe, job.source)
+        if section is not None and not makes_model(stage):
+            maker.other(stage, section, job)
+        elif section is not None:
+            maker.model(stage, section, job)
+            if measured is not None:
+                _evaluate(measured, job, maker)
+        if until == stage.NAME:
+            break
+    return job
+
+
+def _evaluate(section: evaluate.PerplexitySection, job: Job, maker: Maker) -> None:
+    maker.other(evaluate, section, job, of=job.last)
+    name = f"{evaluate.NAME}/{job.last}"
+    job.note(name, evaluate.mode(section))
+    job.evaluation[job.last] = evaluate.load(job.path(name))
+
+
+def ship(
+    recipe: Recipe, job: Job, maker: Maker, files: list[dict[str, Any]], budget: dict[str, Any] | None
+) -> Path:
+    """Writes the artifact: the last model, its card and its manifest."""
+    from mkaq.card import model_card
+    from mkaq.manifest import build_manifest
+
+    manifest = build_manifest(recipe, job, files, budget)
+    settings = manifest.model_dump(mode="json", by_alias=True)
+    card = model_card(manifest)
+    return maker.artifact(
+        settings, job.digests(job.last), lambda folder: export.run(job, manifest, card, folder)
+    )
+
+
+def stage_of(name: str) -> ModelStage:
+    """The stage that makes a step of a manifest."""
+    return next(stage for stage in STAGES if makes_model(stage) and name == stage.NAME)

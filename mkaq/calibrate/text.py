@@ -18,41 +18,43 @@ from typing import Literal
 
 from mkaq.errors import UsageError
 from mkaq.paths import user_path
-from mkaq.recipe import TextSection
 
 Split = Literal["calibrate", "evaluate"]
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".md")
 
 
-def documents(section: TextSection, split: Split) -> list[str]:
+def documents(dataset: str, where: str | None, split: Split) -> list[str]:
     """The documents of a data set.
 
     `builtin` gives every fifth document to evaluation, `wikitext2` has its train and test
     files, `mmlu` its dev and test folders; `text` and `jsonl` are what the user says they are.
     Half a surrogate pair, which a JSON string can hold and UTF-8 cannot, becomes U+FFFD.
 
+    Args:
+        dataset: As the recipe names it.
+        where: A file or folder; None for `builtin`.
+        split: Which part of it.
+
     Raises:
         UsageError: If the path is missing, unreadable or of another layout.
     """
-    if section.dataset == "builtin":
+    if dataset == "builtin":
         return [
             text
             for number, text in enumerate(builtin_documents())
             if (number % 5 == 4) == (split == "evaluate")
         ]
-    path = user_path(section.path or "")
+    path = user_path(where or "")
     if not path.exists():
-        raise UsageError(
-            "no such file or folder", where=path, fix=f"give dataset {section.dataset} an existing path"
-        )
+        raise UsageError("no such file or folder", where=path, fix=f"give dataset {dataset} an existing path")
     readers: dict[str, Callable[[Path, Split], list[str]]] = {
         "text": _text,
         "jsonl": _jsonl,
         "wikitext2": _wikitext2,
         "mmlu": _mmlu,
     }
-    texts = (_LONE_SURROGATE.sub("\ufffd", text) for text in readers[section.dataset](path, split))
+    texts = (_LONE_SURROGATE.sub("\ufffd", text) for text in readers[dataset](path, split))
     found = [text for text in texts if text.strip()]
     if not found:
         raise UsageError("holds no text", where=path)
@@ -162,20 +164,18 @@ def _mmlu(path: Path, split: Split) -> list[str]:
     return result
 
 
-def text_digest(section: TextSection) -> str:
+def text_digest(dataset: str, where: str | None) -> str:
     """What identifies the text of a data set: the files' digests, or Python's version.
 
     Raises:
         UsageError: If the path is missing.
     """
-    if section.dataset == "builtin":
+    if dataset == "builtin":
         return f"python {'.'.join(map(str, sys.version_info[:3]))}"
-    path = user_path(section.path or "")
+    path = user_path(where or "")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     if not files:
-        raise UsageError(
-            "no such file or folder", where=path, fix=f"give dataset {section.dataset} an existing path"
-        )
+        raise UsageError("no such file or folder", where=path, fix=f"give dataset {dataset} an existing path")
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))

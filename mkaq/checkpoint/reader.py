@@ -226,6 +226,15 @@ class Checkpoint:
         for name in names:
             yield name, self.read([name])[name]
 
+    def linear_shape(self, name: str) -> tuple[int, int]:
+        """out_features and in_features of a linear layer, as layer 0 has it without quantization."""
+        rows, columns = self.dense_shapes[self.arch.in_layer(0, f"{name}.weight")]
+        return rows, columns
+
+    def linear_shapes(self) -> list[tuple[int, int]]:
+        """Those of all linear layers of a decoder layer."""
+        return [self.linear_shape(name) for name in self.arch.linear_names]
+
     def read_layer(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of one decoder layer, as they are stored, by their names below it."""
         prefix = f"{self.arch.layer_name(index)}."

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mkaq.calibrate.tokens import half_in_random_order
+from mkaq.fit.shuffle import half_in_random_order
 from mkaq.ranks import ALONE, Ranks
 from mkaq.walk.batches import spans
 from mkaq.walk.walk import LayerWalk
@@ -61,7 +61,7 @@ def hold_out(tokens: torch.Tensor, ranks: Ranks = ALONE) -> Samples:
     return Samples(part, held.stop - held.start, own.start)
 
 
-def learning_samples(ranks: Ranks, tokens: torch.Tensor, seed: int) -> Samples:
+def half_shuffled_samples(ranks: Ranks, tokens: torch.Tensor, seed: int) -> Samples:
     """`hold_out` of tokens of which every second sequence is in random order."""
     return hold_out(half_in_random_order(tokens, seed), ranks)
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from mkaq.calibrate.tokens import probing_tokens
-from mkaq.fit.hold_out import HELD_OUT, Samples, held_out_error, learning_samples
+from mkaq.fit.hold_out import HELD_OUT, Samples, half_shuffled_samples, held_out_error
+from mkaq.fit.shuffle import probing_tokens
 from mkaq.merge.average import merge_layers
 from mkaq.merge.channels import fuse
 from mkaq.progress import Progress
@@ -51,7 +51,7 @@ def measure_groups(
         source's, in nats.
     """
     sample, probes = split_samples(tokens, walk.ranks.size, len(candidates))
-    samples, probes = learning_samples(walk.ranks, sample, seed), probing_tokens(probes, seed)
+    samples, probes = half_shuffled_samples(walk.ranks, sample, seed), probing_tokens(probes, seed)
     probes = probes[walk.ranks.share(len(probes))]
     hidden_states, expected = walk.embed(samples.tokens), walk.embed(probes)
     merged: dict[tuple[int, int], torch.Tensor] = {}

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mkaq.errors import UsageError
-from mkaq.recipe import MergeSection
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,22 @@ class _Group:
     weights: dict[int, float] = field(default_factory=dict)
 
 
-def layers_to_remove(section: MergeSection, num_layers: int) -> int:
-    """How many layers a recipe's `ratio` or `layers` means for a model of `num_layers`.
+def layers_to_remove(
+    num_layers: int, ratio: float | None, layers: int | None, protect: tuple[int, int]
+) -> int:
+    """How many layers go of a model of `num_layers`.
+
+    Args:
+        num_layers: Of the model.
+        ratio: The share of them that goes, if `layers` is None.
+        layers: How many go.
+        protect: Layers that stay at the start and at the end.
 
     Raises:
         UsageError: If that leaves nothing to merge, or more than can be merged.
     """
-    removed = (
-        section.layers if section.layers is not None else math.floor((section.ratio or 0) * num_layers + 0.5)
-    )
-    free = num_layers - section.protect.first - section.protect.last
+    removed = layers if layers is not None else math.floor((ratio or 0) * num_layers + 0.5)
+    free = num_layers - sum(protect)
     if not 1 <= removed < free:
         raise UsageError(
             f"{removed} of {num_layers} layers cannot be merged away: {max(free, 0)} are not protected, "
@@ -105,7 +110,7 @@ def coefficient_of(rule: str | float | None, similarity: float) -> float:
 
 def chain_plan(
     groups: Sequence[Sequence[int]],
-    section: MergeSection,
+    coefficient: str | float | None,
     similarity: npt.NDArray[np.float64] | None,
     coefficients: Mapping[int, float],
 ) -> MergePlan:
@@ -113,7 +118,7 @@ def chain_plan(
 
     Args:
         groups: Of neighbouring layers, all layers of the model in their order.
-        section: Its coefficient rule.
+        coefficient: The rule, as in the recipe.
         similarity: NPIB of every pair of layers, where the rule needs it.
         coefficients: By first layer of a group, where the rule is `measured`.
     """
@@ -124,37 +129,42 @@ def chain_plan(
             score = None if similarity is None else float(similarity[before, index])
             share = coefficients.get(group[0])
             if share is None:
-                share = coefficient_of(section.coefficient, 1.0 if score is None else score)
+                share = coefficient_of(coefficient, 1.0 if score is None else score)
             merges.append(Merge(group[0], index, share, score))
             weights = {old: weight * share for old, weight in weights.items()} | {index: 1 - share}
         layers.append(weights)
     return MergePlan(tuple(merges), tuple(layers))
 
 
-def plan_merge(section: MergeSection, similarity: npt.NDArray[np.float64]) -> MergePlan:
+def plan_merge(
+    similarity: npt.NDArray[np.float64],
+    removed: int,
+    order: str,
+    coefficient: str | float | None,
+    protect: tuple[int, int],
+) -> MergePlan:
     """Chooses the merges.
 
     A group of merged layers stands for the hidden state that it hands on, so its similarity to a
     neighbour is that of the two groups' last layers, looked up anew after each merge.
 
     Args:
-        section: Order, coefficient, protection and how many.
         similarity: NPIB of every pair of layers, shape (layers, layers).
-
-    Raises:
-        UsageError: If the number of layers does not allow it.
+        removed: How many layers go.
+        order: `similarity` or `back_to_front`.
+        coefficient: The rule, as in the recipe.
+        protect: Layers that stay at the start and at the end.
     """
     count = len(similarity)
-    removed = layers_to_remove(section, count)
     groups = [_Group([index], {index: 1.0}) for index in range(count)]
-    first, last = section.protect.first, section.protect.last
+    first, last = protect
     merges = []
     for _ in range(removed):
         pairs = range(first, len(groups) - last - 1)
-        at = _choose(section.order, groups, pairs, similarity)
+        at = _choose(order, groups, pairs, similarity)
         earlier, later = groups[at], groups[at + 1]
         score = float(similarity[earlier.layers[-1], later.layers[-1]])
-        share = coefficient_of(section.coefficient, score)
+        share = coefficient_of(coefficient, score)
         merges.append(Merge(earlier.layers[0], later.layers[0], share, score))
         weights = {index: weight * share for index, weight in earlier.weights.items()}
         weights |= {index: weight * (1 - share) for index, weight in later.weights.items()}

@@ -11,7 +11,7 @@ import torch
 
 from mkaq.arch.arch import READ_BY_ATTENTION, READ_BY_MLP, Arch, Role
 from mkaq.arch.config import Sizes
-from mkaq.fit.ridge import columns_of
+from mkaq.fit.select import columns_of
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -14,6 +14,24 @@ def longest_group(free: int, removed: int) -> int:
     return min(free, math.ceil(free / (free - removed)) + 1)
 
 
+def candidate_groups(num_layers: int, protect: tuple[int, int], removed: int) -> list[tuple[int, int]]:
+    """First layer and length of every group of neighbours that may become one layer.
+
+    Args:
+        num_layers: Of the model.
+        protect: Layers that stay at the start and at the end.
+        removed: How many layers go.
+    """
+    first, end = protect[0], num_layers - protect[1]
+    longest = longest_group(end - first, removed)
+    return [
+        (start, length)
+        for start in range(first, end)
+        for length in range(2, longest + 1)
+        if start + length <= end
+    ]
+
+
 def cheapest_groups(costs: Mapping[tuple[int, int], float], num_layers: int, removed: int) -> list[list[int]]:
     """The cut of layers 0..num_layers-1 into num_layers - removed groups with the least total cost.
 

@@ -1,25 +1,26 @@
 """What the GPTQ format can hold, checked before any work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import UnsupportedError
 from mkaq.formats.runtimes import runtimes
-from mkaq.recipe import GptqSection
 
 _SIZES = (128, 64, 32, 256, 512, 1024, -1, 16)  # of equal worth the first is the usual one
 
 
-def check_gptq(source: Checkpoint, section: GptqSection) -> None:
+def check_gptq(source: Checkpoint, config: Mapping[str, Any]) -> None:
     """Checks, before any work, that every linear layer fits the format.
+
+    Args:
+        source: The model.
+        config: The quantization_config of what comes out.
 
     Raises:
         UnsupportedError: If a size is not a multiple of 32, or `group_size` does not divide it.
     """
-    shapes = {
-        name: source.tensors[source.arch.in_layer(0, f"{name}.weight")].shape
-        for name in source.arch.linear_names
-    }
+    shapes = {name: source.linear_shape(name) for name in source.arch.linear_names}
     for name, (out_features, in_features) in shapes.items():
         if in_features % 32 or out_features % 32:
             raise UnsupportedError(
@@ -28,20 +29,20 @@ def check_gptq(source: Checkpoint, section: GptqSection) -> None:
                 fix="use quantize: {method: bitsandbytes, bits: 8}",
             )
     for name, (_, in_features) in shapes.items():
-        if section.group_size != -1 and in_features % section.group_size:
+        if config["group_size"] != -1 and in_features % config["group_size"]:
             raise UnsupportedError(
-                f"group_size {section.group_size} does not divide the {in_features} inputs of {name}",
+                f"group_size {config['group_size']} does not divide the {in_features} inputs of {name}",
                 where="quantize.group_size",
-                fix=_advice(section, sorted({inputs for _, inputs in shapes.values()})),
+                fix=_advice(config, sorted({inputs for _, inputs in shapes.values()})),
             )
 
 
-def _advice(section: GptqSection, inputs: Sequence[int]) -> str:
+def _advice(config: Mapping[str, Any], inputs: Sequence[int]) -> str:
     """The group sizes that fit every layer; those that fewer runtimes run apart, with what refuses them."""
     refusing: dict[int, list[str]] = {}
     for size in _SIZES:
         if size == -1 or all(count % size == 0 for count in inputs):
-            found = runtimes(section.model_copy(update={"group_size": size}))
+            found = runtimes({**config, "group_size": size})
             refusing[size] = [row.runtime for row in found if not row.runs]
     fewest = min(map(len, refusing.values()))
     best = [size for size, names in refusing.items() if len(names) == fewest]

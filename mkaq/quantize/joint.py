@@ -15,7 +15,7 @@ from torch import nn
 from mkaq.fit.final_norm import Rescaled, rescale
 from mkaq.fit.hold_out import Samples
 from mkaq.fit.ridge import Fit
-from mkaq.merge.channels import add_rows, add_up, advance, fit_together, moments_of
+from mkaq.fit.targets import add_rows, add_up, advance, fit_together, moments_of
 from mkaq.merge.parts import attention_parts, mlp_parts
 from mkaq.walk.piecewise import Piecewise
 from mkaq.walk.walk import LayerWalk

@@ -9,19 +9,20 @@ One layer, its optimizer state and two streams of activations are in memory.
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from mkaq.checkpoint.writer import layout_like, write_side_files, writer_of
+from mkaq.checkpoint.output import Output
+from mkaq.checkpoint.side_files import copy_side_files
+from mkaq.checkpoint.writer import layout_like, writer_of
 from mkaq.files import write_json
-from mkaq.fit.final_norm import rescale, rescaled
+from mkaq.fit.final_norm import Rescaled, rescale, rescaled
 from mkaq.fit.hold_out import Samples, held_out_mean, token_weights
 from mkaq.heap import return_freed_memory
-from mkaq.progress import Progress
-from mkaq.recipe import LayerwiseSection
 from mkaq.walk.batches import batch_size
 from mkaq.walk.walk import LayerWalk
 
@@ -45,33 +46,58 @@ class RecoveredLayer:
     steps: int
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """How layers are tuned.
+
+    Attributes:
+        steps: Of the optimizer, for each layer.
+        learning_rate: Of AdamW; `auto` is 0.25 / hidden_size.
+        batch_size: Sequences per step, at most.
+        seed: Of the order of the samples.
+    """
+
+    steps: int
+    learning_rate: float | Literal["auto"]
+    batch_size: int
+    seed: int
+
+
+class Recovered(NamedTuple):
+    """What was done.
+
+    Attributes:
+        layers: To each layer.
+        final_norm: How the final norm was rescaled.
+        digests: sha256 of the weight files by name.
+    """
+
+    layers: list[RecoveredLayer]
+    final_norm: Rescaled
+    digests: Mapping[str, str]
+
+
 def recover(
     source: LayerWalk,
     walk: LayerWalk,
     groups: Sequence[Sequence[int]],
     samples: Samples,
-    section: LayerwiseSection,
-    seed: int,
+    tuning: Tuning,
     folder: Path,
-    *,
-    dtype: torch.dtype,
-    shard_size: int,
-    progress: Progress,
-) -> list[RecoveredLayer]:
-    """Writes the tuned checkpoint and recovery.json.
+    output: Output,
+) -> Recovered:
+    """Writes the tuned checkpoint.
 
     Args:
         source: Over the source.
         walk: Over the compressed checkpoint.
         groups: For each of its layers the layers of the source that it stands for.
         samples: The calibration samples.
-        section: The recipe's recover section.
-        seed: Of the order of the samples.
+        tuning: How.
         folder: Where the checkpoint goes.
-        dtype: Of the tensors.
-        shard_size: Bytes per file.
-        progress: Told of every layer.
+        output: How it is written.
     """
+    dtype, progress = output.dtype, output.progress
     compressed = walk.checkpoint
     arch, norm = compressed.arch, compressed.arch.final_norm_weight
     if walk.device.type == "cpu":
@@ -80,7 +106,7 @@ def recover(
     original, states = source.embed(samples.tokens), walk.embed(samples.tokens)
     records = []
     layout = layout_like(compressed, range(compressed.num_layers), dtype)
-    with writer_of(walk.ranks, folder, shard_size, layout) as writer:
+    with writer_of(walk.ranks, folder, output.shard_size, layout) as writer:
         for name, tensor in compressed.each(
             n for n in compressed.outer_tensor_names if n != arch.final_norm_weight
         ):
@@ -89,7 +115,7 @@ def recover(
             for index in group:
                 source.pass_layer(index, original)
             with walk.layer(new) as layer:
-                records.append(tune(walk, layer, new, states, original, samples, section, seed, dtype))
+                records.append(tune(walk, layer, new, states, original, samples, tuning, dtype))
                 walk.run_all(layer, new, states)
                 progress.say(_line(records[-1]))
                 for name, parameter in layer.named_parameters():
@@ -98,10 +124,8 @@ def recover(
         final_norm = rescale(source, walk, original, states, samples)
         writer.add(norm, rescaled(compressed, final_norm, dtype))
     write_json(folder / "config.json", compressed.config)
-    write_side_files(compressed, folder)
-    told = {"layers": [asdict(record) for record in records], "final_norm": asdict(final_norm)}
-    write_json(folder / "recovery.json", told)
-    return records
+    copy_side_files(compressed.path, folder)
+    return Recovered(records, final_norm, writer.digests)
 
 
 def tune(
@@ -111,8 +135,7 @@ def tune(
     inputs: torch.Tensor,
     targets: torch.Tensor,
     samples: Samples,
-    section: LayerwiseSection,
-    seed: int,
+    tuning: Tuning,
     dtype: torch.dtype,
 ) -> RecoveredLayer:
     """Tunes a layer in place; leaves the weights of the lowest held-out error, rounded to `dtype`.
@@ -129,8 +152,7 @@ def tune(
         inputs: What the layers before it hand on, shape (samples, length, hidden_size).
         targets: What it should give, of the same shape.
         samples: Which ones are held out.
-        section: Steps, learning rate and batch size.
-        seed: Of the order of the samples.
+        tuning: How.
         dtype: In which the weights are kept.
     """
     parameters = dict(layer.named_parameters())
@@ -140,11 +162,11 @@ def tune(
     best, found = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
     layer.float().requires_grad_(True)
     fast = walk.ranks.has_fast_bfloat16(walk.device)
-    speed = 0.25 / inputs.shape[-1] if section.learning_rate == "auto" else section.learning_rate
+    speed = 0.25 / inputs.shape[-1] if tuning.learning_rate == "auto" else tuning.learning_rate
     optimizer = torch.optim.AdamW(layer.parameters(), speed, (0.9, 0.95), weight_decay=0.0)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, section.steps))
-    orders = shuffled(samples.learned, math.ceil(section.batch_size / walk.ranks.size), seed)
-    for step, chosen in zip(range(1, section.steps + 1), orders, strict=False):
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, tuning.steps))
+    orders = shuffled(samples.learned, math.ceil(tuning.batch_size / walk.ranks.size), tuning.seed)
+    for step, chosen in zip(range(1, tuning.steps + 1), orders, strict=False):
         parts = torch.split(chosen, batch_size(inputs)) if len(chosen) else ()
         for part in parts:
             with torch.autocast(walk.device.type, torch.bfloat16, enabled=fast):
@@ -160,7 +182,7 @@ def tune(
         optimizer.step()
         rate.step()
         optimizer.zero_grad()
-        if step % math.ceil(section.steps / CHECKS) == 0 or step == section.steps:
+        if step % math.ceil(tuning.steps / CHECKS) == 0 or step == tuning.steps:
             rounded = {name: p.detach().to(dtype).to(walk.dtype) for name, p in layer.named_parameters()}
             error = layer_error(walk, with_weights(layer, rounded), new, inputs, targets, samples)
             if walk.ranks.tell(error < lowest):

@@ -1,38 +1,23 @@
-"""Between stages: a published folder and its handoff.json, and nothing else.
+"""A published folder and its handoff.json: whole, or not there.
 
-A stage is built in a scratch folder beside its place, synced to disk and renamed, so a reader
-sees a whole stage or none. Its fingerprint says what it was made of; a stage whose fingerprint
-and files match is not made again.
+A stage is built in a scratch folder beside its place, synced to disk and renamed. Its fingerprint says what it
+was made of; a stage whose fingerprint and files match is not made again.
 """
 
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mkaq import __version__
 from mkaq.digests import describe_files, digest_of, library_versions, sha256_file
-from mkaq.errors import UsageError, VerificationError
+from mkaq.errors import VerificationError
 from mkaq.files import is_blank, replace_json, sync, write_json
 
 HANDOFF = "handoff.json"
-PLACES = (
-    "calibrate",
-    "merge",
-    "recover",
-    "quantize",
-    "artifact",
-    "evaluate/source",
-    "evaluate/merge",
-    "evaluate/recover",
-    "evaluate/quantize",
-)
-LOGS = ("recipe.yaml", "run.json", "budget.json", "report.html")
 _PATIENCE = 60  # seconds in which a shared file system shows what another process has published
 
 
@@ -51,6 +36,10 @@ class Handoff:
     fingerprint: str
     files: tuple[dict[str, Any], ...]
     reused: bool
+
+    def again(self) -> "Handoff":
+        """The same, found."""
+        return replace(self, reused=True)
 
     @property
     def digest(self) -> str:
@@ -74,9 +63,9 @@ def fingerprint_of(stage: str, section: Any, inputs: Mapping[str, str]) -> str:
 def publish(
     folder: Path,
     stage: str,
-    section: Any,
+    fingerprint: str,
     inputs: Mapping[str, str],
-    build: Callable[[Path], Mapping[str, str] | None],
+    build: Callable[[Path], Mapping[str, str]],
     *,
     fresh: bool = False,
     inside: bool = True,
@@ -87,10 +76,10 @@ def publish(
     Args:
         folder: Where it is published.
         stage: Its name.
-        section: Its part of the recipe, as plain data.
+        fingerprint: Of everything that it is made of.
         inputs: Name and digest of what it reads.
-        build: Writes its files into the folder that it is given; may return the sha256 of files that it
-            has read back, by path.
+        build: Writes its files into the folder that it is given; returns the sha256 of files that it
+            knows, by path.
         fresh: Make it again in any case.
         inside: Put handoff.json into the folder; the artifact's lies beside it instead, hidden,
             because the folder is for others.
@@ -99,15 +88,14 @@ def publish(
     Raises:
         VerificationError: If a handoff.json is there that cannot be read.
     """
-    fingerprint = fingerprint_of(stage, section, inputs)
-    place = _handoff_place(folder, inside)
+    place = handoff_place(folder, inside)
     if not fresh and place.exists():
         if is_blank(place):
             say(f"{place} is blank, as after a power cut: {stage} is made again")
         elif found := _find(folder, place, fingerprint):
             return found
-    scratch = _scratch(folder)
-    _remove(scratch)
+    scratch = scratch_of(folder)
+    remove(scratch)
     scratch.mkdir(parents=True)
     try:
         known = build(scratch)
@@ -121,7 +109,7 @@ def publish(
         if not inside:
             replace_json(place, handoff)
     except BaseException:
-        _remove(scratch)
+        remove(scratch)
         raise
     return Handoff(folder, fingerprint, tuple(files), reused=False)
 
@@ -139,7 +127,7 @@ def find_published(folder: Path, claim: Sequence[str], *, inside: bool = True) -
         VerificationError: If it does not appear, or its handoff.json is damaged.
     """
     for _ in range(_PATIENCE):
-        if (place := _handoff_place(folder, inside)).exists():
+        if (place := handoff_place(folder, inside)).exists():
             data = read_handoff(place)
             found = Handoff(folder, data["fingerprint"], tuple(data["files"]), reused=True)
             if [found.fingerprint, found.digest] == list(claim):
@@ -181,8 +169,8 @@ def _find(folder: Path, place: Path, fingerprint: str) -> Handoff | None:
 
 
 def _replace(scratch: Path, folder: Path) -> None:
-    old = _old(folder)
-    _remove(old)
+    old = old_of(folder)
+    remove(old)
     if folder.exists():
         folder.rename(old)
     try:
@@ -192,33 +180,26 @@ def _replace(scratch: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     sync(folder.parent)
-    _remove(old)
+    remove(old)
 
 
-def _handoff_place(folder: Path, inside: bool) -> Path:
+def handoff_place(folder: Path, inside: bool) -> Path:
+    """Where the handoff.json of a folder lies."""
     return folder / HANDOFF if inside else folder.parent / f".{folder.name}.{HANDOFF}"
 
 
-def _foreign(folder: Path) -> list[str]:
-    """What lies where a run would write, in a folder that no run has held."""
-    stages = [
-        name
-        for name in PLACES
-        if (folder / name).exists()
-        and not any(_handoff_place(folder / name, inside).exists() for inside in (True, False))
-    ]
-    return stages + [name for name in LOGS if (folder / name).exists()]
-
-
-def _scratch(folder: Path) -> Path:
+def scratch_of(folder: Path) -> Path:
+    """Where a folder is built."""
     return folder.parent / f".{folder.name}.partial"
 
 
-def _old(folder: Path) -> Path:
+def old_of(folder: Path) -> Path:
+    """Where what a folder replaces lies for a moment."""
     return folder.parent / f".{folder.name}.old"
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
+    """Deletes a folder, if it is there."""
     if folder.exists():
         shutil.rmtree(folder)
 
@@ -227,36 +208,3 @@ def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a run folder for one process, and repairs what a killed one left half-renamed.
-
-    Raises:
-        UsageError: If another run holds it, or it cannot be written.
-    """
-    fix = "choose another folder with --output"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        foreign = [] if (folder / ".lock").exists() else _foreign(folder)
-        file = (folder / ".lock").open("w")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot be written ({error})", where=folder, fix=fix) from None
-    if foreign:
-        (folder / ".lock").unlink()
-        raise UsageError(f"holds {', '.join(foreign)}, which mkaq did not make", where=folder, fix=fix)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                "another mkaq run is working here", where=folder, fix=f"wait for it, or {fix}"
-            ) from None
-        for place in (folder / name for name in PLACES):
-            scratch, old = _scratch(place), _old(place)
-            if old.exists() and not place.exists():
-                old.rename(place)
-            _remove(old)
-            _remove(scratch)
-        yield

@@ -1,34 +1,34 @@
 """Claims of a manifest about merging that must fit together: what was made of what, and in which shares."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.digests import digest_of
-from mkaq.export.manifest import MergeStep, NewLayer, QuantizeStep, RecoverStep
 from mkaq.fit.ridge import RIDGES
 from mkaq.merge.origins import ORIGINS, Origins, as_tensor
 
+if TYPE_CHECKING:
+    from mkaq.stages.merge import MergeRecord
+    from mkaq.stages.quantize import QuantizeRecord
+    from mkaq.stages.recover import RecoverRecord
 
-def weights_of(layer: NewLayer) -> dict[int, float]:
-    """Old layers and their weights or shares."""
-    return {int(old): weight for old, weight in layer.from_.items()}
 
-
-def recovery_faults(step: MergeStep, recovery: RecoverStep) -> Iterator[str]:
+def recovery_faults(step: "RecoverRecord", layers: int) -> Iterator[str]:
     """Whether the tuned layers are those of the merge."""
-    if [layer.new for layer in recovery.layers] != list(range(len(step.layers))):
-        yield f"the recovered layers are not 0 to {len(step.layers) - 1}"
-    for layer in recovery.layers:
+    if [layer.new for layer in step.layers] != list(range(layers)):
+        yield f"the recovered layers are not 0 to {layers - 1}"
+    for layer in step.layers:
         if layer.error > layer.error_before:
             yield f"recovered layer {layer.new} is said to be worse than before: such weights are not kept"
 
 
-def origin_faults(step: MergeStep, origins: list[Origins], source: Checkpoint) -> Iterator[str]:
+def origin_faults(step: "MergeRecord", origins: list[Origins], source: Checkpoint) -> Iterator[str]:
     """Whether the origins are those of the manifest, and can be."""
     if len(origins) != len(step.layers):
         yield f"{ORIGINS} has {len(origins)} layers, the manifest {len(step.layers)}"
         return
-    groups = [sorted(weights_of(layer)) for layer in step.layers]
+    groups = [sorted(layer.weights) for layer in step.layers]
     if [index for group in groups for index in group] != list(range(source.num_layers)):
         yield "the new layers do not stand for all layers of the source, in their order"
     counts = {
@@ -53,11 +53,11 @@ def origin_faults(step: MergeStep, origins: list[Origins], source: Checkpoint) -
                 yield f"layer {layer.new}: {name} is said to be as it was, and to leave another error"
         taken = as_tensor(origin["channels"])[:, 0]
         share = {index: float((taken == index).sum()) / counts["channels"] for index in group}
-        if share != weights_of(layer):
+        if share != layer.weights:
             yield f"layer {layer.new}: its channels do not have the shares that the manifest says"
 
 
-def residual_faults(step: QuantizeStep, needed: bool) -> Iterator[str]:
+def residual_faults(step: "QuantizeRecord", needed: bool) -> Iterator[str]:
     """Whether the errors of hidden states are there where weights do not follow from the source."""
     if (step.residuals is not None) != needed:
         yield "the quantized layers have " + (
@@ -67,7 +67,7 @@ def residual_faults(step: QuantizeStep, needed: bool) -> Iterator[str]:
         yield f"{len(step.residuals)} errors are recorded for {step.layers_after} quantized layers"
 
 
-def plan_faults(step: MergeStep, source: Checkpoint) -> Iterator[str]:
+def plan_faults(step: "MergeRecord", source: Checkpoint) -> Iterator[str]:
     """Whether the weights of the new layers follow from the recorded merges."""
     groups: dict[int, dict[int, float]] = {index: {index: 1.0} for index in range(source.num_layers)}
     for merge in step.merges:
@@ -79,7 +79,7 @@ def plan_faults(step: MergeStep, source: Checkpoint) -> Iterator[str]:
         groups[merge.into] = weights | {
             index: weight * (1 - merge.coefficient) for index, weight in later.items()
         }
-    recorded = [weights_of(layer) for layer in step.layers]
+    recorded = [layer.weights for layer in step.layers]
     if [layer.new for layer in step.layers] != list(range(len(step.layers))):
         yield "the new layers are not numbered from 0"
     if recorded != [groups[index] for index in sorted(groups)]:

@@ -7,20 +7,22 @@ another number of threads or processes, or in another type, and an honest artifa
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
-from mkaq.export.manifest import Manifest, MergeStep, QuantizeStep, RecoverStep
 from mkaq.fit.final_norm import norm_error
 from mkaq.fit.hold_out import Samples, held_out_error, token_weights
 from mkaq.fit.residuals import residuals
-from mkaq.merge.channels import advance
+from mkaq.fit.targets import advance
 from mkaq.merge.parts import attention_parts, mlp_parts
-from mkaq.verify.claims import weights_of
 from mkaq.walk.hooks import input_of
 from mkaq.walk.walk import LayerWalk
+
+if TYPE_CHECKING:
+    from mkaq.stages.base import FinalNorm
+    from mkaq.stages.merge import MergeRecord
 
 Rows = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
 """What a linear layer reads for some samples, and what it should give."""
@@ -45,57 +47,48 @@ EXACT = Tolerance(0.02, 1e-5)  # both in float32
 ROUNDED = Tolerance(0.05, 1e-3)  # hidden states in 16 bits, here or there: every layer adds their rounding
 
 
-def tolerance(
-    manifest: Manifest, step: MergeStep | RecoverStep | QuantizeStep, dtype: torch.dtype
-) -> Tolerance:
-    """What is allowed between the type in which a step's errors were measured and the one that verifies."""
-    told = manifest.ran_on.get("residuals" if isinstance(step, QuantizeStep) else step.step)
-    exact = told is not None and told.compute_dtype == "float32" and dtype == torch.float32
-    return EXACT if exact else ROUNDED
+def tolerance(measured_in: str | None, dtype: torch.dtype) -> Tolerance:
+    """What is allowed between the type in which errors were measured and the one that verifies."""
+    return EXACT if measured_in == "float32" and dtype == torch.float32 else ROUNDED
 
 
-def measure_again(manifest: Manifest, source: LayerWalk, walk: LayerWalk, samples: Samples) -> list[str]:
-    """Measures what the last step that records errors of hidden states says of the artifact's weights.
-
-    Args:
-        manifest: Of the artifact.
-        source: Over the source.
-        walk: Over the artifact.
-        samples: Held-out ones.
-
-    Returns:
-        The claims that do not hold.
-    """
-    merge = next((step for step in manifest.steps if isinstance(step, MergeStep)), None)
-    groups = [[index] for index in range(source.num_layers)]
-    if merge is not None:
-        groups = [sorted(weights_of(layer)) for layer in merge.layers]
-    step, near = manifest.steps[-1], tolerance(manifest, manifest.steps[-1], source.dtype)
-    if isinstance(step, MergeStep):
-        return list(_merge_faults(step, groups, source, walk, samples, near))
-    if isinstance(step, QuantizeStep):
-        told, norm = step.residuals or [], step.final_norm
-    else:
-        told, norm = [layer.error for layer in step.layers], step.final_norm
-    found = residuals(source, walk, groups, samples)
-    faults = [
-        fault
-        for new, pair in enumerate(zip(found.layers, told, strict=True))
-        for fault in near.faults(f"layer {new}", *pair)
-    ]
-    return faults + list(near.faults("the final norm", found.final_norm, norm.error) if norm else [])
-
-
-def _merge_faults(
-    step: MergeStep,
+def residual_errors(
+    told: Sequence[float],
+    norm: "FinalNorm | None",
     groups: Sequence[Sequence[int]],
     source: LayerWalk,
     walk: LayerWalk,
     samples: Samples,
     near: Tolerance,
 ) -> Iterator[str]:
+    """What does not hold of the errors that were recorded after each layer, and of the final norm.
+
+    Args:
+        told: The recorded errors of the layers.
+        norm: What is recorded of the final norm.
+        groups: For each layer the layers of the source that it stands for.
+        source: Over the source.
+        walk: Over the artifact.
+        samples: Held-out ones.
+        near: How near is near enough.
+    """
+    found = residuals(source, walk, groups, samples)
+    for new, pair in enumerate(zip(found.layers, told, strict=True)):
+        yield from near.faults(f"layer {new}", *pair)
+    if norm:
+        yield from near.faults("the final norm", found.final_norm, norm.error)
+
+
+def merge_faults(
+    step: "MergeRecord",
+    source: LayerWalk,
+    walk: LayerWalk,
+    samples: Samples,
+    near: Tolerance,
+) -> Iterator[str]:
+    """What does not hold of the errors that were recorded of a fusion; arguments as for `residual_errors`."""
     original, states = source.embed(samples.tokens), walk.embed(samples.tokens)
-    for new, (layer, group) in enumerate(zip(step.layers, groups, strict=True)):
+    for new, (layer, group) in enumerate(zip(step.layers, step.groups(), strict=True)):
         told = layer.fused
         assert told is not None
         attention, mlp = _solved_errors(source, walk, group, new, original, states, samples)

@@ -1,19 +1,28 @@
 """Verification: every claim of a manifest checked against the files, and against the source."""
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
+from mkaq.calibrate.text import documents
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokens import calibration_tokens, tokens_digest
 from mkaq.checkpoint.reader import Checkpoint
-from mkaq.checkpoint.side_files import stays_inside
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.digests import sha256_file
 from mkaq.errors import MkaqError, ResourceError, VerificationError
-from mkaq.export.manifest import MANIFEST, FileEntry, Manifest, QuantizeStep, read_manifest
+from mkaq.fit.hold_out import half_shuffled_samples
 from mkaq.formats.formats import format_of
+from mkaq.manifest import MANIFEST, Manifest, read_manifest
+from mkaq.pipeline import stage_of
 from mkaq.progress import Progress
-from mkaq.verify.against import check_against, raise_faults
+from mkaq.ranks import ALONE
+from mkaq.stages.calibrate import CalibrationSection
+from mkaq.stages.quantize import QuantizeRecord
+from mkaq.verify.case import Case, raise_faults
+from mkaq.verify.files import check_files
+from mkaq.verify.remeasure import tolerance
 from mkaq.walk.device import compute_dtype
 from mkaq.walk.walk import LayerWalk
 from mkaq.walk.whole_model import generate, whole_model
@@ -36,7 +45,7 @@ def verify(artifact: Path, source: Path | None, device: torch.device, progress: 
     """
     manifest = read_manifest(artifact)
     done = ["the manifest is whole"]
-    raise_faults(artifact, check_files(artifact, manifest.files, strict=True))
+    raise_faults(artifact, check_files(artifact, manifest.files, beside=MANIFEST))
     done.append(f"{len(manifest.files)} files have their sizes and digests")
     try:
         checkpoint = open_checkpoint(artifact, quantized=True)
@@ -48,43 +57,11 @@ def verify(artifact: Path, source: Path | None, device: torch.device, progress: 
     done.append(_check_runs(checkpoint, device))
     if source is not None:
         original = open_checkpoint(source)
-        raise_faults(source, check_files(source, manifest.source.files, strict=False))
+        raise_faults(source, check_files(source, manifest.source.files))
         raise_faults(artifact, list(_source_claims(manifest, original)))
         done.append(f"{len(manifest.source.files)} files of the source have their digests")
-        done += check_against(manifest, checkpoint, original, device, progress)
+        done += _check_against(manifest, checkpoint, original, device, progress)
     return done
-
-
-def check_files(folder: Path, files: list[FileEntry], *, strict: bool) -> list[str]:
-    """What is wrong with the files of a folder; `strict` also counts files that are not listed."""
-    faults = []
-    for entry in files:
-        path = folder / entry.path
-        if not stays_inside(folder, entry.path):
-            faults.append(f"{entry.path!r} leaves the folder")
-        elif not path.is_file():
-            faults.append(f"{entry.path} is missing")
-        elif path.stat().st_size != entry.bytes:
-            faults.append(f"{entry.path} has {path.stat().st_size} bytes, not {entry.bytes}")
-        elif sha256_file(path) != entry.sha256:
-            faults.append(f"{entry.path} has changed: its sha256 is not the manifest's")
-    if strict:
-        listed = {entry.path for entry in files} | {MANIFEST}
-        faults += [f"{name} is not in the manifest" for name in _not_listed(folder, listed)]
-    return faults
-
-
-def _not_listed(folder: Path, listed: set[str]) -> list[str]:
-    """What lies in a folder and is not listed; hidden files are left alone, but for those further below."""
-    above = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
-    extra = []
-    for path in sorted(folder.iterdir()):
-        if path.name in above and path.is_dir():
-            below = (p.relative_to(folder).as_posix() for p in sorted(path.rglob("*")))
-            extra += [name for name in below if name not in listed and name not in above]
-        elif path.name not in listed and not path.name.startswith("."):
-            extra.append(path.name)
-    return extra
 
 
 def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
@@ -96,7 +73,7 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     found = (checkpoint.num_layers, checkpoint.parameters, checkpoint.nbytes)
     if before != found:
         yield f"layers, parameters, bytes: the manifest ends with {before}, the model has {found}"
-    quantized = next((step for step in manifest.steps if isinstance(step, QuantizeStep)), None)
+    quantized = next((step for step in manifest.steps if isinstance(step, QuantizeRecord)), None)
     config = checkpoint.quantization or {}
     bits = format_of(checkpoint.quantization).bits(config)
     claimed = (quantized.method, quantized.bits) if quantized else (None, None)
@@ -117,7 +94,7 @@ def _budget_claims(manifest: Manifest) -> Iterator[str]:
     if manifest.budget is None or not manifest.steps:
         return
     merged = next((step for step in manifest.steps if step.step == "merge"), None)
-    quantized = next((step for step in manifest.steps if step.step == "quantize"), None)
+    quantized = next((step for step in manifest.steps if isinstance(step, QuantizeRecord)), None)
     removed = merged.layers_before - merged.layers_after if merged else 0
     bits = quantized.bits if quantized and quantized.method == "gptq" else None
     chosen = manifest.budget.chosen
@@ -132,6 +109,53 @@ def _source_claims(manifest: Manifest, source: Checkpoint) -> Iterator[str]:
     found = (source.config["model_type"], source.num_layers, source.parameters, source.nbytes)
     if claims != found:
         yield f"family, layers, parameters, bytes of the source: the manifest says {claims}, it has {found}"
+
+
+def _check_against(
+    manifest: Manifest, artifact: Checkpoint, source: Checkpoint, device: torch.device, progress: Progress
+) -> list[str]:
+    """What follows from the source is demanded bit for bit; recorded errors are measured again.
+
+    Choices that were made from such errors are not made again.
+
+    Returns:
+        What was checked, a sentence for each.
+
+    Raises:
+        VerificationError: With every claim that does not hold.
+    """
+    case = Case(artifact, source)
+    for step in manifest.steps:
+        stage_of(step.step).check(step, case)
+    done = case.compare(progress)
+    if case.measure is None:
+        return done
+    tokens = _calibration_again(manifest, source)
+    if tokens is None:
+        return [*done, "errors of hidden states not measured again: the calibration text is not here"]
+    dtype, last = compute_dtype(source.dtype, device), manifest.steps[-1].step
+    samples = half_shuffled_samples(ALONE, tokens, manifest.recipe["calibration"]["seed"]).held()
+    told = manifest.ran_on.get("residuals") or manifest.ran_on.get(last)
+    near = tolerance(told and told.compute_dtype, dtype)
+    walks = LayerWalk(source, device, dtype), LayerWalk(artifact, device, dtype)
+    raise_faults(artifact.path, list(case.measure(*walks, samples, near)))
+    return [*done, f"the weights leave the errors of hidden states that the manifest says ({last}; {near})"]
+
+
+def _calibration_again(manifest: Manifest, source: Checkpoint) -> torch.Tensor | None:
+    """The calibration tokens of the run, or None if the text is not here or is another one."""
+    try:
+        section = CalibrationSection.model_validate(manifest.recipe["calibration"])
+    except (ValidationError, KeyError):
+        raise VerificationError("the recipe in the manifest has no calibration", where=MANIFEST) from None
+    try:
+        texts = documents(section.dataset, section.path, "calibrate")
+        size = section.num_samples, section.max_seq_length
+        tokens = calibration_tokens(texts, load_tokenizer(source.path), *size, section.seed)
+    except MkaqError:
+        return None
+    claim = manifest.calibration
+    return tokens if claim and tokens_digest(tokens) == claim.tokens_sha256 else None
 
 
 def _check_runs(checkpoint: Checkpoint, device: torch.device) -> str:

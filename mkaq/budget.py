@@ -1,21 +1,14 @@
 """A budget instead of a ratio: the run that meets a size or a perplexity, merging and bits together."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from mkaq.checkpoint.reader import Checkpoint
-from mkaq.errors import UsageError, VerificationError
-from mkaq.files import is_blank, replace_json
+from mkaq.errors import UsageError
 from mkaq.progress import Progress
 from mkaq.recipe import GptqSection, Recipe
-from mkaq.run.plan import RunPlan, plan_run
-from mkaq.run.result import RunResult
+from mkaq.run.job import Job
 from mkaq.units import human, parse_size
 
 
@@ -34,17 +27,32 @@ class Option:
     bytes: int
 
 
-def options_of(recipe: Recipe, source: Checkpoint) -> list[Option]:
-    """Every run that a recipe with a budget allows, by bits, then by layers removed."""
+def options_of(recipe: Recipe, num_layers: int, size_of: Callable[[Recipe], int]) -> list[Option]:
+    """Every run that a recipe with a budget allows, by bits, then by layers removed.
+
+    Args:
+        recipe: With a budget.
+        num_layers: Of the source.
+        size_of: Bytes of the weights that a recipe without a budget makes.
+    """
     assert recipe.budget is not None
     widths: Sequence[int | None] = (None,)
     if isinstance(recipe.quantize, GptqSection):
         widths = sorted(set(recipe.budget.bits or [recipe.quantize.bits]), reverse=True)
     removals = [0]
     if recipe.merge is not None:
-        free = source.num_layers - recipe.merge.protect.first - recipe.merge.protect.last
+        free = num_layers - recipe.merge.protect.first - recipe.merge.protect.last
         removals = list(range(0 if recipe.quantize else 1, max(free, 1)))
-    return [_sized(recipe, source, removed, bits) for bits in widths for removed in removals]
+    options = [Option(removed, bits, 0) for bits in widths for removed in removals]
+    return [replace(option, bytes=size_of(settle(recipe, option))) for option in options]
+
+
+def most_trials(recipe: Recipe, options: Sequence[Option]) -> int:
+    """How many options are run at most."""
+    by_bits = _by_bits(options)
+    if recipe.budget is not None and recipe.budget.bytes is not None:
+        return len(by_bits)
+    return sum(len(row).bit_length() for row in by_bits)
 
 
 def settle(recipe: Recipe, option: Option) -> Recipe:
@@ -59,83 +67,10 @@ def settle(recipe: Recipe, option: Option) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def plan_budget(
-    recipe: Recipe,
-    source: Checkpoint,
-    device: torch.device,
-    limit: int | None = None,
-    processes: int = 1,
-) -> tuple[list[Option], RunPlan]:
-    """Every option of a recipe, none if it has no budget, and the plan that has room for each.
-
-    Raises:
-        UsageError: If there is no option, or as `plan_run`.
-        UnsupportedError: As `plan_run`.
-    """
-    if recipe.budget is None:
-        return [], plan_run(recipe, source, device, limit, processes)
-    options = options_of(recipe, source)
-    if not options:
-        raise UsageError("no layer may be merged and nothing is quantized", where="budget")
-    plans = [plan_run(settle(recipe, option), source, device, limit) for option in options]
-    largest = max(plans, key=lambda plan: plan.sizes[-1].bytes)
-    stages = dict.fromkeys(stage for plan in plans for stage in plan.memory)
-    memory = {stage: max(plan.memory.get(stage, 0) for plan in plans) for stage in stages}
-    disk = max(plan.disk_bytes for plan in plans)
-    place = max((plan.place for plan in plans), key=("device", "host", "files").index)
-    host = max(plan.host_bytes for plan in plans)
-    return options, replace(largest, memory=memory, disk_bytes=disk, place=place, host_bytes=host)
-
-
-class Trials:
-    """The runs that are tried, kept in a file, so that an interrupted search goes on where it was.
-
-    Args:
-        path: Of the file.
-        key: A digest of all that the stages of a recipe without a budget depend on.
-        run: Runs such a recipe as far as its last model.
-        progress: Told of what was lost in a power cut.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        key: Callable[[Recipe], str],
-        run: Callable[[Recipe], RunResult],
-        progress: Progress,
-    ) -> None:
-        self._path, self._key, self._run, self._progress = path, key, run, progress
-
-    def __call__(self, recipe: Recipe) -> tuple[float, float]:
-        """The perplexity of what a recipe makes, and of its source: looked up or measured.
-
-        Raises:
-            VerificationError: If the file is damaged.
-        """
-        known, key = self._read(), self._key(recipe)
-        if key not in known:
-            result = self._run(recipe)
-            known[key] = [result.perplexity, result.source_perplexity]
-            replace_json(self._path, known)
-        return known[key][0], known[key][1]
-
-    def _read(self) -> dict[str, list[float]]:
-        try:
-            if is_blank(self._path):
-                self._progress.say(f"{self._path} is blank, as after a power cut: the search begins anew")
-                return {}
-            known = json.loads(self._path.read_text())
-            return {key: [float(made), float(source)] for key, (made, source) in known.items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise VerificationError(f"is damaged: {error}", where=self._path, fix="delete it") from None
-
-
 def meet_budget(
     recipe: Recipe,
     options: Sequence[Option],
-    perplexities: Callable[[Recipe], tuple[float, float]],
+    make: Callable[[Recipe], Job],
     progress: Progress,
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe that meets its budget, and the record of the search.
@@ -148,7 +83,7 @@ def meet_budget(
     Args:
         recipe: With a budget.
         options: Its options.
-        perplexities: Of what a recipe makes, and of its source.
+        make: Makes and measures the models of a recipe without a budget; what was made before is found.
         progress: Told of every trial.
 
     Raises:
@@ -159,12 +94,13 @@ def meet_budget(
 
     def rise(option: Option) -> float:
         progress.say(f"budget: trying {_tell(option)}")
-        made, source = perplexities(settle(recipe, option))
+        job = make(settle(recipe, option))
+        made, source = (float(job.evaluation[of]["perplexity"]["perplexity"]) for of in (job.last, "source"))
         tried.append(asdict(option) | {"perplexity": made})
         progress.say(f"budget: perplexity {made:.2f}, the source's {source:.2f}")
         return made / source - 1 if math.isfinite(made) else math.inf
 
-    by_bits = [[o for o in options if o.bits == bits] for bits in dict.fromkeys(o.bits for o in options)]
+    by_bits = _by_bits(options)
     if budget.bytes is not None:
         chosen = fit_size(parse_size(budget.bytes), by_bits, rise)
     else:
@@ -240,10 +176,9 @@ def describe(record: dict[str, Any]) -> Iterator[str]:
     yield f"chosen: {_tell(Option(**record['chosen']))}"
 
 
-def _sized(recipe: Recipe, source: Checkpoint, removed: int, bits: int | None) -> Option:
-    unsized = Option(removed, bits, 0)
-    planned = plan_run(settle(recipe, unsized), source, torch.device("cpu"))
-    return replace(unsized, bytes=planned.sizes[-1].bytes)
+def _by_bits(options: Sequence[Option]) -> list[list[Option]]:
+    widths = dict.fromkeys(option.bits for option in options)
+    return [[option for option in options if option.bits == bits] for bits in widths]
 
 
 def _tell(option: Option) -> str:

@@ -10,22 +10,19 @@ import torch
 from torch import nn
 
 from mkaq.checkpoint.finite import all_finite
-from mkaq.checkpoint.reader import Checkpoint
-from mkaq.checkpoint.writer import write_side_files, writer_of
+from mkaq.checkpoint.output import Output
+from mkaq.checkpoint.side_files import copy_side_files
+from mkaq.checkpoint.writer import writer_of
 from mkaq.errors import CheckpointError, UsageError
 from mkaq.files import write_json
 from mkaq.fit.final_norm import Rescaled, rescaled
-from mkaq.formats.gptq import quantization_config
 from mkaq.formats.packing import pack_linear
-from mkaq.progress import Progress
 from mkaq.quantize import gptq_cpu
-from mkaq.quantize.check import check_gptq
 from mkaq.quantize.error import ratio, relative_error
 from mkaq.quantize.gptq import PLAIN, DampingError, GptqResult, Kernels, gptq
 from mkaq.quantize.hessian import HessianSum
 from mkaq.quantize.joint import JointTarget
 from mkaq.ranks import Ranks
-from mkaq.recipe import GptqSection
 from mkaq.walk.batches import spans
 from mkaq.walk.piecewise import Piecewise
 from mkaq.walk.walk import LayerWalk
@@ -59,48 +56,45 @@ class Quantized:
     Attributes:
         modules: Every quantized layer.
         final_norm: How the final norm was rescaled, if it was.
+        digests: sha256 of the weight files by name.
     """
 
     modules: list[GptqModule]
     final_norm: Rescaled | None
+    digests: Mapping[str, str]
 
 
 def quantize_gptq(
-    source: Checkpoint,
-    tokens: torch.Tensor,
-    section: GptqSection,
-    folder: Path,
-    *,
     walk: LayerWalk,
-    dtype: torch.dtype,
-    shard_size: int,
-    progress: Progress,
+    tokens: torch.Tensor,
+    options: Mapping[str, Any],
+    config: Mapping[str, Any],
+    folder: Path,
+    output: Output,
     target: JointTarget | None = None,
 ) -> Quantized:
     """Writes the quantized checkpoint and returns its record.
 
     Args:
-        source: The checkpoint to quantize.
+        walk: Over the checkpoint to quantize.
         tokens: Calibration token ids, shape (samples, length); of several processes each has its own.
-        section: The recipe's quantize section.
+        options: Of `gptq`: bits, group_size, sym, desc_act, static_groups, damp_percent.
+        config: The quantization_config of what comes out.
         folder: Where the checkpoint goes.
-        walk: A walk over `source`.
-        dtype: Of the tensors that stay dense.
-        shard_size: Bytes per file.
-        progress: Told of every layer.
+        output: How it is written.
         target: The original model, toward which weights are solved before they are rounded.
 
     Raises:
         UsageError: If a Hessian cannot be factorized with any damping.
     """
-    check_gptq(source, section)
+    source, dtype = walk.checkpoint, output.dtype
     modules: list[GptqModule] = []
     hidden_states = walk.embed(tokens)
     arch, norm = source.arch, source.arch.final_norm_weight
-    with writer_of(walk.ranks, folder, shard_size) as writer:
+    with writer_of(walk.ranks, folder, output.shard_size) as writer:
         for name, tensor in source.each(n for n in source.outer_tensor_names if n != norm):
             writer.add(name, tensor.to(dtype))
-        for index in progress.track(range(walk.num_layers), "quantize (gptq)"):
+        for index in output.progress.track(range(walk.num_layers), "quantize (gptq)"):
             prefix = f"{arch.layer_name(index)}."
             linears = {f"{prefix}{name}.weight" for name in arch.linear_names}
             for name, tensor in source.each(n for n in source.layer_tensor_names(index) if n not in linears):
@@ -114,37 +108,30 @@ def quantize_gptq(
                     if fitted and fitted.ridge is not None:
                         set_weight(layer, group[0], fitted.weight)
                     hessian = _hessian(pieces, layer, group[0], hidden_states, walk)
-                    for name, packed, record in _solve_group(layer, group, hessian, section, walk, prefix):
+                    for name, packed, record in _solve_group(layer, group, hessian, options, walk, prefix):
                         modules.append(replace(record, ridge=fitted.ridge) if fitted else record)
                         for part, tensor in packed.items():
                             writer.add(f"{prefix}{name}.{part}", tensor)
                 pieces.finish()
         final_norm = target.rescale(walk, hidden_states) if target else None
         writer.add(norm, rescaled(source, final_norm, dtype))
-    config = {
+    whole = {
         **source.config,
         "dtype": str(dtype).removeprefix("torch."),
-        "quantization_config": quantization_config(
-            bits=section.bits,
-            group_size=section.group_size,
-            sym=section.sym,
-            scattered=section.scattered,
-            static_groups=section.static_groups,
-            damp_percent=section.damp_percent,
-        ),
+        "quantization_config": config,
     }
-    config.pop("torch_dtype", None)
-    write_json(folder / "config.json", config)
-    write_json(folder / "quantize_config.json", config["quantization_config"])
-    write_side_files(source, folder)
-    return Quantized(modules, final_norm)
+    whole.pop("torch_dtype", None)
+    write_json(folder / "config.json", whole)
+    write_json(folder / "quantize_config.json", config)
+    copy_side_files(source.path, folder)
+    return Quantized(modules, final_norm, writer.digests)
 
 
 def _solve_group(
     layer: nn.Module,
     group: tuple[str, ...],
     hessian: torch.Tensor,
-    section: GptqSection,
+    options: Mapping[str, Any],
     walk: LayerWalk,
     prefix: str,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor], GptqModule]]:
@@ -153,7 +140,6 @@ def _solve_group(
     if not bool(torch.isfinite(hessian).all()):
         raise CheckpointError(f"the inputs of {prefix}{group[0]} are not finite", where=walk.checkpoint.path)
     weight = torch.cat([linear.weight.float() for linear in linears])
-    options = section.model_dump(exclude={"method", "target"})
     try:
         result = _solve(weight, hessian, walk.ranks, options)
     except DampingError as error:
@@ -175,7 +161,7 @@ def _solve_group(
             damp_percent=result.damp_percent,
         )
         packed = pack_linear(
-            result.codes[rows], result.scales[rows], result.zeros[rows], result.g_idx, section.bits
+            result.codes[rows], result.scales[rows], result.zeros[rows], result.g_idx, options["bits"]
         )
         set_weight(layer, name, result.weight[rows].to(walk.dtype))
         yield name, packed, record

@@ -5,7 +5,9 @@ from typing import Any
 
 import yaml
 
-from mkaq.export.manifest import Manifest, MergeStep, QuantizeStep, RecoverStep
+from mkaq.manifest import Manifest
+from mkaq.pipeline import stage_of
+from mkaq.stages.quantize import QuantizeRecord
 
 _LOAD = {
     "gptq": "needs `pip install optimum gptqmodel`",
@@ -15,7 +17,7 @@ _LOAD = {
 
 def model_card(manifest: Manifest) -> str:
     """The card, the same for the same manifest."""
-    quantized = next((step for step in manifest.steps if isinstance(step, QuantizeStep)), None)
+    quantized = next((step for step in manifest.steps if isinstance(step, QuantizeRecord)), None)
     front: dict[str, Any] = {}
     if base := manifest.source.base_model:
         front |= {"base_model": base, "base_model_relation": "quantized" if quantized else "merge"}
@@ -43,7 +45,7 @@ def model_card(manifest: Manifest) -> str:
             f"| {stage} | {layers} | {parameters:,} | {size:,} | {f'{measured:.2f}' if measured else '-'} |"
         )
     for step in manifest.steps:
-        lines += ["", _describe(step)]
+        lines += ["", stage_of(step.step).describe(step).sentence]
     load = f" ({_LOAD[quantized.method]})" if quantized else ""
     lines += ["", f"Load it with plain transformers{load}:", "", "```python"]
     lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
@@ -60,24 +62,3 @@ def _origin(manifest: Manifest) -> str:
         return f"`{source.base_model or source.path}`"
     name = PurePath(source.path).name
     return f"a local model (`{name}`)" if name.strip(".~") else "a local model"
-
-
-def _describe(step: MergeStep | RecoverStep | QuantizeStep) -> str:
-    if isinstance(step, RecoverStep):
-        steps = step.settings["steps"]
-        return f"Every layer tuned alone toward the hidden states of the original ({steps} steps)."
-    if isinstance(step, MergeStep):
-        groups = [", ".join(layer.from_) for layer in step.layers if len(layer.from_) > 1]
-        how = "fused in function space" if step.layers[0].fused else "averaged"
-        return (
-            f"Merged (MKA, arXiv 2406.16330; {how}) from {step.layers_before} to {step.layers_after} layers: "
-            + "; ".join(groups)
-            + "."
-        )
-    settings = {
-        key: value
-        for key, value in step.settings.items()
-        if key not in ("method", "bits") and value is not None
-    }
-    told = ", ".join(f"{key} {value}" for key, value in settings.items())
-    return f"Quantized with {step.method} to {step.bits} bits ({told})."

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from mkaq.export.manifest import read_manifest
-from mkaq.run.plan import StageSize
-from mkaq.run.result import RunResult
+from mkaq.manifest import read_manifest
+from mkaq.pipeline import stage_of
+from mkaq.result import RunResult
+from mkaq.run.estimate import ModelSize
 from mkaq.units import human
 
 _PAGE = """<!doctype html>
@@ -34,33 +35,11 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 {% for x in m.budget.tried %}<tr><td>{{ x.removed }}<td>{{ x.bits or "-" }}<td>{{ x.bytes }}<td>{{ "%.2f"|format(x.perplexity) }}</tr>
 {% endfor %}</table>{% endif %}
 {% if heatmap %}<h2>Layer similarity (NPIB)</h2><img alt="heatmap" src="data:image/png;base64,{{ heatmap }}">{% endif %}
-{% for s in m.steps %}{% if s.step == "merge" %}
-{% if s.merges %}<h2>Merges</h2>
-<table><tr><th>into<th>from<th>coefficient<th>similarity</tr>
-{% for x in s.merges %}<tr><td>{{ x.into }}<td>{{ x.from_ }}<td>{{ "%.3f"|format(x.coefficient) }}<td>{{ "%.3f"|format(x.similarity) if x.similarity is not none else "-" }}</tr>
-{% endfor %}</table>{% endif %}
-{% if s.measured %}<h2>Groups measured</h2>
-<table><tr><th>layers<th>divergence when merged alone, nats</tr>
-{% for x in s.measured %}<tr><td>{{ x.first }} - {{ x.first + x.layers - 1 }}<td>{{ "%.4f"|format(x.error) }}</tr>
-{% endfor %}</table>{% endif %}
-{% if s.layers[0].fused %}<h2>Fused layers</h2>
-<table><tr><th>layer<th>channels from<th>o_proj ridge<th>error<th>down_proj ridge<th>error<th>error of the output</tr>
-{% for x in s.layers %}<tr><td>{{ x.new }}<td>{% for old, share in x.from_.items() %}{{ old }}: {{ "%.0f"|format(100 * share) }} % {% endfor %}
-{% for f in (x.fused.attention, x.fused.mlp) %}<td>{{ f.ridge if f.ridge is not none else "left as it was" }}<td>{{ "%.4f"|format(f.error_before) }} to {{ "%.4f"|format(f.error) }}{% endfor %}<td>{{ "%.4f"|format(x.fused.residual) }}</tr>
-{% endfor %}</table>{% endif %}
-{% elif s.step == "recover" %}<h2>Recovered layers</h2>
-<table><tr><th>layer<th>error before<th>error<th>best step</tr>
-{% for x in s.layers %}<tr><td>{{ x.new }}<td>{{ "%.4f"|format(x.error_before) }}<td>{{ "%.4f"|format(x.error) }}<td>{{ x.steps or "kept as it was" }}</tr>
-{% endfor %}</table>
-{% else %}
-<h2>Quantized layers ({{ s.method }}, {{ s.bits }} bits)</h2>
-<table><tr><th>module<th>output error<th>weight error<th>damping</tr>
-{% for x in s.modules %}<tr><td><code>{{ x.name }}</code>
-<td>{{ "%.2e"|format(x.error) if x.error is not none else "-" }}
-<td>{{ "%.2e"|format(x.weight_error) }}<td>{{ x.damp_percent if x.damp_percent is not none else "-" }}</tr>
-{% endfor %}</table>{% endif %}
-{% if s.final_norm %}<p>Final norm times {{ "%.4f"|format(s.final_norm.scale) }}; error
-{{ "%.4f"|format(s.final_norm.error_before) }} to {{ "%.4f"|format(s.final_norm.error) }}.</p>{% endif %}
+{% for step in steps %}{% for table in step.tables %}<h2>{{ table.title }}</h2>
+<table><tr>{% for cell in table.header %}<th>{{ cell }}{% endfor %}</tr>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
+{% endfor %}</table>{% endfor %}
+{% for line in step.lines %}<p>{{ line }}</p>{% endfor %}
 {% endfor %}
 <h2>Times</h2>
 <table><tr><th>stage<th>seconds<th></tr>
@@ -71,7 +50,7 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 """
 
 
-def table_rows(sizes: list[StageSize], evaluation: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+def table_rows(sizes: list[ModelSize], evaluation: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Stage, layers, parameters, bytes and perplexity, as text."""
     rows = []
     for size in sizes:
@@ -86,17 +65,20 @@ def with_error(value: float, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-def write_report(result: RunResult, log: list[dict[str, Any]]) -> None:
+def write_report(result: RunResult, log: list[dict[str, Any]], similarity: Path | None) -> None:
     """Writes report.html into the run's folder: one file, nothing loaded from elsewhere.
 
     Without matplotlib it has no heatmap.
+
+    Args:
+        result: Of the run.
+        log: What was made, and how long it took.
+        similarity: The file with the similarity of layers, if there is one.
     """
     assert result.artifact is not None
     folder, heatmap = result.folder, ""
     manifest = read_manifest(result.artifact)
-    similarity = folder / "merge" / "similarity.safetensors"
-    merged = any(step.step == "merge" for step in manifest.steps)
-    if merged and similarity.is_file() and find_spec("matplotlib"):
+    if similarity is not None and similarity.is_file() and find_spec("matplotlib"):
         matrix = load_file(similarity)["npib"]
         heatmap = base64.b64encode(heatmap_png(matrix)).decode()
     page = (
@@ -105,6 +87,7 @@ def write_report(result: RunResult, log: list[dict[str, Any]]) -> None:
         .render(
             m=manifest,
             rows=table_rows(result.sizes, result.evaluation),
+            steps=[stage_of(step.step).describe(step) for step in manifest.steps],
             heatmap=heatmap,
             log={"stages": log},
             recipe=json.dumps(manifest.recipe, indent=2),

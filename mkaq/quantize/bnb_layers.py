@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
+from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.reader import Checkpoint
-from mkaq.checkpoint.writer import ShardWriter, write_side_files
+from mkaq.checkpoint.side_files import copy_side_files
+from mkaq.checkpoint.writer import ShardWriter
 from mkaq.errors import UnsupportedError
 from mkaq.files import write_json
-from mkaq.formats.bitsandbytes import dequantize, quantization_config
+from mkaq.formats.bitsandbytes import dequantize
 from mkaq.heap import return_freed_memory
-from mkaq.progress import Progress
 from mkaq.quantize.bnb import quantize_linear
 from mkaq.quantize.error import relative_error
-from mkaq.recipe import BitsandbytesSection
 
 
 @dataclass(frozen=True)
@@ -35,43 +35,26 @@ class BnbModule:
 
 
 def quantize_bitsandbytes(
-    source: Checkpoint,
-    section: BitsandbytesSection,
-    folder: Path,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    shard_size: int,
-    progress: Progress,
-) -> list[BnbModule]:
-    """Writes the quantized checkpoint and returns the record of every module.
+    source: Checkpoint, config: Mapping[str, Any], folder: Path, device: torch.device, output: Output
+) -> tuple[list[BnbModule], Mapping[str, str]]:
+    """Writes the quantized checkpoint; returns the record of every module, and sha256 of files by name.
 
     Args:
         source: The checkpoint to quantize.
-        section: The recipe's quantize section.
+        config: The quantization_config of what comes out.
         folder: Where the checkpoint goes.
         device: Where the library quantizes.
-        dtype: Of the tensors that stay dense.
-        shard_size: Bytes per file.
-        progress: Told of every layer.
+        output: How it is written.
 
     Raises:
         UnsupportedError: If a weight is too large for int8 as the library makes it.
     """
     modules: list[BnbModule] = []
-    compute_dtype = section.compute_dtype
-    if compute_dtype in (None, "auto"):
-        compute_dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
-    config = quantization_config(
-        bits=section.bits,
-        quant_type=section.quant_type,
-        double_quant=section.double_quant,
-        compute_dtype=str(compute_dtype),
-    )
-    with ShardWriter(folder, shard_size) as writer:
+    dtype = output.dtype
+    with ShardWriter(folder, output.shard_size) as writer:
         for name, tensor in source.each(source.outer_tensor_names):
             writer.add(name, tensor.to(dtype))
-        for index in progress.track(range(source.num_layers), "quantize (bitsandbytes)"):
+        for index in output.progress.track(range(source.num_layers), "quantize (bitsandbytes)"):
             arch = source.arch
             linears = {arch.in_layer(index, f"{name}.weight") for name in arch.linear_names}
             for name, tensor in source.each(source.layer_tensor_names(index)):
@@ -87,8 +70,8 @@ def quantize_bitsandbytes(
     whole = {**source.config, "dtype": str(dtype).removeprefix("torch."), "quantization_config": config}
     whole.pop("torch_dtype", None)
     write_json(folder / "config.json", whole)
-    write_side_files(source, folder)
-    return modules
+    copy_side_files(source.path, folder)
+    return modules, writer.digests
 
 
 def _quantize(

@@ -1,1 +1,0 @@
-"""The artifact that the user ships, its manifest and its model card."""

@@ -1,0 +1,110 @@
+"""What a layer should write to the residual stream, and the regression toward it.
+
+The target of the attention is what the original's attention adds, and the error of the compressed stream;
+that of the MLP is what is left then. Every token counts by the inverse of its mean square, by which the
+norms of the layers that follow divide.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.errors import UnsupportedError, UsageError
+from mkaq.fit.hold_out import HELD_OUT, token_weights
+from mkaq.fit.moments import Moments
+from mkaq.fit.ridge import Fit, fit
+from mkaq.ranks import Ranks
+from mkaq.walk.batches import batches
+from mkaq.walk.hooks import outputs_of
+from mkaq.walk.walk import LayerWalk
+
+
+def check_solvable(source: Checkpoint, samples: int, where: str, instead: str) -> None:
+    """Refuses what has no closed form toward the source's hidden states.
+
+    Args:
+        source: The model.
+        samples: Of the calibration.
+        where: The setting that asks for it.
+        instead: What to use otherwise.
+
+    Raises:
+        UnsupportedError: If there is a norm between `o_proj` or `down_proj` and the residual stream.
+        UsageError: If there are too few samples to hold some out.
+    """
+    if samples < HELD_OUT:
+        raise UsageError(
+            f"{samples} samples are too few to solve on some and measure on others",
+            where="calibration.num_samples",
+            fix=f"use at least {HELD_OUT}, better 128 or more",
+        )
+    reason = "normalizes what its layers write" if source.arch.written_norms else ""
+    if source.arch.parallel:
+        reason = "runs attention and MLP side by side"
+    if reason:
+        what = f"{source.config['model_type']} {reason}, so no closed form exists"
+        raise UnsupportedError(what, where=where, fix=f"use {instead}")
+
+
+def advance(
+    walk: LayerWalk,
+    group: Sequence[int],
+    writer: str,
+    original: torch.Tensor,
+    compressed: torch.Tensor,
+    attended: torch.Tensor,
+) -> None:
+    """Moves the original stream past the group; puts into `attended` what the new attention should add.
+
+    That is what the group's attention adds in the original, and the error of the compressed stream, in
+    float32: of two streams in a shorter type the difference would be little but rounding.
+    """
+    for target, *streams in zip(batches(attended), batches(original), batches(compressed), strict=True):
+        before, now = map(walk.fetch, streams)
+        target.copy_(before.float() - now.float())
+        walk.activations.release()
+    for index in group:
+        with walk.layer(index) as layer, outputs_of(layer.get_submodule(writer)) as seen:
+            for states, target in zip(batches(original), batches(attended), strict=True):
+                states.copy_(walk.run(layer, index, states))
+                target.copy_(walk.fetch(target) + seen.pop())
+                walk.activations.release()
+
+
+def fit_together(
+    ranks: Ranks, moments: Moments, held_out: Moments, prior: torch.Tensor, nearly: float
+) -> Fit:
+    """`fit`; of several processes the first one does it."""
+    if not ranks.main:
+        ridge, error, before = ranks.tell()
+        weight = torch.empty(prior.shape, device=prior.device)
+        return Fit(ranks.from_first(weight), ridge, error, before)
+    own = fit(moments, held_out, prior, nearly)
+    ranks.tell((own.ridge, own.error, own.error_before))
+    return replace(own, weight=ranks.from_first(own.weight.contiguous()))
+
+
+def moments_of(walk: LayerWalk, features: int) -> Moments:
+    """Empty moments of what a layer writes from some features."""
+    return Moments(features, walk.checkpoint.sizes.hidden, walk.device)
+
+
+def add_rows(moments: Moments, features: torch.Tensor, target: torch.Tensor, final: torch.Tensor) -> None:
+    """Adds tokens to moments, each weighted by the inverse mean square of its hidden state, `final`."""
+    moments.add(features.flatten(0, -2), target.flatten(0, -2), token_weights(final).reshape(-1))
+
+
+def add_up(ranks: Ranks, *moments: Moments) -> None:
+    """Adds the moments of all processes, so that each has those of all tokens."""
+    for sums in moments:
+        energy = torch.tensor([sums.energy], dtype=torch.float64, device=sums.gram.device)
+        ranks.add(sums.gram, sums.cross, energy)
+        sums.energy = float(energy)
+
+
+def without_bias(target: torch.Tensor, tensors: Mapping[str, torch.Tensor], writer: str) -> torch.Tensor:
+    """A target less what the bias of a linear layer writes, if it has one."""
+    bias = tensors.get(f"{writer}.bias")
+    return target if bias is None else target - bias.to(target.device, target.dtype)

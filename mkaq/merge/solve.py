@@ -1,0 +1,117 @@
+"""The parts of a new layer: which are kept of those of all layers of a group, and what they write."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mkaq.fit.hold_out import Samples, token_weights
+from mkaq.fit.moments import Moments
+from mkaq.fit.ridge import Fit
+from mkaq.fit.select import column_sizes, columns_of, keep_columns
+from mkaq.fit.targets import add_rows, add_up, fit_together, moments_of
+from mkaq.merge.parts import Parts, all_parts, part_columns, take_columns, take_parts
+from mkaq.ranks import Ranks
+from mkaq.walk.batches import TOKENS_PER_BATCH
+from mkaq.walk.walk import LayerWalk
+
+CANDIDATES = 1.5  # channels that may be kept, for each that is; those that write most
+SELECTION_RIDGE = 1e-2
+NEARLY_BEST = 0.9  # of what a ridge gains on held-out text of the calibration's domain
+
+Rows = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
+"""Features and target of some samples."""
+
+
+@dataclass(frozen=True)
+class PartSolver:
+    """Chooses heads and channels, and solves the weight with which they write.
+
+    Attributes:
+        walk: Over the source.
+        first: The first layer of the group.
+        original: Hidden states of the source after the group, shape (samples, length, hidden_size).
+        samples: Which ones are held out.
+        layers: The tensors of each layer of the group, by their names below it.
+        readers: Of each layer, rewritten to follow the first one's norms.
+        dtype: Of the new tensors.
+    """
+
+    walk: LayerWalk
+    first: int
+    original: torch.Tensor
+    samples: Samples
+    layers: Sequence[Mapping[str, torch.Tensor]]
+    readers: Sequence[Mapping[str, torch.Tensor]]
+    dtype: torch.dtype
+
+    def solve(self, parts: Parts, rows_at: Rows, new: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Fit]:
+        """Puts the readers and the writer of one kind of parts into a new layer.
+
+        Args:
+            parts: Heads or channels.
+            rows_at: What all parts of all layers give for some samples, side by side, and what should be
+                written.
+            new: The new layer's tensors.
+
+        Returns:
+            Old layer and number of each part, shape (count, 2), int32, and how the writer was solved.
+        """
+        ranks, (learn, held) = self.walk.ranks, self.samples.halves()
+        origins = all_parts(len(self.layers), parts)
+        if parts.width == 1 and len(self.layers) > 1:
+            origins = origins[self._strongest(parts, rows_at)]
+        moments = self._moments(parts, origins, rows_at, learn)
+        if len(self.layers) > 1:
+            chosen = choose_together(ranks, moments, parts)
+            origins = origins[chosen.cpu()]
+            moments = moments.select(columns_of(chosen, parts.width))
+        held_out = self._moments(parts, origins, rows_at, held)
+        prior = take_columns(self.layers, parts, origins).to(self.walk.device)
+        solved = fit_together(ranks, moments, held_out, prior, NEARLY_BEST)
+        new.update(take_parts(self.readers, parts, origins))
+        rounded = solved.weight.to(self.dtype)
+        new[f"{parts.writer}.weight"] = rounded.cpu()
+        origins[:, 0] += self.first
+        if solved.ridge is not None:
+            solved = replace(solved, error=ranks.tell(held_out.error(rounded)))
+        return origins.to(torch.int32), solved
+
+    def _strongest(self, parts: Parts, rows_at: Rows) -> torch.Tensor:
+        """The parts that write most by themselves, on the first batch of all samples."""
+        rows, ranks = first_batch(self.samples), self.walk.ranks
+        writers = torch.cat([layer[f"{parts.writer}.weight"] for layer in self.layers], 1)
+        sizes = torch.zeros(writers.shape[1], device=self.walk.device)
+        if len(self.original[rows]):  # or all of them are other processes'
+            features, weights = rows_at(rows)[0], token_weights(self.walk.fetch(self.original[rows]))
+            sizes += column_sizes(features.flatten(0, -2), weights.reshape(-1), writers)
+        ranks.add(sizes)
+        strong = sizes.topk(int(CANDIDATES * parts.count)).indices.sort().values
+        return ranks.from_first(strong).cpu()
+
+    def _moments(
+        self, parts: Parts, origins: torch.Tensor, rows_at: Rows, batches: Sequence[slice]
+    ) -> Moments:
+        columns = part_columns(parts, origins).to(self.walk.device)
+        moments = moments_of(self.walk, len(columns))
+        for rows in batches:
+            features, target = rows_at(rows)
+            chosen = features if len(columns) == features.shape[-1] else features[..., columns]
+            add_rows(moments, chosen, target, self.walk.fetch(self.original[rows]))
+            self.walk.activations.release()
+        add_up(self.walk.ranks, moments)
+        return moments
+
+
+def first_batch(samples: Samples) -> slice:
+    """A process's part of the first batch of all samples, which is the same for any number of processes."""
+    size = max(1, TOKENS_PER_BATCH // samples.tokens.shape[1])
+    return slice(0, min(max(0, size - samples.first), samples.learned))
+
+
+def choose_together(ranks: Ranks, moments: Moments, parts: Parts) -> torch.Tensor:
+    """The parts to keep, shape (count,); of several processes the first one chooses."""
+    if ranks.main:
+        return ranks.from_first(keep_columns(moments, parts.count, SELECTION_RIDGE, parts.width))
+    device = moments.cross.device
+    return ranks.from_first(torch.empty(parts.count, dtype=torch.int64, device=device))

@@ -1,0 +1,47 @@
+"""What a run comes to, and its log."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mkaq.files import write_json
+from mkaq.plan import RunPlan
+from mkaq.ranks import Ranks
+from mkaq.run.estimate import ModelSize
+
+
+@dataclass
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        folder: Of the run.
+        sizes: The model as it came and after each stage.
+        evaluation: What was measured, by stage.
+        artifact: What the user ships, once exported.
+    """
+
+    folder: Path
+    sizes: list[ModelSize]
+    evaluation: dict[str, Any]
+    artifact: Path | None = None
+
+
+def write_log(
+    folder: Path, stages: list[dict[str, Any]], plan: RunPlan, device: torch.device, ranks: Ranks
+) -> None:
+    """run.json: clocks and memory, which no digest covers."""
+    log: dict[str, Any] = {
+        "processes": ranks.size,
+        "stages": stages,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in stages), default=0),
+        "expected_memory_bytes": plan.memory_bytes,
+        "expected_memory_by_stage": dict(plan.memory),
+    }
+    if device.type == "cuda":
+        log["peak_device_memory_bytes"] = max((row.get("peak_device_bytes", 0) for row in stages), default=0)
+    write_json(folder / "run.json", log)

@@ -1,0 +1,142 @@
+"""Making stages: each is found by its fingerprint, or run by all processes and published by the first."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.files import write_json
+from mkaq.heap import return_freed_memory
+from mkaq.peak import peak_bytes, reset_peak
+from mkaq.progress import Progress
+from mkaq.ranks import Ranks
+from mkaq.run.job import RECORD, Job
+from mkaq.run.publish import Handoff, find_published, fingerprint_of, publish
+from mkaq.run.store import Store
+
+if TYPE_CHECKING:
+    from mkaq.stages.base import ModelStage, Section, Stage
+
+Build = Callable[[Path], Mapping[str, str]]
+"""Writes files into a folder; returns the sha256 of those that it has hashed."""
+
+
+class Maker:
+    """Makes the stages of a run's jobs.
+
+    Args:
+        folder: Of the run.
+        device: Where layers run.
+        progress: Told what happens.
+        fresh: Make every stage again, once.
+        ranks: The processes; the first one writes.
+
+    Attributes:
+        log: What was made, how long it took, and its peak of memory.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device, progress: Progress, fresh: bool, ranks: Ranks
+    ) -> None:
+        self._folder, self._device, self._progress, self._ranks = folder, device, progress, ranks
+        self._fresh, self._store = fresh, Store(folder, fresh, progress.say)
+        self.log: list[dict[str, Any]] = []
+
+    def model(self, stage: "ModelStage", section: "Section", job: Job) -> None:
+        """Makes the next model of a job."""
+        mode = stage.mode(section)
+
+        def build(scratch: Path) -> Mapping[str, str]:
+            facts, digests = stage.run(section, job, scratch)
+            if self._ranks.main:
+                settings = {"settings": section.model_dump(mode="json")}
+                after = open_checkpoint(scratch, quantized=True)
+                record = stage.Record.model_validate({**job.sizes_with(after), **settings, **facts})
+                write_json(scratch / RECORD, record.model_dump(mode="json", by_alias=True))
+            return digests
+
+        self._make(stage, stage.NAME, section, job, build)
+        job.advance(stage.NAME, stage.Record, mode)
+
+    def other(self, stage: "Stage", section: "Section", job: Job, of: str = "") -> None:
+        """Makes a stage that makes no model: of the whole job, or of one of its models."""
+        name = f"{stage.NAME}/{of}" if of else stage.NAME
+        self._make(stage, name, section, job, lambda scratch: stage.run(section, job, scratch).digests)
+
+    def artifact(self, settings: Any, inputs: Mapping[str, str], build: Build) -> Path:
+        """Publishes what the user ships, outside of the store."""
+        folder = self._folder / "artifact"
+        fingerprint = fingerprint_of("artifact", settings, inputs)
+
+        def own(build: Build) -> Handoff:
+            options = {"fresh": self._fresh, "inside": False}
+            return publish(folder, "artifact", fingerprint, inputs, build, say=self._progress.say, **options)
+
+        self._together("artifact", build, own, lambda c: find_published(folder, c, inside=False), alone=True)
+        return folder
+
+    def _make(self, stage: "Stage", name: str, section: "Section", job: Job, build: Build) -> None:
+        mode, settings = stage.mode(section), section.model_dump(mode="json")
+        if not mode.plain:
+            written = {"dtype": str(job.dtype), "shard_size": job.output.shard_size}
+            settings |= {"seed": job.seed, **written, "ran_on": job.runs_on(mode)}
+        inputs = stage.inputs(section, job)
+        fingerprint = fingerprint_of(stage.NAME, settings, inputs)
+
+        def own(build: Build) -> Handoff:
+            done = self._store.publish(stage.NAME, fingerprint, inputs, build)
+            self._store.link(name, done)
+            return done
+
+        done = self._together(name, build, own, lambda c: self._store.find(stage.NAME, c), alone=mode.alone)
+        job.publish(name, done.path, done.digest)
+
+    def _together(
+        self,
+        name: str,
+        build: Build,
+        publish: Callable[[Build], Handoff],
+        find: Callable[[list[str]], Handoff],
+        *,
+        alone: bool,
+    ) -> Handoff:
+        """Publishes in the first process; unless it is done alone, all processes build.
+
+        Args:
+            name: Of the stage.
+            build: Makes it.
+            publish: Makes it or finds it, in the first process.
+            find: Finds what the first one has published, by its fingerprint and digest.
+            alone: Whether the first process makes it alone.
+        """
+        began = time.time()
+        return_freed_memory()  # what the stage before has let go of is not this one's
+        reset_peak()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._ranks.main:
+
+            def call_all(scratch: Path) -> Mapping[str, str]:
+                self._ranks.tell(not alone)
+                return build(scratch)
+
+            done = publish(call_all)
+            if done.reused:
+                self._ranks.tell(False)
+            self._ranks.tell([done.fingerprint, done.digest])
+        else:
+            if self._ranks.tell():
+                with TemporaryDirectory() as scratch:
+                    build(Path(scratch))
+            done = find(self._ranks.tell())
+        seconds = time.time() - began
+        self._progress.say(f"{name}: " + ("unchanged, kept" if done.reused else f"done in {seconds:.1f} s"))
+        row: dict[str, Any] = {"stage": name, "started": began, "seconds": seconds, "reused": done.reused}
+        if self._device.type == "cuda":
+            row["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._device)
+        self.log.append(row | {"peak_memory_bytes": peak_bytes()})
+        return done

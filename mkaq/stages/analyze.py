@@ -1,0 +1,122 @@
+"""What merging rests on: how alike layers are, and what merging each group of them costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from mkaq.stages.base import Estimate, Made, Mode, ModelSize, Section, Task
+
+if TYPE_CHECKING:
+    from mkaq.checkpoint.reader import Checkpoint
+    from mkaq.merge.choose import Analysis
+    from mkaq.recipe import Recipe
+    from mkaq.run.job import Job
+
+NAME = "analyze"
+LESS = "lower merge.manifold.points or calibration.num_samples"
+SIMILARITY, COSTS = "similarity.safetensors", "costs.json"
+
+
+class ManifoldSection(Section):
+    """The diffusion map of a layer's hidden states, and the bins in which its information is counted."""
+
+    dimensions: int = Field(default=2, ge=1, le=4)
+    """Diffusion coordinates kept."""
+    points: int = Field(default=1024, ge=64, le=16384)
+    """Token positions at which hidden states are compared, at most: no more than the calibration has."""
+    bandwidth: Literal["median"] | Annotated[float, Field(gt=0)] = "median"
+    """Width of the Gaussian kernel: the median pairwise distance, or a number."""
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    """Density normalization: 0 none (graph Laplacian), 0.5 Fokker-Planck, 1 Laplace-Beltrami."""
+    time: float = Field(default=1, ge=0, le=100)
+    """Diffusion time: the power of the eigenvalues that scale the coordinates."""
+    bins: int = Field(default=4, ge=2, le=32)
+    """Equal-frequency bins per coordinate."""
+    bias_correction: Literal["miller_madow", "none"] = "miller_madow"
+    """Correction of the plug-in entropies for the finite number of points."""
+
+
+class AnalysisSection(Section):
+    """What of the merge section an analysis depends on: other ratios share it as far as they can."""
+
+    manifold: ManifoldSection | None
+    """How layers are compared; null: they are not."""
+    fuse: Literal["average", "channels"]
+    """How groups are merged to measure them."""
+    coefficient: float | None
+    """Of averages; null: the best one of each group."""
+    candidates: list[tuple[int, int]] = Field(strict=False)
+    """First layer and length of every group that is measured."""
+
+
+def section(recipe: Recipe, source: Checkpoint) -> AnalysisSection | None:
+    """What the merge section needs to know."""
+    from mkaq.merge.segment import candidate_groups
+
+    merge = recipe.merge
+    if merge is None:
+        return None
+    candidates: list[tuple[int, int]] = []
+    if merge.order == "measured":
+        layers, protect = source.num_layers, (merge.protect.first, merge.protect.last)
+        candidates = candidate_groups(layers, protect, merge.removed(layers))
+    fixed = merge.coefficient if isinstance(merge.coefficient, float) and candidates else None
+    return AnalysisSection(manifold=merge.manifold, fuse=merge.fuse, coefficient=fixed, candidates=candidates)
+
+
+def mode(section: AnalysisSection) -> Mode:
+    """Averages are compared by fast products."""
+    return Mode(fast=section.fuse == "average")
+
+
+def inputs(section: AnalysisSection, job: Job) -> Mapping[str, str]:
+    """The source and the tokens."""
+    return job.digests("source", "calibrate")
+
+
+def estimate(section: AnalysisSection, before: ModelSize, task: Task) -> Estimate:
+    """Hidden states at the points; for each candidate what it makes of the samples that measure it."""
+    from mkaq.run.memory import analyzing
+
+    points = section.manifold.points if section.manifold else 0
+    return Estimate(analyzing(task, points, section.fuse, section.candidates))
+
+
+def run(section: AnalysisSection, job: Job, folder: Path) -> Made:
+    """Writes `SIMILARITY` (npib, coordinates) and `COSTS`, each if it is asked for."""
+    from safetensors.numpy import save_file
+
+    from mkaq.files import write_json
+    from mkaq.merge.compare import compare_layers
+    from mkaq.merge.cost import by_average, by_channels, measure_groups
+
+    walk, tokens = job.walk(job.source, fast=mode(section).fast), job.tokens()
+    if section.manifold is not None:
+        found = compare_layers(walk, tokens, job.seed, job.progress, **section.manifold.model_dump())
+        arrays = {"npib": found.matrix, "coordinates": found.coordinates}
+        save_file(arrays, folder / SIMILARITY)
+    if section.candidates:
+        average = section.fuse == "average"
+        build = by_average(walk, section.coefficient) if average else by_channels(walk, job.dtype)
+        costs = measure_groups(walk, tokens, job.seed, section.candidates, build, job.progress)
+        rows = [{"first": k, "layers": n, "error": error} for (k, n), error in costs.items()]
+        write_json(folder / COSTS, rows)
+    return Made()
+
+
+def load(folder: Path) -> Analysis:
+    """What `run` wrote."""
+    from safetensors.numpy import load_file
+
+    from mkaq.merge.choose import Analysis
+
+    similarity = load_file(folder / SIMILARITY)["npib"] if (folder / SIMILARITY).is_file() else None
+    rows: list[dict[str, Any]] = []
+    if (folder / COSTS).is_file():
+        rows = json.loads((folder / COSTS).read_text())
+    return Analysis(similarity, {(row["first"], row["layers"]): row["error"] for row in rows})

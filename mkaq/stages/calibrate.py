@@ -1,0 +1,80 @@
+"""The calibration tokens: chosen once, read by every stage that learns or measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from mkaq.stages.base import Estimate, Made, Mode, ModelSize, Need, Task, TextSection
+
+if TYPE_CHECKING:
+    from mkaq.checkpoint.reader import Checkpoint
+    from mkaq.recipe import Recipe
+    from mkaq.run.job import Job
+
+NAME = "calibrate"
+LESS = "use a larger machine"
+TOKENS = "calibration.safetensors"
+
+
+class CalibrationSection(TextSection):
+    """The tokens on which layers are compared and quantization errors are measured."""
+
+    num_samples: int = Field(default=128, ge=1, le=65536)
+    """How many sequences."""
+    max_seq_length: int = Field(default=512, ge=8, le=131072)
+    """Tokens per sequence."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Chooses the sequences, and the token positions at which layers are compared."""
+
+
+def section(recipe: Recipe, source: Checkpoint) -> CalibrationSection | None:
+    """The section, if anything reads it."""
+    return recipe.calibration if recipe.needs_calibration else None
+
+
+def mode(section: CalibrationSection) -> Mode:
+    """A choice, by one process."""
+    return Mode(alone=True, plain=True)
+
+
+def inputs(section: CalibrationSection, job: Job) -> Mapping[str, str]:
+    """The source's tokenizer, and the text."""
+    from mkaq.calibrate.text import text_digest
+
+    return {**job.digests("source"), "text": text_digest(section.dataset, section.path)}
+
+
+def estimate(section: CalibrationSection, before: ModelSize, task: Task) -> Estimate:
+    """Next to nothing.
+
+    Raises:
+        UsageError: If the model has too few positions.
+    """
+    from mkaq.errors import UsageError
+
+    longest = task.source.sizes.positions
+    if section.max_seq_length > longest:
+        raise UsageError(
+            f"{section.max_seq_length} is longer than the model's {longest} positions",
+            where="calibration.max_seq_length",
+        )
+    return Estimate(Need(0))
+
+
+def run(section: CalibrationSection, job: Job, folder: Path) -> Made:
+    """Writes `TOKENS`: input_ids, int32, shape (num_samples, max_seq_length)."""
+    from safetensors.torch import save_file
+
+    from mkaq.calibrate.text import documents
+    from mkaq.calibrate.tokenizer import load_tokenizer
+    from mkaq.calibrate.tokens import calibration_tokens
+
+    texts = documents(section.dataset, section.path, "calibrate")
+    tokenizer = load_tokenizer(job.source.path)
+    size = section.num_samples, section.max_seq_length
+    save_file({"input_ids": calibration_tokens(texts, tokenizer, *size, section.seed)}, folder / TOKENS)
+    return Made()

@@ -1,0 +1,84 @@
+"""Measurements of a model, after each stage that makes one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from mkaq.stages.base import Estimate, Made, Mode, ModelSize, Section, Task, TextSection
+
+if TYPE_CHECKING:
+    from mkaq.checkpoint.reader import Checkpoint
+    from mkaq.recipe import Recipe
+    from mkaq.run.job import Job
+
+NAME = "evaluate"
+LESS = "lower evaluate.perplexity.max_seq_length or num_samples, or leave it out"
+EVALUATION = "evaluation.json"
+
+
+class PerplexitySection(TextSection):
+    """Perplexity per token over consecutive sequences of a text."""
+
+    num_samples: Annotated[int, Field(ge=1)] | None = None
+    """At most this many sequences; null reads the whole text."""
+    max_seq_length: int = Field(default=512, ge=8, le=131072)
+    """Tokens per sequence."""
+
+
+class EvaluateSection(Section):
+    """What is measured on the source and after each stage."""
+
+    perplexity: PerplexitySection | None = None
+    """Perplexity, or null."""
+
+
+def section(recipe: Recipe, source: Checkpoint) -> PerplexitySection | None:
+    """The recipe's."""
+    return recipe.evaluate.perplexity if recipe.evaluate else None
+
+
+def mode(section: PerplexitySection) -> Mode:
+    """Exact, and shared."""
+    return Mode()
+
+
+def inputs(section: PerplexitySection, job: Job) -> Mapping[str, str]:
+    """The model and the text."""
+    from mkaq.calibrate.text import text_digest
+
+    return {**job.digests(job.last), "text": text_digest(section.dataset, section.path)}
+
+
+def estimate(section: PerplexitySection, before: ModelSize, task: Task) -> Estimate:
+    """The sequences' hidden states, and the logits of one."""
+    from mkaq.run.memory import measuring
+
+    return Estimate(measuring(task, section.num_samples, section.max_seq_length))
+
+
+def run(section: PerplexitySection, job: Job, folder: Path) -> Made:
+    """Writes `EVALUATION`."""
+    from mkaq.calibrate.text import documents
+    from mkaq.calibrate.tokenizer import load_tokenizer
+    from mkaq.calibrate.tokens import evaluation_sequences
+    from mkaq.evaluate.perplexity import perplexity
+    from mkaq.files import write_json
+
+    texts = documents(section.dataset, section.path, "evaluate")
+    tokenizer = load_tokenizer(job.source.path)
+    sequences = evaluation_sequences(texts, tokenizer, section.max_seq_length, section.num_samples)
+    measured = perplexity(job.walk(job.model), sequences, job.progress, f"perplexity of {job.last}")
+    settings = section.model_dump(mode="json")
+    write_json(folder / EVALUATION, {"perplexity": {**measured.as_json(), "settings": settings}})
+    return Made()
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """What `run` wrote."""
+    found: dict[str, Any] = json.loads((folder / EVALUATION).read_text())
+    return found

@@ -1,0 +1,68 @@
+"""The artifact: the last model, a model card and the manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, field_validator
+
+from mkaq.stages.base import Section
+
+if TYPE_CHECKING:
+    from mkaq.manifest import Manifest
+    from mkaq.run.job import Job
+
+
+class ExportSection(Section):
+    """The artifact's files."""
+
+    formats: list[Literal["safetensors"]] = Field(default=["safetensors"], min_length=1)
+    """Formats to write."""
+    shard_size: str = "4GB"
+    """Largest size of one weight file, e.g. `500MB` or `4GB`; a single larger tensor gets its own file."""
+
+    @field_validator("shard_size")
+    @classmethod
+    def _is_a_size(cls, value: str) -> str:
+        from mkaq.units import parse_size
+
+        parse_size(value)
+        return value
+
+
+def run(job: Job, manifest: Manifest, card: str, folder: Path) -> Mapping[str, str]:
+    """Writes what the user ships.
+
+    Args:
+        job: That has made the last model.
+        manifest: Complete but for `files`.
+        card: README.md.
+        folder: Empty.
+
+    Returns:
+        sha256 of the files by name, but for the manifest's.
+    """
+    from mkaq.digests import describe_files
+    from mkaq.manifest import MANIFEST, FileEntry, write_manifest
+
+    for path in _files(job):
+        if path.is_file():
+            name = path.relative_to(job.model.path) if path.is_relative_to(job.model.path) else path.name
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = [FileEntry(**entry) for entry in describe_files(folder, names)]
+    write_manifest(folder / MANIFEST, manifest.model_copy(update={"files": files}))
+    return {file.path: file.sha256 for file in files}
+
+
+def _files(job: Job) -> Iterator[Path]:
+    """The files of the last model, and those that verification needs of the stages before."""
+    for name in (*job.model.files, "quantize_config.json"):
+        yield job.model.path / name
+    for step in job.steps:
+        yield from (job.path(step.step) / name for name in step.proofs())

@@ -1,0 +1,390 @@
+"""MKA: similar layers become one (arXiv 2406.16330), averaged or fused in function space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mkaq.stages import analyze
+from mkaq.stages.analyze import ManifoldSection
+from mkaq.stages.base import (
+    Description,
+    Estimate,
+    FinalNorm,
+    Made,
+    Mode,
+    ModelSize,
+    Part,
+    Section,
+    Step,
+    Table,
+    Task,
+)
+
+if TYPE_CHECKING:
+    from mkaq.checkpoint.reader import Checkpoint
+    from mkaq.recipe import Recipe
+    from mkaq.run.job import Job
+    from mkaq.verify.case import Case
+
+NAME = "merge"
+LESS = "merge.fuse: average, which needs less than channels"
+
+
+class ProtectSection(Section):
+    """Layers that no merge may touch."""
+
+    first: int = Field(default=1, ge=0)
+    """How many at the start."""
+    last: int = Field(default=1, ge=0)
+    """How many at the end."""
+
+
+class MergeSection(Section):
+    """MKA: which layers are merged, and how (arXiv 2406.16330)."""
+
+    method: Literal["mka"] = "mka"
+    """The merging method."""
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share of the layers to remove (rounded to whole layers); or give `layers`, or a `budget`."""
+    layers: Annotated[int, Field(ge=1)] | None = None
+    """How many layers to remove; or give `ratio`."""
+    order: Literal["similarity", "back_to_front", "measured"] = "similarity"
+    """`similarity` merges the most similar neighbours first; `back_to_front` is the paper's order;
+    `measured` tries every group of neighbours and takes the cheapest cut of the whole model."""
+    fuse: Literal["average", "channels"] = "average"
+    """`average` is the paper's weighted mean of every tensor; `channels` keeps the attention heads and
+    MLP channels that matter and solves what they write, so that the original hidden states come back."""
+    coefficient: Literal["similarity", "sigmoid", "measured"] | Annotated[float, Field(ge=0, le=1)] | None = (
+        None
+    )
+    """Weight of the earlier layer in an average: its similarity (unless said otherwise), the sigmoid of it
+    (the published script), the best of 0.5 to 1 by what it does to the hidden states, or a number. Null with
+    `fuse: channels`, which has no such weight."""
+    manifold: ManifoldSection | None = None
+    """How layers are compared. Null where nothing compares them: with `order: measured`, unless the
+    coefficient is `similarity` or `sigmoid`."""
+    protect: ProtectSection = ProtectSection()
+    """Layers left alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        """Fills in the coefficient and the manifold where they are read, and only there."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if data.get("fuse", "average") == "average" and data.get("coefficient") is None:
+            data["coefficient"] = "similarity"
+        compared = data.get("coefficient") in ("similarity", "sigmoid")
+        if data.get("manifold") is None and (data.get("order") != "measured" or compared):
+            data["manifold"] = {}
+        return data
+
+    @model_validator(mode="after")
+    def _obeyed(self) -> MergeSection:
+        if self.ratio is not None and self.layers is not None:
+            raise ValueError("give either ratio or layers")
+        if self.fuse == "channels" and self.coefficient is not None:
+            raise ValueError("coefficient is read with fuse: average only; leave it out")
+        compared = self.order != "measured" or self.coefficient in ("similarity", "sigmoid")
+        if self.manifold is not None and not compared:
+            raise ValueError(
+                "manifold is read with order: similarity or back_to_front, or an average by coefficient: "
+                "similarity or sigmoid; leave it out"
+            )
+        return self
+
+    def removed(self, num_layers: int) -> int:
+        """How many layers of so many go.
+
+        Raises:
+            UsageError: If that leaves nothing to merge, or more than can be merged.
+        """
+        from mkaq.merge.groups import layers_to_remove
+
+        return layers_to_remove(num_layers, self.ratio, self.layers, (self.protect.first, self.protect.last))
+
+
+class MergeEntry(Part):
+    """One merge of two neighbouring groups, named by their first layers."""
+
+    into: int
+    """The group that stays."""
+    from_: int = Field(alias="from")
+    """The group that goes."""
+    coefficient: float
+    """Weight of the group that stays."""
+    similarity: float | None
+    """NPIB of the two groups, where it was asked for."""
+
+
+class MeasuredGroup(Part):
+    """A group of neighbouring layers that was tried."""
+
+    first: int
+    """Its first layer."""
+    layers: int
+    """How many layers it has."""
+    error: float
+    """What merging it alone costs: mean Kullback-Leibler divergence of the next-token distributions from
+    the source's over held-out tokens, in nats."""
+
+
+class Solved(Part):
+    """A weight that was solved in closed form; errors are shares of the target's energy, held-out tokens."""
+
+    ridge: float | None
+    """The ridge that was best on held-out tokens; null: no ridge helped, the weight is as it was."""
+    error_before: float
+    """With the weight as it was."""
+    error: float
+    """With the weight as it is."""
+
+
+class Fused(Part):
+    """How a layer was put together from heads and channels of several."""
+
+    origins_sha256: str
+    """Digest of the layer's entry in mkaq-origins.json."""
+    attention: Solved
+    """`o_proj`."""
+    mlp: Solved
+    """`down_proj`."""
+    residual: float
+    """Mean of |output - original|^2 / |original|^2 over held-out tokens, on the compressed prefix."""
+
+
+class NewLayer(Part):
+    """A layer of the result and the layers of the source that it stands for."""
+
+    new: int
+    """Its number."""
+    from_: dict[Annotated[str, Field(pattern=r"^\d{1,4}$")], float] = Field(alias="from", min_length=1)
+    """Old layer and weight. Averaged: summed in this order in float32, cast once. Fused: the share of
+    the channels that came from it; the first layer gives the norms."""
+    fused: Fused | None = None
+    """How it was fused, if it was."""
+    sha256: str
+    """Over the names and bytes of its merged tensors, in order of name."""
+
+    @property
+    def weights(self) -> dict[int, float]:
+        """Old layers and their weights or shares."""
+        return {int(old): weight for old, weight in self.from_.items()}
+
+
+class MergeRecord(Step):
+    """Layer merging."""
+
+    step: Literal["merge"] = "merge"
+    """Kind."""
+    method: Literal["mka"] = "mka"
+    """Method."""
+    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    """Type of the merged tensors."""
+    settings: dict[str, Any]
+    """The recipe's section: order, coefficient, manifold, bins, bias correction."""
+    merges: list[MergeEntry]
+    """Of averages, in the order in which they were chosen."""
+    measured: list[MeasuredGroup] = []
+    """Every group that was tried (order: measured)."""
+    layers: list[NewLayer]
+    """Every layer of the result."""
+    final_norm: FinalNorm | None = None
+    """How the final norm was rescaled, if it was."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether layers were fused."""
+        return any(layer.fused for layer in self.layers)
+
+    def follows(self) -> bool:
+        """Averages do; what was solved does not."""
+        return not self.fused
+
+    def proofs(self) -> Sequence[str]:
+        """Where heads and channels came from."""
+        return ["mkaq-origins.json"] if self.fused else []
+
+    def groups(self) -> list[list[int]]:
+        """For each layer the layers of the source that it stands for."""
+        return [sorted(layer.weights) for layer in self.layers]
+
+
+Record = MergeRecord
+
+
+def section(recipe: Recipe, source: Checkpoint) -> MergeSection | None:
+    """The recipe's."""
+    return recipe.merge
+
+
+def mode(section: MergeSection) -> Mode:
+    """Averages do not need the last digits of what they are chosen by."""
+    return Mode(fast=section.fuse == "average")
+
+
+def inputs(section: MergeSection, job: Job) -> Mapping[str, str]:
+    """The source, the tokens and the analysis."""
+    return job.digests("source", "calibrate", "analyze")
+
+
+def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
+    """The largest group in memory.
+
+    Raises:
+        UsageError: If so many layers cannot go, or there are too few samples.
+        UnsupportedError: If the model cannot lose layers, or has no closed form.
+    """
+    from mkaq.arch.config import keep_layers
+    from mkaq.fit.targets import check_solvable
+    from mkaq.merge.segment import longest_group
+    from mkaq.run.memory import merging
+
+    source, removed = task.source, section.removed(before.layers)
+    left = before.layers - removed
+    keep_layers(source.config, source.hf_config.to_dict(), range(left), source.path / "config.json")
+    if section.fuse == "channels":
+        instead = "fuse: average, with recover: {method: layerwise}"
+        check_solvable(source, task.samples, "merge.fuse: channels", instead)
+    layer = source.count_weights(source.layer_tensor_names(0))
+    parameters = before.parameters - removed * layer
+    free = before.layers - section.protect.first - section.protect.last
+    measured = section.order == "measured" or section.coefficient == "measured"
+    need = merging(task, section.fuse, longest_group(free, removed), measured)
+    return Estimate(need, ModelSize(NAME, left, parameters, parameters * task.dtype.itemsize))
+
+
+def run(section: MergeSection, job: Job, folder: Path) -> Made:
+    """Writes the merged checkpoint; where heads and channels came from, if layers were fused."""
+    from mkaq.fit.hold_out import half_shuffled_samples
+    from mkaq.merge.averaged import averaged_layers
+    from mkaq.merge.choose import choose
+    from mkaq.merge.fused import Streams, fused_layers
+    from mkaq.merge.origins import ORIGINS, write_origins
+    from mkaq.merge.write import write_merged
+
+    source, walk = job.source, job.walk(job.source, fast=mode(section).fast)
+    analysis = analyze.load(job.path("analyze"))
+    samples = half_shuffled_samples(job.ranks, job.tokens(), job.seed)
+    plan = choose(
+        analysis,
+        walk,
+        samples,
+        removed=section.removed(walk.num_layers),
+        order=section.order,
+        coefficient=section.coefficient,
+        protect=(section.protect.first, section.protect.last),
+        progress=job.progress,
+    )
+    if section.fuse == "channels":
+        streams = Streams.of(walk, samples)
+        made, merges, final_norm = fused_layers(streams, plan.groups, job.dtype), [], streams.rescale
+    else:
+        made, merges, final_norm = averaged_layers(source, plan, job.dtype), plan.as_json()["merges"], None
+    layers = job.progress.track(made, "merge", len(plan.layers))
+    written = write_merged(source, layers, plan.kept, folder, job.output, job.ranks, final_norm)
+    if written.origins:
+        write_origins(folder / ORIGINS, written.origins)
+    costs = analysis.costs.items() if section.order == "measured" else ()
+    facts = {
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "merges": merges,
+        "measured": [{"first": k, "layers": n, "error": error} for (k, n), error in costs],
+        "layers": written.rows,
+        "final_norm": written.final_norm and asdict(written.final_norm),
+    }
+    return Made(facts, written.digests)
+
+
+def describe(record: MergeRecord) -> Description:
+    """Which layers became one, and what that left."""
+    groups = [", ".join(layer.from_) for layer in record.layers if len(layer.from_) > 1]
+    how = "fused in function space" if record.layers[0].fused else "averaged"
+    sentence = (
+        f"Merged (MKA, arXiv 2406.16330; {how}) from {record.layers_before} to {record.layers_after} layers: "
+        + "; ".join(groups)
+        + "."
+    )
+    norm = record.final_norm.lines() if record.final_norm else []
+    return Description(sentence, [*_lines(record), *norm], list(_tables(record)))
+
+
+def _lines(record: MergeRecord) -> Iterator[str]:
+    for layer in record.layers:
+        if layer.fused and len(layer.from_) > 1:
+            mix = ", ".join(f"{share:.0%} of {old}" for old, share in layer.from_.items())
+            yield f"layer {layer.new}: channels {mix}; error {layer.fused.residual:.4f}"
+        elif len(layer.from_) > 1:
+            terms = (f"{weight:.3f} x {old}" for old, weight in layer.from_.items())
+            yield f"layer {layer.new} = " + " + ".join(terms)
+    if fused := [layer.fused for layer in record.layers if layer.fused]:
+        solved = sum(f.attention.ridge is not None or f.mlp.ridge is not None for f in fused)
+        yield (
+            f"{solved} of {len(fused)} layers solved toward the original hidden states; "
+            f"error at the end {fused[-1].residual:.4f}"
+        )
+
+
+def _tables(record: MergeRecord) -> Iterator[Table]:
+    if record.merges:
+        rows = [
+            (str(m.into), str(m.from_), f"{m.coefficient:.3f}", _number(m.similarity)) for m in record.merges
+        ]
+        yield Table("Merges", ("into", "from", "coefficient", "similarity"), rows)
+    if record.measured:
+        costs = [(f"{m.first} - {m.first + m.layers - 1}", f"{m.error:.4f}") for m in record.measured]
+        yield Table("Groups measured", ("layers", "divergence when merged alone, nats"), costs)
+    if record.fused:
+        header = ("layer", "channels from", "o_proj ridge", "error", "down_proj ridge", "error", "output")
+        yield Table(
+            "Fused layers", header, [_fused_row(layer, layer.fused) for layer in record.layers if layer.fused]
+        )
+
+
+def _fused_row(layer: NewLayer, fused: Fused) -> tuple[str, ...]:
+    shares = " ".join(f"{old}: {100 * share:.0f} %" for old, share in layer.from_.items())
+    solved = (
+        text
+        for part in (fused.attention, fused.mlp)
+        for text in (
+            "left as it was" if part.ridge is None else str(part.ridge),
+            f"{part.error_before:.4f} to {part.error:.4f}",
+        )
+    )
+    return (str(layer.new), shares, *solved, f"{fused.residual:.4f}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def check(record: MergeRecord, case: Case) -> None:
+    """Averaged layers are recomputed whole; of fused ones all but `o_proj` and `down_proj` follows."""
+    import torch
+
+    from mkaq.merge.origins import ORIGINS, read_origins
+    from mkaq.verify.claims import origin_faults, plan_faults
+    from mkaq.verify.known import averaged, fused
+    from mkaq.verify.remeasure import merge_faults
+
+    dtype = getattr(torch, record.dtype)
+    if record.fused:
+        origins = read_origins(case.artifact.path / ORIGINS)
+        case.demand(origin_faults(record, origins, case.source))
+        known = fused(record.layers, origins, case.source, dtype)
+        case.measure = lambda *walks: merge_faults(record, *walks)
+    else:
+        case.demand(plan_faults(record, case.source))
+        known = averaged([layer.weights for layer in record.layers], case.source, dtype)
+    digests = [layer.sha256 for layer in record.layers]
+    layers = (replace(layer, sha256=digest) for layer, digest in zip(known, digests, strict=True))
+    what = "layers" if not record.fused else "layers but for what was solved"
+    made = f"{len(record.layers)} {what} recomputed from the source, bit for bit"
+    case.merged(layers, record.groups(), dtype, made)
+    case.scale(record.final_norm)

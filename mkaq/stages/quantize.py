@@ -1,0 +1,301 @@
+"""Quantization: GPTQ with mkaq's own solver, or bitsandbytes through the library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mkaq.stages.base import (
+    Description,
+    Dtype,
+    Estimate,
+    FinalNorm,
+    Made,
+    Mode,
+    ModelSize,
+    Part,
+    Section,
+    Step,
+    Table,
+    Task,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from mkaq.checkpoint.reader import Checkpoint
+    from mkaq.recipe import Recipe
+    from mkaq.run.job import Job
+    from mkaq.verify.case import Case
+
+NAME = "quantize"
+LESS = "quantize: {method: bitsandbytes}, which needs less than gptq"
+GptqBits = Literal[2, 3, 4, 8]
+
+
+class GptqSection(Section):
+    """GPTQ with mkaq's own solver (arXiv 2210.17323)."""
+
+    method: Literal["gptq"]
+    """Weight-only quantization that corrects its own rounding on the calibration tokens."""
+    bits: GptqBits = 4
+    """Bits per weight. With a `budget`: the only ones tried; leave it out to try those of `budget.bits`."""
+    group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128
+    """Weights of one row that share a scale; -1 is the whole row."""
+    sym: bool = True
+    """Symmetric: the zero point is the middle of the range. Most runtimes need it."""
+    desc_act: bool = False
+    """Solve the columns in order of falling activation, the most used first."""
+    static_groups: bool = False
+    """Fix every group's scale before solving, so that a group is `group_size` neighbouring columns
+    whatever the order: with `desc_act` the checkpoint's `g_idx` is then trivial and kernels stay fast."""
+    target: Literal["input", "source"] = "input"
+    """What rounding is corrected toward: the hidden states of the model that is quantized (`input`, plain
+    GPTQ), or those of the model that came in, so that it also mends what merging left (`source`)."""
+    damp_percent: float = Field(default=0.01, gt=0, lt=1)
+    """Share of the Hessian's mean diagonal that is added to its diagonal; raised where needed."""
+
+    def config(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The `quantization_config` of what comes out."""
+        from mkaq.formats.gptq import quantization_config
+
+        return quantization_config(
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            scattered=self.desc_act and not self.static_groups and self.group_size != -1,
+            static_groups=self.static_groups,
+            damp_percent=self.damp_percent,
+        )
+
+
+class BitsandbytesSection(Section):
+    """bitsandbytes int8 (arXiv 2208.07339) or 4-bit (arXiv 2305.14314), through the library."""
+
+    method: Literal["bitsandbytes"]
+    """Quantization without calibration."""
+    bits: Literal[4, 8] = 4
+    """4 (nf4 or fp4) or 8 (int8)."""
+    quant_type: Literal["nf4", "fp4"] | None = None
+    """The 4-bit code; nf4 unless said otherwise."""
+    double_quant: bool | None = None
+    """Quantize the scales of the 4-bit codes too (0.4 bits per weight less); on unless said otherwise."""
+    compute_dtype: Literal["auto"] | Dtype | None = None
+    """The type in which 4-bit layers are multiplied; `auto` is the checkpoint's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _four_bit_options(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        options = {"quant_type": "nf4", "double_quant": True, "compute_dtype": "auto"}
+        if data.get("bits", 4) == 4:
+            return {**data, **{key: value for key, value in options.items() if data.get(key) is None}}
+        if given := [key for key in options if data.get(key) is not None]:
+            raise ValueError(f"{', '.join(given)} only with bits: 4")
+        return data
+
+    def config(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The `quantization_config` of what comes out, if its dense weights are of a type."""
+        from mkaq.formats.bitsandbytes import quantization_config
+
+        own = self.compute_dtype not in (None, "auto")
+        return quantization_config(
+            bits=self.bits,
+            quant_type=self.quant_type,
+            double_quant=self.double_quant,
+            compute_dtype=str(self.compute_dtype) if own else str(dtype).removeprefix("torch."),
+        )
+
+
+QuantizeSection = GptqSection | BitsandbytesSection
+
+
+class QuantizedModule(Part):
+    """A quantized linear layer."""
+
+    name: str
+    """In the model."""
+    weight_error: float
+    """||W - Q||^2 / ||W||^2, W the weight that was rounded."""
+    error: float | None = None
+    """||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens (gptq)."""
+    damp_percent: float | None = None
+    """The damping that was needed (gptq)."""
+    ridge: float | None = None
+    """If W was solved toward the original model before it was rounded: the ridge (gptq)."""
+    fallback: Literal[False] = False
+    """mkaq has no fallback: a layer is quantized as asked, or the run ends."""
+
+
+class QuantizeRecord(Step):
+    """Quantization."""
+
+    step: Literal["quantize"] = "quantize"
+    """Kind."""
+    method: Literal["gptq", "bitsandbytes"]
+    """Method."""
+    bits: int
+    """Bits per weight."""
+    settings: dict[str, Any]
+    """The recipe's section."""
+    modules: list[QuantizedModule]
+    """Every quantized layer."""
+    final_norm: FinalNorm | None = None
+    """How the final norm was rescaled, if weights were solved toward the original model."""
+    residuals: list[float] | None = None
+    """After each layer the mean of |output - original|^2 / |original|^2 over held-out tokens, where weights
+    do not follow from the source: they were fused, tuned or solved before they were quantized."""
+
+    def modes(self) -> Mapping[str, Mode]:
+        """Errors of hidden states are measured by one process, exactly."""
+        return {} if self.residuals is None else {"residuals": Mode(alone=True)}
+
+
+Record = QuantizeRecord
+
+
+def section(recipe: Recipe, source: Checkpoint) -> QuantizeSection | None:
+    """The recipe's."""
+    return recipe.quantize
+
+
+def mode(section: QuantizeSection) -> Mode:
+    """bitsandbytes is for one process."""
+    if isinstance(section, BitsandbytesSection):
+        return Mode(alone=True)
+    return Mode(fast=section.target == "input")
+
+
+def inputs(section: QuantizeSection, job: Job) -> Mapping[str, str]:
+    """The model of the stage before; the source and the tokens, where the recipe has calibration."""
+    return {**job.digests(job.last), **job.digests(*(("source", "calibrate") if job.calibrated else ()))}
+
+
+def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimate:
+    """One layer, what is solved of it, and the hidden states.
+
+    Raises:
+        UsageError: If `group_size` does not fit, or there are too few samples for `target: source`.
+        UnsupportedError: If the format cannot hold a linear layer, or there is no closed form.
+    """
+    from mkaq.fit.targets import check_solvable
+    from mkaq.formats.formats import format_of
+    from mkaq.quantize.check import check_gptq
+    from mkaq.run.memory import gptq, one_layer
+
+    source, config = task.source, section.config(task.dtype)
+    shapes = source.linear_shapes()
+    if isinstance(section, GptqSection):
+        check_gptq(source, config)
+        if section.target == "source":
+            check_solvable(source, task.samples, "quantize.target: source", "target: input")
+        need = gptq(task, desc_act=section.desc_act, joint=section.target == "source")
+    else:
+        need = one_layer(task)
+    dense = before.parameters - before.layers * sum(rows * columns for rows, columns in shapes)
+    stored = sum(format_of(config).stored_bytes(shape, config) for shape in shapes)
+    size = dense * task.dtype.itemsize + before.layers * stored
+    return Estimate(need, ModelSize(NAME, before.layers, before.parameters, size))
+
+
+def run(section: QuantizeSection, job: Job, folder: Path) -> Made:
+    """Writes the quantized checkpoint; measures it, where its weights do not follow from the source."""
+    gptq = isinstance(section, GptqSection)
+    made = _gptq(section, job, folder) if gptq else _bitsandbytes(section, job, folder)
+    facts = {"method": section.method, "bits": section.bits, **made.facts}
+    if measured(section, job) and job.ranks.main:
+        facts["residuals"] = _residuals(job, folder)
+    return Made(facts, made.digests)
+
+
+def measured(section: QuantizeSection, job: Job) -> bool:
+    """Whether weights do not follow from the source and what is recorded."""
+    solved = isinstance(section, GptqSection) and section.target == "source"
+    return solved or not all(step.follows() for step in job.steps)
+
+
+def _bitsandbytes(section: BitsandbytesSection, job: Job, folder: Path) -> Made:
+    from mkaq.quantize.bnb_layers import quantize_bitsandbytes
+
+    config = section.config(job.dtype)
+    modules, digests = quantize_bitsandbytes(job.model, config, folder, job.device, job.output)
+    return Made({"modules": [asdict(module) for module in modules]}, digests)
+
+
+def _gptq(section: GptqSection, job: Job, folder: Path) -> Made:
+    from mkaq.fit.hold_out import half_shuffled_samples
+    from mkaq.quantize.gptq_layers import quantize_gptq
+    from mkaq.quantize.joint import JointTarget
+
+    tokens, target, beside = job.tokens(), None, None
+    if section.target == "source":
+        samples, beside = half_shuffled_samples(job.ranks, tokens, job.seed), job.walk(job.source)
+        tokens, target = samples.tokens, JointTarget(beside, job.groups(), samples)
+    else:
+        tokens = tokens[job.ranks.share(len(tokens))]
+    walk = job.walk(job.model, fast=mode(section).fast, beside=beside)
+    options = section.model_dump(exclude={"method", "target"})
+    config = section.config(job.dtype)
+    done = quantize_gptq(walk, tokens, options, config, folder, job.output, target)
+    norm = done.final_norm and asdict(done.final_norm)
+    return Made({"modules": [asdict(module) for module in done.modules], "final_norm": norm}, done.digests)
+
+
+def _residuals(job: Job, folder: Path) -> list[float]:
+    """How far each quantized layer is from the source."""
+    from mkaq.checkpoint.validate import open_checkpoint
+    from mkaq.fit.hold_out import half_shuffled_samples
+    from mkaq.fit.residuals import residuals
+    from mkaq.ranks import ALONE
+
+    samples = half_shuffled_samples(ALONE, job.tokens(), job.seed)
+    source = job.walk(job.source, ranks=ALONE)
+    made = job.walk(open_checkpoint(folder, quantized=True), beside=source, ranks=ALONE)
+    return residuals(source, made, job.groups(), samples.held()).layers
+
+
+def describe(record: QuantizeRecord) -> Description:
+    """How it was done, and the worst module."""
+    told = ", ".join(
+        f"{key} {value}"
+        for key, value in record.settings.items()
+        if key not in ("method", "bits") and value is not None
+    )
+    worst = max(record.modules, key=lambda module: module.error or module.weight_error)
+    kind, error = ("output", worst.error) if worst.error is not None else ("weight", worst.weight_error)
+    line = (
+        f"{record.method}, {record.bits} bits, {len(record.modules)} modules; "
+        f"largest {kind} error {error:.2e} ({worst.name})"
+    )
+    rows = [
+        (
+            module.name,
+            "-" if module.error is None else f"{module.error:.2e}",
+            f"{module.weight_error:.2e}",
+            "-" if module.damp_percent is None else str(module.damp_percent),
+        )
+        for module in record.modules
+    ]
+    title = f"Quantized layers ({record.method}, {record.bits} bits)"
+    table = Table(title, ("module", "output error", "weight error", "damping"), rows)
+    lines = [line, *(record.final_norm.lines() if record.final_norm else [])]
+    return Description(f"Quantized with {record.method} to {record.bits} bits ({told}).", lines, [table])
+
+
+def check(record: QuantizeRecord, case: Case) -> None:
+    """Weight errors are computed again; errors of hidden states, where weights were solved, are measured."""
+    from mkaq.verify.claims import residual_faults
+    from mkaq.verify.remeasure import residual_errors
+
+    solved = record.settings.get("target") == "source"
+    case.fault(residual_faults(record, solved or case.measure is not None))
+    case.modules = {module.name: module for module in record.modules}
+    if record.residuals is not None:
+        errors = record.residuals
+        case.measure = lambda *walks: residual_errors(errors, record.final_norm, case.groups, *walks)
+    case.scale(record.final_norm)

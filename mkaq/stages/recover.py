@@ -1,0 +1,146 @@
+"""Recovery: what merging lost is learned again, every layer alone, toward the original hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from mkaq.stages.base import (
+    Description,
+    Estimate,
+    FinalNorm,
+    Made,
+    Mode,
+    ModelSize,
+    Part,
+    Section,
+    Step,
+    Table,
+    Task,
+)
+
+if TYPE_CHECKING:
+    from mkaq.checkpoint.reader import Checkpoint
+    from mkaq.recipe import Recipe
+    from mkaq.run.job import Job
+    from mkaq.verify.case import Case
+
+NAME = "recover"
+LESS = "lower recover.batch_size or calibration.max_seq_length, or leave recover out"
+
+
+class LayerwiseSection(Section):
+    """Recovery without the whole model: every layer is tuned alone toward the original hidden states."""
+
+    method: Literal["layerwise"]
+    """Knowledge distillation, layer by layer."""
+    steps: int = Field(default=100, ge=1, le=100_000)
+    """Optimizer steps for each layer."""
+    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
+    """Of AdamW, falling to 0 along a cosine; `auto` is 0.25 / hidden_size."""
+    batch_size: int = Field(default=32, ge=1, le=4096)
+    """Sequences per step, at most: no more than there are to learn from."""
+
+
+class RecoveredLayer(Part):
+    """A layer that was tuned; errors are mean of |output - original|^2 / |original|^2, held-out tokens."""
+
+    new: int
+    """Its number."""
+    error_before: float
+    """On the tuned prefix, with the weights that merging gave."""
+    error: float
+    """With the weights that it has."""
+    steps: int
+    """The step at which the held-out error was lowest; 0: the weights are those of the merge."""
+
+
+class RecoverRecord(Step):
+    """Tuning, layer by layer, toward the hidden states of the source."""
+
+    step: Literal["recover"] = "recover"
+    """Kind."""
+    method: Literal["layerwise"] = "layerwise"
+    """Method."""
+    settings: dict[str, Any]
+    """The recipe's section."""
+    layers: list[RecoveredLayer]
+    """Every layer."""
+    final_norm: FinalNorm
+    """How the final norm was rescaled, after the merge did."""
+
+    def follows(self) -> bool:
+        """Tuned weights follow from nothing that is recorded."""
+        return False
+
+
+Record = RecoverRecord
+
+
+def section(recipe: Recipe, source: Checkpoint) -> LayerwiseSection | None:
+    """The recipe's."""
+    return recipe.recover
+
+
+def mode(section: LayerwiseSection) -> Mode:
+    """Exact, and shared."""
+    return Mode()
+
+
+def inputs(section: LayerwiseSection, job: Job) -> Mapping[str, str]:
+    """The source, the tokens, and the model to tune."""
+    return job.digests("source", "calibrate", "merge")
+
+
+def estimate(section: LayerwiseSection, before: ModelSize, task: Task) -> Estimate:
+    """One layer with its optimizer, and two streams of hidden states."""
+    from mkaq.run.memory import tuning
+
+    size = before.parameters * task.dtype.itemsize
+    return Estimate(tuning(task, section.batch_size), ModelSize(NAME, before.layers, before.parameters, size))
+
+
+def run(section: LayerwiseSection, job: Job, folder: Path) -> Made:
+    """Writes the tuned checkpoint."""
+    from mkaq.fit.hold_out import half_shuffled_samples
+    from mkaq.recover.layerwise import Tuning, recover
+
+    samples = half_shuffled_samples(job.ranks, job.tokens(), job.seed)
+    source = job.walk(job.source)
+    walk = job.walk(job.model, beside=source)
+    tuning = Tuning(section.steps, section.learning_rate, section.batch_size, job.seed)
+    done = recover(source, walk, job.groups(), samples, tuning, folder, job.output)
+    layers = [asdict(layer) for layer in done.layers]
+    return Made({"layers": layers, "final_norm": asdict(done.final_norm)}, done.digests)
+
+
+def describe(record: RecoverRecord) -> Description:
+    """How many layers gained by it."""
+    sentence = (
+        "Every layer tuned alone toward the hidden states of the original "
+        f"({record.settings['steps']} steps)."
+    )
+    tuned, last = sum(layer.steps > 0 for layer in record.layers), record.layers[-1]
+    line = f"recover: {tuned} of {len(record.layers)} layers tuned; error at the end {last.error:.4f}"
+    rows = [
+        (str(x.new), f"{x.error_before:.4f}", f"{x.error:.4f}", str(x.steps or "kept as it was"))
+        for x in record.layers
+    ]
+    table = Table("Recovered layers", ("layer", "error before", "error", "best step"), rows)
+    return Description(sentence, [line, *record.final_norm.lines()], [table])
+
+
+def check(record: RecoverRecord, case: Case) -> None:
+    """The errors of the tuned weights are measured again."""
+    from mkaq.verify.claims import recovery_faults
+    from mkaq.verify.remeasure import residual_errors
+
+    case.demand(recovery_faults(record, len(case.groups)))
+    case.unknown()
+    errors = [layer.error for layer in record.layers]
+    case.measure = lambda *walks: residual_errors(errors, record.final_norm, case.groups, *walks)
+    case.scale(record.final_norm)

@@ -1,0 +1,158 @@
+"""An artifact under examination: what its steps claim, gathered in their order, and compared in the end."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.errors import VerificationError
+from mkaq.fit.final_norm import scaled_norm
+from mkaq.fit.hold_out import Samples
+from mkaq.formats.layer import dense_layer
+from mkaq.merge.write import digest_layer
+from mkaq.progress import Progress
+from mkaq.quantize.error import relative_error
+from mkaq.verify.known import KnownLayer, averaged
+from mkaq.walk.walk import LayerWalk
+
+if TYPE_CHECKING:
+    from mkaq.stages.base import FinalNorm
+    from mkaq.stages.quantize import QuantizedModule
+    from mkaq.verify.remeasure import Tolerance
+
+_SAME = 1e-6
+Measure = Callable[[LayerWalk, LayerWalk, Samples, "Tolerance"], Iterator[str]]
+"""Measures recorded errors again, over the source and the artifact; yields what does not hold."""
+
+
+def raise_faults(where: Path, faults: list[str]) -> None:
+    """Raises a VerificationError that lists the faults, if there are any."""
+    if faults:
+        raise VerificationError("; ".join(faults), where=where, fix="make or download it again")
+
+
+class Case:
+    """What each step of a manifest says, put together.
+
+    Args:
+        artifact: The artifact.
+        source: The model that it was made from.
+
+    Attributes:
+        dtype: Of what is dense.
+        layers: What each layer should be; None: nothing of it follows from the record.
+        groups: For each layer the layers of the source that it stands for.
+        modules: The records of quantized linear layers, by name.
+        measure: Measures the errors that the last step recorded of the artifact's own weights; None: all
+            weights follow from the source.
+        made: A sentence on how layers were recomputed, if they were.
+    """
+
+    def __init__(self, artifact: Checkpoint, source: Checkpoint) -> None:
+        self.artifact, self.source, self.dtype = artifact, source, artifact.dtype
+        count = source.num_layers
+        self.layers: Iterator[KnownLayer] | None = None
+        self.groups = [[index] for index in range(count)]
+        self.modules: Mapping[str, QuantizedModule] = {}
+        self.measure: Measure | None = None
+        self.made = ""
+        self._scales: list[float] = []
+        self._faults: list[str] = []
+        self._untouched = True
+
+    def merged(
+        self, layers: Iterator[KnownLayer], groups: list[list[int]], dtype: torch.dtype, made: str
+    ) -> None:
+        """Layers that follow from those of the source."""
+        self.layers, self.groups, self.dtype, self.made, self._untouched = layers, groups, dtype, made, False
+
+    def unknown(self) -> None:
+        """From here on no layer follows from what is recorded."""
+        self.layers, self.made, self._untouched = None, "", False
+
+    def demand(self, faults: Iterable[str]) -> None:
+        """Claims without which nothing else can be checked.
+
+        Raises:
+            VerificationError: If one does not hold.
+        """
+        raise_faults(self.artifact.path, list(faults))
+
+    def fault(self, faults: Iterable[str]) -> None:
+        """Claims that do not hold, to be told with all others."""
+        self._faults += faults
+
+    def scale(self, norm: "FinalNorm | None") -> None:
+        """A factor of the final norm, after those before it."""
+        if norm is not None:
+            self._scales.append(norm.scale)
+
+    def compare(self, progress: Progress) -> list[str]:
+        """Compares the artifact with all that was gathered.
+
+        Returns:
+            What was checked, a sentence for each.
+
+        Raises:
+            VerificationError: With every claim that does not hold.
+        """
+        faults, told = [*self._outer_faults(), *self._faults], []
+        if self._untouched:
+            every = [{index: 1.0} for index in range(self.source.num_layers)]
+            self.layers = averaged(every, self.source, self.dtype)
+        if self.layers is not None:
+            faults += self._solved_faults()
+            checked = 0
+            for new, known in enumerate(progress.track(self.layers, "verify", len(self.groups))):
+                faults += self._layer_faults(new, known)
+                weights = [name for name in known.tensors if name.endswith(".weight")]
+                checked += sum(_is_rounded(self.modules.get(self._module(new, name))) for name in weights)
+            told += [self.made] if self.made else []
+            if self.modules:
+                told.append(f"{checked} quantized modules have the weight error that the manifest says")
+        raise_faults(self.artifact.path, faults)
+        return told
+
+    def _outer_faults(self) -> Iterator[str]:
+        """What is wrong with the tensors outside of the layers."""
+        arch = self.source.arch
+        for name, tensor in self.source.each(self.source.outer_tensor_names):
+            expected = tensor
+            for scale in self._scales if name == arch.final_norm_weight else ():
+                expected = scaled_norm(expected, scale, arch.norm_offset, self.dtype)
+            if not torch.equal(expected.to(self.dtype), self.artifact.read([name])[name]):
+                yield f"{name} is not the source's" + (", rescaled" if expected is not tensor else "")
+
+    def _solved_faults(self) -> Iterator[str]:
+        writers = tuple(f".{name}" for name in self.source.arch.writers)
+        for name, module in self.modules.items():
+            if not _is_rounded(module) and not name.endswith(writers):
+                yield f"{name} is said to be solved, and writes no hidden state"
+
+    def _layer_faults(self, new: int, known: KnownLayer) -> Iterator[str]:
+        """What is wrong with a layer of the artifact."""
+        arch, stored = self.artifact.arch, self.artifact.read_layer(new)
+        present = dense_layer(stored, arch.linear_names, self.artifact.quantization)
+        if known.sha256 and (known.whole or not self.modules):
+            if digest_layer(known.tensors if known.whole else stored) != known.sha256:
+                yield f"layer {new} has another digest than the manifest says"
+        for name, tensor in known.tensors.items():
+            module = self.modules.get(self._module(new, name)) if name.endswith(".weight") else None
+            if module is not None:
+                actual, said = relative_error(tensor, present[name]), module.weight_error
+                if _is_rounded(module) and not math.isclose(actual, said, rel_tol=_SAME, abs_tol=1e-12):
+                    claimed = f"the manifest says {said:.6g}"
+                    yield f"{module.name} has a weight error of {actual:.6g}, {claimed}"
+            elif not torch.equal(tensor, present[name]):
+                yield f"{arch.in_layer(new, name)} is not what the recorded merge gives"
+
+    def _module(self, new: int, name: str) -> str:
+        return self.source.arch.in_layer(new, name.removesuffix(".weight"))
+
+
+def _is_rounded(module: "QuantizedModule | None") -> bool:
+    """Whether the weight that was rounded is the merged model's own, not one solved anew."""
+    return module is not None and module.ridge is None
