@@ -50,6 +50,13 @@ def test_help_and_version_are_instant() -> None:
         assert expected in told.stdout
 
 
+@pytest.mark.parametrize("name", ["recipes", "schema"])
+def test_commands_that_run_no_model_do_not_load_torch(name: str) -> None:
+    line = mkaq_then("assert not {'torch', 'transformers'} & set(sys.modules)")
+    told = subprocess.run([*line, name], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (0, "")
+
+
 def test_commands_that_quantize_nothing_do_not_load_the_compiler(plain: Path) -> None:
     line = mkaq_then("assert 'mkaq.run.budget' in sys.modules and 'numba' not in sys.modules")
     told = subprocess.run([*line, "plan", str(plain)], capture_output=True, text=True)

@@ -1,0 +1,88 @@
+"""Commands that read an artifact: show its manifest, check it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mkaq.cli import options
+from mkaq.cli.options import Artifact, AsJson, Device
+from mkaq.console import print_json, print_table
+
+if TYPE_CHECKING:
+    from mkaq.export.manifest import Manifest
+
+
+def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
+    """Show the manifest of an artifact."""
+    from mkaq.export.manifest import read_manifest
+
+    manifest = read_manifest(artifact)
+    if as_json:
+        print_json(manifest.model_dump(mode="json", by_alias=True))
+    else:
+        _print_manifest(manifest)
+
+
+def _print_manifest(manifest: "Manifest") -> None:
+    from mkaq.export.summary import describe_step
+    from mkaq.run.budget import describe
+    from mkaq.units import human
+
+    source = manifest.source
+    print(f"{manifest.name}: made by mkaq {manifest.mkaq_version} from {source.path} ({source.model_type})")
+    print_table(("stage", "layers", "parameters", "bytes", "perplexity"), _stage_rows(manifest))
+    if manifest.budget:
+        for line in describe(manifest.budget.model_dump()):
+            print(line)
+    for step in manifest.steps:
+        for line in describe_step(step):
+            print(line)
+    print(f"{len(manifest.files)} files, {human(sum(file.bytes for file in manifest.files))}")
+
+
+def _stage_rows(manifest: "Manifest") -> list[tuple[str, str, str, str, str]]:
+    """Stage, layers, parameters, bytes and perplexity, as text."""
+    from mkaq.units import human
+
+    source = manifest.source
+    sizes = [("source", source.layers, source.parameters, source.bytes)]
+    sizes += [
+        (step.step, step.layers_after, step.parameters_after, step.bytes_after) for step in manifest.steps
+    ]
+    rows = []
+    for stage, layers, parameters, size in sizes:
+        measured = manifest.evaluation.get(stage, {}).get("perplexity")
+        told = f"{measured['perplexity']:.2f}" if measured else "-"
+        rows.append((stage, str(layers), f"{parameters:,}", human(size), told))
+    return rows
+
+
+def verify(
+    artifact: Artifact,
+    source: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original model: recompute the merge.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Check every claim of an artifact's manifest."""
+    options.quiet_libraries()
+    from mkaq.checkpoint.resolve import resolve_model
+    from mkaq.paths import utf8_path
+    from mkaq.progress import Progress
+    from mkaq.verify.verify import verify as check
+    from mkaq.walk.device import pick_device
+
+    original = resolve_model(source) if source else None
+    done = check(utf8_path(artifact), original, pick_device(device), Progress())
+    _print_checks(done, artifact, as_json=as_json)
+
+
+def _print_checks(done: list[str], artifact: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"verified": True, "checks": done})
+        return
+    for line in done:
+        print(f"ok: {line}")
+    print(f"verified: {artifact}")

@@ -1,0 +1,177 @@
+"""Commands that run a model: compare its layers, measure it, generate text."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mkaq.cli import options
+from mkaq.cli.options import AsJson, Device, Model
+from mkaq.console import print_json, print_table
+from mkaq.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from mkaq.evaluate.perplexity import Perplexity
+    from mkaq.recipe import PerplexitySection
+
+_Dataset = Annotated[str, typer.Option(help="builtin, text, jsonl, wikitext2 or mmlu.")]
+_DatasetPath = Annotated[str | None, typer.Option(help="File or folder of the dataset.")]
+_Length = Annotated[int, typer.Option(help="Tokens of each.")]
+
+
+def analyze(
+    model: Model,
+    heatmap: Annotated[Path, typer.Option("--heatmap", metavar="PNG", help="Where the heatmap goes.")] = Path(
+        "similarity.png"
+    ),
+    dataset: _Dataset = "builtin",
+    path: _DatasetPath = None,
+    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    max_seq_length: _Length = 512,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compare the layers of a model: a table of neighbours and a heatmap of all pairs."""
+    options.quiet_libraries()
+    from mkaq.calibrate.text import documents
+    from mkaq.calibrate.tokenizer import load_tokenizer
+    from mkaq.calibrate.tokens import calibration_tokens
+    from mkaq.checkpoint.resolve import resolve_model
+    from mkaq.checkpoint.validate import open_checkpoint
+    from mkaq.merge.compare import compare_layers
+    from mkaq.progress import Progress
+    from mkaq.recipe import CalibrationSection, ManifoldSection
+    from mkaq.run.report import save_heatmap
+    from mkaq.walk.device import compute_dtype, pick_device
+    from mkaq.walk.walk import LayerWalk
+
+    values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
+    section = options.section(CalibrationSection, values)
+    checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
+    texts = documents(section, "calibrate")
+    tokens = calibration_tokens(
+        texts, load_tokenizer(checkpoint.path), num_samples, max_seq_length, section.seed
+    )
+    walk = LayerWalk(checkpoint, place, compute_dtype(checkpoint.dtype, place, fast=True))
+    matrix = compare_layers(walk, tokens, ManifoldSection(), section.seed, Progress()).matrix
+    save_heatmap(matrix, heatmap)
+    _print_similarity(matrix, heatmap, as_json=as_json)
+
+
+def _print_similarity(matrix: "npt.NDArray[np.float64]", heatmap: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"npib": matrix.tolist(), "heatmap": str(heatmap)})
+        return
+    rows = [
+        (f"{i} - {i + 1}", f"{matrix[i, i + 1]:.3f}", "#" * round(40 * matrix[i, i + 1]))
+        for i in range(len(matrix) - 1)
+    ]
+    print_table(("layers", "NPIB", ""), rows)
+    print(f"heatmap: {heatmap}")
+
+
+def evaluate(
+    model: Model,
+    dataset: _Dataset = "builtin",
+    path: _DatasetPath = None,
+    num_samples: Annotated[int | None, typer.Option(help="At most this many sequences.")] = None,
+    max_seq_length: _Length = 512,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness instead, comma-separated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many examples of each task.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="Folder with task files of your own.")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity, layer by layer (the model may be larger than memory), or the scores of tasks."""
+    if tasks is None and (limit is not None or include_path is not None):
+        raise UsageError("--limit and --include-path are read with --tasks only", where="eval")
+    if tasks is not None and (dataset, path, num_samples, max_seq_length) != ("builtin", None, None, 512):
+        raise UsageError("a task brings its own text: leave out the options of perplexity", where="--tasks")
+    options.quiet_libraries()
+    from mkaq.calibrate.text import documents
+    from mkaq.calibrate.tokenizer import load_tokenizer
+    from mkaq.calibrate.tokens import evaluation_sequences
+    from mkaq.checkpoint.resolve import resolve_model
+    from mkaq.checkpoint.validate import open_checkpoint
+    from mkaq.evaluate.perplexity import perplexity
+    from mkaq.evaluate.tasks import run_tasks
+    from mkaq.progress import Progress
+    from mkaq.recipe import PerplexitySection
+    from mkaq.walk.device import compute_dtype, pick_device
+    from mkaq.walk.walk import LayerWalk
+
+    checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
+    tokenizer, dtype = load_tokenizer(checkpoint.path), compute_dtype(checkpoint.dtype, place)
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        scores = run_tasks(checkpoint, tokenizer, names, place, dtype, limit=limit, include_path=include_path)
+        _print_scores(model, scores, as_json=as_json)
+        return
+    values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
+    section = options.section(PerplexitySection, values)
+    sequences = evaluation_sequences(documents(section, "evaluate"), tokenizer, max_seq_length, num_samples)
+    measured = perplexity(LayerWalk(checkpoint, place, dtype), sequences, Progress())
+    _print_perplexity(model, measured, section, as_json=as_json)
+
+
+def _print_scores(model: str, scores: dict[str, dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print_json({"model": model, "tasks": scores})
+        return
+    rows = [
+        (task, name, f"{value:.4f}") for task, metrics in scores.items() for name, value in metrics.items()
+    ]
+    print_table(("task", "metric", "value"), rows)
+
+
+def _print_perplexity(
+    model: str, measured: "Perplexity", section: "PerplexitySection", *, as_json: bool
+) -> None:
+    from mkaq.run.report import with_error
+
+    if as_json:
+        settings = section.model_dump(mode="json")
+        print_json({"model": model, "perplexity": measured.as_json(), "settings": settings})
+        return
+    told = with_error(measured.perplexity, measured.standard_error, 4)
+    print(f"perplexity: {told} ({measured.tokens:,} tokens)")
+
+
+def generate_text(
+    artifact: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens.")] = 64,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, greedily."""
+    options.quiet_libraries()
+    import torch
+
+    from mkaq.calibrate.tokenizer import load_tokenizer
+    from mkaq.checkpoint.end_tokens import end_tokens
+    from mkaq.checkpoint.resolve import resolve_model
+    from mkaq.checkpoint.validate import open_checkpoint
+    from mkaq.walk.device import compute_dtype, pick_device
+    from mkaq.walk.whole_model import generate, whole_model
+
+    checkpoint, place = open_checkpoint(resolve_model(artifact), quantized=True), pick_device(device)
+    tokenizer = load_tokenizer(checkpoint.path)
+    if prompt.encode(errors="ignore").decode() != prompt:
+        raise UsageError("the prompt is not UTF-8", where="PROMPT")
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise UsageError("the prompt has no tokens", where="PROMPT")
+    stop = end_tokens(checkpoint.path, tokenizer)
+    model = whole_model(checkpoint, place, compute_dtype(checkpoint.dtype, place))
+    new = generate(model, torch.tensor([ids], device=place), max_new_tokens, stop)
+    text = tokenizer.decode(new)
+    if as_json:
+        print_json({"prompt": prompt, "text": text, "tokens": len(new)})
+        return
+    print(prompt + text)

@@ -1,0 +1,90 @@
+"""Arguments and options that several commands have, and what is made of them."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from mkaq.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from mkaq.recipe import Recipe
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+]
+Setting = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. merge.ratio=0.25.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="Folder of the run [runs/NAME].")
+]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option("--max-memory", metavar="SIZE", help="Use no more memory than this, such as 6GB."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or builtin:tiny-llama.")]
+Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The artifact's folder.")]
+
+_Section = TypeVar("_Section", bound="BaseModel")
+
+
+def load(recipe: str, settings: list[str], output: Path | None) -> "tuple[Recipe, Path]":
+    """The recipe with its settings, and the folder of its run.
+
+    Raises:
+        UsageError: If there is no such recipe, it or a setting is wrong, or the folder's name is not UTF-8.
+        UnsupportedError: If the only faults are options that this version does not have.
+    """
+    from mkaq.paths import utf8_path
+    from mkaq.recipe_file import load_recipe
+    from mkaq.shipped import find_recipe
+
+    loaded = load_recipe(find_recipe(recipe), settings)
+    return loaded, utf8_path(output or Path("runs") / loaded.name)
+
+
+def bytes(size: str | None) -> int | None:
+    """The bytes that `--max-memory` allows, if it is given.
+
+    Raises:
+        UsageError: If it is not a size.
+    """
+    from mkaq.units import parse_size
+
+    try:
+        return None if size is None else parse_size(size)
+    except ValueError as error:
+        raise UsageError(str(error), where="--max-memory") from None
+
+
+def section(kind: type[_Section], values: dict[str, Any]) -> _Section:
+    """A section of a recipe, made from options of the same names.
+
+    Raises:
+        UsageError: If an option has a value that the section refuses.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = f"--{str(first['loc'][0]).replace('_', '-')}" if first["loc"] else "--dataset"
+        raise UsageError(str(first["msg"]).removeprefix("Value error, "), where=option) from None
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries from logging, and from sending telemetry. Call it before they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)

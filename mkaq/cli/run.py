@@ -1,0 +1,171 @@
+"""Commands that take a recipe: run it, or say what a run would do."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from mkaq.cli import options
+from mkaq.cli.options import AsJson, Device, MaxMemory, Output, RecipeArgument, Setting
+from mkaq.console import print_json, print_table
+
+if TYPE_CHECKING:
+    from mkaq.formats.runtimes import Runtime
+    from mkaq.run.budget import Option
+    from mkaq.run.plan import RunPlan
+    from mkaq.run.result import RunResult
+
+
+def run(
+    recipe: RecipeArgument,
+    settings: Setting = [],  # noqa: B006 (typer copies it)
+    output: Output = None,
+    until: Annotated[
+        Literal["calibrate", "merge", "recover", "quantize", "export"],
+        typer.Option(help="The last stage to run."),
+    ] = "export",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage again.")] = False,
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe: calibrate, merge, recover, quantize, export. Finished stages are kept."""
+    loaded, folder = options.load(recipe, settings, output)
+    options.quiet_libraries()
+    from mkaq import pipeline
+    from mkaq.export.manifest import read_manifest
+    from mkaq.formats.runtimes import runtimes
+    from mkaq.progress import Progress
+    from mkaq.ranks import joined
+    from mkaq.recipe import Recipe
+    from mkaq.walk.device import pick_device
+
+    limit = options.bytes(max_memory)
+    with joined(pick_device(device)) as (ranks, place):
+        progress = Progress(quiet=not ranks.main)
+        result = pipeline.run(
+            loaded, folder, place, progress, until=until, fresh=fresh, max_memory=limit, ranks=ranks
+        )
+    if not ranks.main:
+        return
+    made = Recipe.model_validate(read_manifest(result.artifact).recipe) if result.artifact else None
+    found = runtimes(made.quantize) if made else []
+    if as_json:
+        _print_run_as_json(result, found)
+    else:
+        _print_run(result, found, until)
+
+
+def _print_run_as_json(result: "RunResult", found: "Sequence[Runtime]") -> None:
+    stages = [vars(size) | result.evaluation.get(size.stage, {}) for size in result.sizes]
+    print_json(
+        {
+            "stages": stages,
+            "artifact": str(result.artifact) if result.artifact else None,
+            "runtimes": [vars(row) for row in found],
+            "run": str(result.folder),
+        }
+    )
+
+
+def _print_run(result: "RunResult", found: "Sequence[Runtime]", until: str) -> None:
+    from mkaq.formats.runtimes import describe
+    from mkaq.run.report import table_rows
+
+    print_table(
+        ("stage", "layers", "parameters", "bytes on disk", "perplexity"),
+        table_rows(result.sizes, result.evaluation),
+    )
+    for line in describe(found) if found else ():
+        print(line)
+    print(f"artifact: {result.artifact}" if result.artifact else f"stopped after {until}: {result.folder}")
+
+
+def plan(
+    recipe: RecipeArgument,
+    settings: Setting = [],  # noqa: B006
+    output: Output = None,
+    device: Device = "auto",
+    max_memory: MaxMemory = None,
+    processes: Annotated[int, typer.Option(min=1, help="As many as torchrun will start.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run would do: layers, sizes, memory, disk. Changes nothing."""
+    loaded, folder = options.load(recipe, settings, output)
+    options.quiet_libraries()
+    from mkaq.checkpoint.resolve import resolve_model
+    from mkaq.checkpoint.validate import open_checkpoint
+    from mkaq.formats.runtimes import runtimes
+    from mkaq.run.budget import plan_budget, settle
+    from mkaq.run.plan import remarks
+    from mkaq.walk.device import pick_device
+
+    source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
+    for remark in source.remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    told = list(remarks(loaded, processes))
+    place, limit = pick_device(device), options.bytes(max_memory)
+    choices, planned = plan_budget(loaded, source, place, limit, processes)
+    settled = [settle(loaded, choice) for choice in choices] or [loaded]
+    found = runtimes(*(one.quantize for one in settled))
+    if as_json:
+        _print_plan_as_json(planned, choices, told, found, folder)
+    else:
+        _print_plan(planned, choices, told, found, folder, processes)
+
+
+def _print_plan_as_json(
+    planned: "RunPlan",
+    choices: "Sequence[Option]",
+    told: Sequence[str],
+    found: "Sequence[Runtime]",
+    folder: Path,
+) -> None:
+    print_json(
+        {
+            "stages": [vars(size) for size in planned.sizes],
+            "options": [vars(choice) for choice in choices],
+            "memory_bytes": planned.memory_bytes,
+            "memory": planned.memory,
+            "hidden_states": planned.place,
+            "host_bytes": planned.host_bytes,
+            "remarks": told,
+            "disk_bytes": planned.disk_bytes,
+            "runtimes": [vars(row) for row in found],
+            "run": str(folder),
+        }
+    )
+
+
+def _print_plan(
+    planned: "RunPlan",
+    choices: "Sequence[Option]",
+    told: Sequence[str],
+    found: "Sequence[Runtime]",
+    folder: Path,
+    processes: int,
+) -> None:
+    from mkaq.formats.runtimes import describe
+    from mkaq.run.report import table_rows
+    from mkaq.units import human
+
+    if choices:
+        sizes = [(str(o.removed), str(o.bits or "-"), human(o.bytes)) for o in choices]
+        print_table(("layers removed", "bits", "bytes of weights"), sizes)
+        print("the run tries these against the budget; at most it needs:")
+    rows = [row[:4] for row in table_rows(list(planned.sizes), {})]
+    print_table(("stage", "layers", "parameters", "bytes of weights"), rows)
+    needs = ", ".join(f"{stage} {human(need)}" for stage, need in planned.memory.items())
+    each = "" if processes == 1 else f" of each of {processes} processes"
+    print(f"memory: about {human(planned.memory_bytes)} at the peak{each} ({needs})")
+    if planned.place == "files":
+        print("        hidden states go to files in the run's folder")
+    elif planned.place == "host":
+        print(f"        hidden states lie in the host's memory: {human(planned.host_bytes)}")
+    for line in told:
+        print(line)
+    print(f"disk:   {human(planned.disk_bytes)} in {folder}")
+    for line in describe(found):
+        print(line)
