@@ -7,8 +7,9 @@ from typing import Any
 
 from mkaq.errors import UsageError
 from mkaq.progress import Progress
-from mkaq.recipe import GptqSection, Recipe
+from mkaq.recipe import Recipe
 from mkaq.run.job import Job
+from mkaq.stages.quantize import GptqSection
 from mkaq.units import human, parse_size
 
 

@@ -1,4 +1,4 @@
-"""A run, top to bottom: each stage reads published folders and publishes one; nothing else passes between them."""
+"""A run, top to bottom. Stages read published folders and publish one; nothing else passes between them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mkaq.run.job import Job
     from mkaq.run.make import Maker
 
-STAGES: tuple[Stage | ModelStage, ...] = (calibrate, analyze, merge, recover, quantize)
+STAGES: tuple[Stage, ...] = (calibrate, analyze, merge, recover, quantize)
 LAST = "export"
 
 
@@ -86,6 +86,7 @@ def run(
                 recipe, budget = meet_budget(
                     recipe, plan.options, lambda tried: make(tried, job_of(tried), maker), progress
                 )
+            maker.begin()
             if ranks.main:
                 (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             job = make(recipe, job_of(recipe), maker, until)
@@ -109,12 +110,12 @@ def make(recipe: Recipe, job: Job, maker: Maker, until: str = LAST) -> Job:
         _evaluate(measured, job, maker)
     for stage in STAGES:
         section = stage.section(recipe, job.source)
-        if section is not None and not makes_model(stage):
-            maker.other(stage, section, job)
-        elif section is not None:
+        if section is not None and makes_model(stage):
             maker.model(stage, section, job)
             if measured is not None:
                 _evaluate(measured, job, maker)
+        elif section is not None:
+            maker.other(stage, section, job)
         if until == stage.NAME:
             break
     return job

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -14,10 +15,11 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import ResourceError, UsageError
 from mkaq.pipeline import STAGES
 from mkaq.progress import Progress
-from mkaq.recipe import BitsandbytesSection, Recipe
+from mkaq.recipe import Recipe
 from mkaq.run.estimate import ModelSize, Need, Task
 from mkaq.run.memory import INTERPRETER
 from mkaq.stages import evaluate
+from mkaq.stages.quantize import BitsandbytesSection
 from mkaq.units import human, parse_size
 from mkaq.walk.activations import Place
 
@@ -128,6 +130,13 @@ def plan_run(
         disk += processes * states
     memory = {stage: need.at(place) for stage, need in needs.items()}
     return RunPlan(tuple(sizes), memory, disk, place, states if place == "host" else 0)
+
+
+def quantizations(recipe: Recipe, source: Checkpoint, plan: RunPlan) -> list[dict[str, Any] | None]:
+    """The quantization_config of what a run may make; None: it is not quantized."""
+    dtype = output_of(recipe, source, Progress(quiet=True)).dtype
+    settled = [settle(recipe, option) for option in plan.options] or [recipe]
+    return [one.quantize.config(dtype) if one.quantize else None for one in settled]
 
 
 def remarks(recipe: Recipe, processes: int) -> Iterator[str]:

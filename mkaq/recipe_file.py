@@ -11,8 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from mkaq.errors import MkaqError, UnsupportedError, UsageError
-from mkaq.recipe import NO_TEXT, Recipe
+from mkaq.recipe import Recipe
 from mkaq.recipe_keys import known_keys, scalars_of
+from mkaq.stages.base import NO_TEXT
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:

@@ -136,7 +136,7 @@ def _check_against(
     dtype, last = compute_dtype(source.dtype, device), manifest.steps[-1].step
     samples = half_shuffled_samples(ALONE, tokens, manifest.recipe["calibration"]["seed"]).held()
     told = manifest.ran_on.get("residuals") or manifest.ran_on.get(last)
-    near = tolerance(told and told.compute_dtype, dtype)
+    near = tolerance(told.compute_dtype if told else None, dtype)
     walks = LayerWalk(source, device, dtype), LayerWalk(artifact, device, dtype)
     raise_faults(artifact.path, list(case.measure(*walks, samples, near)))
     return [*done, f"the weights leave the errors of hidden states that the manifest says ({last}; {near})"]

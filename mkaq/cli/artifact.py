@@ -10,12 +10,12 @@ from mkaq.cli.options import Artifact, AsJson, Device
 from mkaq.console import print_json, print_table
 
 if TYPE_CHECKING:
-    from mkaq.export.manifest import Manifest
+    from mkaq.manifest import Manifest
 
 
 def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
     """Show the manifest of an artifact."""
-    from mkaq.export.manifest import read_manifest
+    from mkaq.manifest import read_manifest
 
     manifest = read_manifest(artifact)
     if as_json:
@@ -25,8 +25,8 @@ def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
 
 
 def _print_manifest(manifest: "Manifest") -> None:
-    from mkaq.export.summary import describe_step
-    from mkaq.run.budget import describe
+    from mkaq.budget import describe
+    from mkaq.pipeline import stage_of
     from mkaq.units import human
 
     source = manifest.source
@@ -36,7 +36,7 @@ def _print_manifest(manifest: "Manifest") -> None:
         for line in describe(manifest.budget.model_dump()):
             print(line)
     for step in manifest.steps:
-        for line in describe_step(step):
+        for line in stage_of(step.step).describe(step).lines:
             print(line)
     print(f"{len(manifest.files)} files, {human(sum(file.bytes for file in manifest.files))}")
 
@@ -71,7 +71,7 @@ def verify(
     from mkaq.checkpoint.resolve import resolve_model
     from mkaq.paths import utf8_path
     from mkaq.progress import Progress
-    from mkaq.verify.verify import verify as check
+    from mkaq.verification import verify as check
     from mkaq.walk.device import pick_device
 
     original = resolve_model(source) if source else None

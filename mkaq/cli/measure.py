@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mkaq.evaluate.perplexity import Perplexity
-    from mkaq.recipe import PerplexitySection
+    from mkaq.stages.evaluate import PerplexitySection
 
 _Dataset = Annotated[str, typer.Option(help="builtin, text, jsonl, wikitext2 or mmlu.")]
 _DatasetPath = Annotated[str | None, typer.Option(help="File or folder of the dataset.")]
@@ -43,20 +43,20 @@ def analyze(
     from mkaq.checkpoint.validate import open_checkpoint
     from mkaq.merge.compare import compare_layers
     from mkaq.progress import Progress
-    from mkaq.recipe import CalibrationSection, ManifoldSection
-    from mkaq.run.report import save_heatmap
+    from mkaq.report import save_heatmap
+    from mkaq.stages.calibrate import CalibrationSection
     from mkaq.walk.device import compute_dtype, pick_device
     from mkaq.walk.walk import LayerWalk
 
     values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
     section = options.section(CalibrationSection, values)
     checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
-    texts = documents(section, "calibrate")
+    texts = documents(section.dataset, section.path, "calibrate")
     tokens = calibration_tokens(
         texts, load_tokenizer(checkpoint.path), num_samples, max_seq_length, section.seed
     )
     walk = LayerWalk(checkpoint, place, compute_dtype(checkpoint.dtype, place, fast=True))
-    matrix = compare_layers(walk, tokens, ManifoldSection(), section.seed, Progress()).matrix
+    matrix = compare_layers(walk, tokens, section.seed, Progress()).matrix
     save_heatmap(matrix, heatmap)
     _print_similarity(matrix, heatmap, as_json=as_json)
 
@@ -101,7 +101,7 @@ def evaluate(
     from mkaq.evaluate.perplexity import perplexity
     from mkaq.evaluate.tasks import run_tasks
     from mkaq.progress import Progress
-    from mkaq.recipe import PerplexitySection
+    from mkaq.stages.evaluate import PerplexitySection
     from mkaq.walk.device import compute_dtype, pick_device
     from mkaq.walk.walk import LayerWalk
 
@@ -114,7 +114,8 @@ def evaluate(
         return
     values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
     section = options.section(PerplexitySection, values)
-    sequences = evaluation_sequences(documents(section, "evaluate"), tokenizer, max_seq_length, num_samples)
+    texts = documents(section.dataset, section.path, "evaluate")
+    sequences = evaluation_sequences(texts, tokenizer, max_seq_length, num_samples)
     measured = perplexity(LayerWalk(checkpoint, place, dtype), sequences, Progress())
     _print_perplexity(model, measured, section, as_json=as_json)
 
@@ -132,7 +133,7 @@ def _print_scores(model: str, scores: dict[str, dict[str, Any]], *, as_json: boo
 def _print_perplexity(
     model: str, measured: "Perplexity", section: "PerplexitySection", *, as_json: bool
 ) -> None:
-    from mkaq.run.report import with_error
+    from mkaq.report import with_error
 
     if as_json:
         settings = section.model_dump(mode="json")

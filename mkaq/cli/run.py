@@ -3,19 +3,28 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mkaq.cli import options
 from mkaq.cli.options import AsJson, Device, MaxMemory, Output, RecipeArgument, Setting
 from mkaq.console import print_json, print_table
+from mkaq.pipeline import LAST, STAGES
 
 if TYPE_CHECKING:
     from mkaq.formats.runtimes import Runtime
-    from mkaq.run.budget import Option
-    from mkaq.run.plan import RunPlan
-    from mkaq.run.result import RunResult
+    from mkaq.plan import RunPlan
+    from mkaq.result import RunResult
+
+
+_UNTIL = [*(stage.NAME for stage in STAGES), LAST]
+
+
+def _known(until: str) -> str:
+    if until not in _UNTIL:
+        raise typer.BadParameter(f"{until!r} is not one of {', '.join(_UNTIL)}.")
+    return until
 
 
 def run(
@@ -23,23 +32,22 @@ def run(
     settings: Setting = [],  # noqa: B006 (typer copies it)
     output: Output = None,
     until: Annotated[
-        Literal["calibrate", "merge", "recover", "quantize", "export"],
-        typer.Option(help="The last stage to run."),
-    ] = "export",
+        str,
+        typer.Option(callback=_known, metavar=f"[{'|'.join(_UNTIL)}]", help="The last stage to run."),
+    ] = LAST,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage again.")] = False,
     device: Device = "auto",
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe: calibrate, merge, recover, quantize, export. Finished stages are kept."""
+    """Run a recipe: calibrate, analyze, merge, recover, quantize, export. Finished stages are kept."""
     loaded, folder = options.load(recipe, settings, output)
     options.quiet_libraries()
     from mkaq import pipeline
-    from mkaq.export.manifest import read_manifest
+    from mkaq.checkpoint.validate import open_checkpoint
     from mkaq.formats.runtimes import runtimes
     from mkaq.progress import Progress
     from mkaq.ranks import joined
-    from mkaq.recipe import Recipe
     from mkaq.walk.device import pick_device
 
     limit = options.bytes(max_memory)
@@ -50,8 +58,9 @@ def run(
         )
     if not ranks.main:
         return
-    made = Recipe.model_validate(read_manifest(result.artifact).recipe) if result.artifact else None
-    found = runtimes(made.quantize) if made else []
+    found: list[Runtime] = []
+    if result.artifact:
+        found = runtimes(open_checkpoint(result.artifact, quantized=True).quantization)
     if as_json:
         _print_run_as_json(result, found)
     else:
@@ -72,7 +81,7 @@ def _print_run_as_json(result: "RunResult", found: "Sequence[Runtime]") -> None:
 
 def _print_run(result: "RunResult", found: "Sequence[Runtime]", until: str) -> None:
     from mkaq.formats.runtimes import describe
-    from mkaq.run.report import table_rows
+    from mkaq.report import table_rows
 
     print_table(
         ("stage", "layers", "parameters", "bytes on disk", "perplexity"),
@@ -98,8 +107,7 @@ def plan(
     from mkaq.checkpoint.resolve import resolve_model
     from mkaq.checkpoint.validate import open_checkpoint
     from mkaq.formats.runtimes import runtimes
-    from mkaq.run.budget import plan_budget, settle
-    from mkaq.run.plan import remarks
+    from mkaq.plan import plan_recipe, quantizations, remarks
     from mkaq.walk.device import pick_device
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
@@ -107,18 +115,16 @@ def plan(
         print(f"note: {remark}", file=sys.stderr)
     told = list(remarks(loaded, processes))
     place, limit = pick_device(device), options.bytes(max_memory)
-    choices, planned = plan_budget(loaded, source, place, limit, processes)
-    settled = [settle(loaded, choice) for choice in choices] or [loaded]
-    found = runtimes(*(one.quantize for one in settled))
+    planned = plan_recipe(loaded, source, place, limit, processes)
+    found = runtimes(*quantizations(loaded, source, planned))
     if as_json:
-        _print_plan_as_json(planned, choices, told, found, folder)
+        _print_plan_as_json(planned, told, found, folder)
     else:
-        _print_plan(planned, choices, told, found, folder, processes)
+        _print_plan(planned, told, found, folder, processes)
 
 
 def _print_plan_as_json(
     planned: "RunPlan",
-    choices: "Sequence[Option]",
     told: Sequence[str],
     found: "Sequence[Runtime]",
     folder: Path,
@@ -126,7 +132,7 @@ def _print_plan_as_json(
     print_json(
         {
             "stages": [vars(size) for size in planned.sizes],
-            "options": [vars(choice) for choice in choices],
+            "options": [vars(choice) for choice in planned.options],
             "memory_bytes": planned.memory_bytes,
             "memory": planned.memory,
             "hidden_states": planned.place,
@@ -141,18 +147,17 @@ def _print_plan_as_json(
 
 def _print_plan(
     planned: "RunPlan",
-    choices: "Sequence[Option]",
     told: Sequence[str],
     found: "Sequence[Runtime]",
     folder: Path,
     processes: int,
 ) -> None:
     from mkaq.formats.runtimes import describe
-    from mkaq.run.report import table_rows
+    from mkaq.report import table_rows
     from mkaq.units import human
 
-    if choices:
-        sizes = [(str(o.removed), str(o.bits or "-"), human(o.bytes)) for o in choices]
+    if planned.options:
+        sizes = [(str(o.removed), str(o.bits or "-"), human(o.bytes)) for o in planned.options]
         print_table(("layers removed", "bits", "bytes of weights"), sizes)
         print("the run tries these against the budget; at most it needs:")
     rows = [row[:4] for row in table_rows(list(planned.sizes), {})]

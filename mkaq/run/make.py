@@ -46,6 +46,11 @@ class Maker:
         self._fresh, self._store = fresh, Store(folder, fresh, progress.say)
         self.log: list[dict[str, Any]] = []
 
+    def begin(self) -> None:
+        """Before the job whose stages the run's folder shows."""
+        if self._ranks.main:
+            self._store.unlink()
+
     def model(self, stage: "ModelStage", section: "Section", job: Job) -> None:
         """Makes the next model of a job."""
         mode = stage.mode(section)

@@ -1,7 +1,7 @@
 """A published folder and its handoff.json: whole, or not there.
 
-A stage is built in a scratch folder beside its place, synced to disk and renamed. Its fingerprint says what it
-was made of; a stage whose fingerprint and files match is not made again.
+A stage is built in a scratch folder beside its place, synced to disk and renamed. Its fingerprint says what
+it was made of; a stage whose fingerprint and files match is not made again.
 """
 
 import json

@@ -1,10 +1,10 @@
 """The store of a run: every stage that was made, in a folder named by its fingerprint.
 
-Another ratio, another number of bits or a budget's next trial finds there what it shares with those before it.
-The run's own stages are links into it.
+Another ratio, other bits or a budget's next trial finds there what it shares with those before it. The run's
+own stages are links into it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mkaq.errors import UsageError
@@ -46,7 +46,7 @@ class Store:
             return done
         return self._checked[fingerprint].again()
 
-    def find(self, stage: str, claim: tuple[str, str]) -> Handoff:
+    def find(self, stage: str, claim: Sequence[str]) -> Handoff:
         """What another process has published, by its fingerprint and digest.
 
         Raises:
@@ -57,6 +57,12 @@ class Store:
     def place(self, stage: str, fingerprint: str) -> Path:
         """The folder of a stage."""
         return self._folder / STORE / f"{stage}-{fingerprint[:16]}"
+
+    def unlink(self) -> None:
+        """Takes the names away that lead to stages: the recipe that comes may have others."""
+        for place in (*self._folder.glob("*"), *(self._folder / "evaluate").glob("*")):
+            if place.is_symlink() and place.parent.joinpath(place.readlink()).parent.name == STORE:
+                place.unlink()
 
     def link(self, name: str, done: Handoff) -> None:
         """Makes a name in the run's folder lead to a stage.

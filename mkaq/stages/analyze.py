@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from mkaq.stages.base import Estimate, Made, Mode, ModelSize, Section, Task
+from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.stages.base import Made, Mode, Section
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint

@@ -1,4 +1,4 @@
-"""What all stages have in common: sections of the recipe, steps of the manifest, and the protocol of a stage."""
+"""What stages have in common: sections of the recipe, steps of the manifest, and what a stage must offer."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from mkaq.stages.base import Estimate, Made, Mode, ModelSize, Need, Task, TextSection
+from mkaq.run.estimate import Estimate, ModelSize, Need, Task
+from mkaq.stages.base import Made, Mode, TextSection
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from mkaq.stages.base import Estimate, Made, Mode, ModelSize, Section, Task, TextSection
+from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.stages.base import Made, Mode, Section, TextSection
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint

@@ -9,21 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mkaq.run.estimate import Estimate, ModelSize, Task
 from mkaq.stages import analyze
 from mkaq.stages.analyze import ManifoldSection
-from mkaq.stages.base import (
-    Description,
-    Estimate,
-    FinalNorm,
-    Made,
-    Mode,
-    ModelSize,
-    Part,
-    Section,
-    Step,
-    Table,
-    Task,
-)
+from mkaq.stages.base import Description, FinalNorm, Made, Mode, Part, Section, Step, Table
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint
@@ -191,7 +180,7 @@ class MergeRecord(Step):
     """The recipe's section: order, coefficient, manifold, bins, bias correction."""
     merges: list[MergeEntry]
     """Of averages, in the order in which they were chosen."""
-    measured: list[MeasuredGroup] = []
+    measured: list[MeasuredGroup] = Field(default=[])
     """Every group that was tried (order: measured)."""
     layers: list[NewLayer]
     """Every layer of the result."""

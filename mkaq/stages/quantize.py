@@ -9,20 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mkaq.stages.base import (
-    Description,
-    Dtype,
-    Estimate,
-    FinalNorm,
-    Made,
-    Mode,
-    ModelSize,
-    Part,
-    Section,
-    Step,
-    Table,
-    Task,
-)
+from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.stages.base import Description, Dtype, FinalNorm, Made, Mode, Part, Section, Step, Table
 
 if TYPE_CHECKING:
     import torch
@@ -205,8 +193,10 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
 
 def run(section: QuantizeSection, job: Job, folder: Path) -> Made:
     """Writes the quantized checkpoint; measures it, where its weights do not follow from the source."""
-    gptq = isinstance(section, GptqSection)
-    made = _gptq(section, job, folder) if gptq else _bitsandbytes(section, job, folder)
+    if isinstance(section, GptqSection):
+        made = _gptq(section, job, folder)
+    else:
+        made = _bitsandbytes(section, job, folder)
     facts = {"method": section.method, "bits": section.bits, **made.facts}
     if measured(section, job) and job.ranks.main:
         facts["residuals"] = _residuals(job, folder)

@@ -9,19 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from mkaq.stages.base import (
-    Description,
-    Estimate,
-    FinalNorm,
-    Made,
-    Mode,
-    ModelSize,
-    Part,
-    Section,
-    Step,
-    Table,
-    Task,
-)
+from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.stages.base import Description, FinalNorm, Made, Mode, Part, Section, Step, Table
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint

@@ -136,9 +136,10 @@ class Case:
         """What is wrong with a layer of the artifact."""
         arch, stored = self.artifact.arch, self.artifact.read_layer(new)
         present = dense_layer(stored, arch.linear_names, self.artifact.quantization)
-        if known.sha256 and (known.whole or not self.modules):
-            if digest_layer(known.tensors if known.whole else stored) != known.sha256:
-                yield f"layer {new} has another digest than the manifest says"
+        whole = known.tensors if known.whole else stored
+        told = known.sha256 if known.whole or not self.modules else None
+        if told and digest_layer(whole) != told:
+            yield f"layer {new} has another digest than the manifest says"
         for name, tensor in known.tensors.items():
             module = self.modules.get(self._module(new, name)) if name.endswith(".weight") else None
             if module is not None:
