@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mkaq.arch.families import LAYER_PREFIX
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.writer import ShardWriter, write_side_files
 from mkaq.files import write_json
@@ -134,12 +133,12 @@ def laco(
     """
     count, threshold, known = walk.num_layers, 1.0, dict[str, float]()
     inputs = [states.clone() for states in _states(walk, tokens)]
-    with _all_layers(walk) as layers, walk.head() as head:
+    with _all_layers(walk) as layers, walk.final_norm() as norm:
 
         def similarity(groups: Sequence[Weights]) -> float:
             if (key := str(groups)) not in known:
                 outputs = (inputs[-1], _output(walk, layers, groups, inputs))
-                new, old = (head.get_submodule("model.norm")(states).flatten(1) for states in outputs)
+                new, old = (norm(states).flatten(1) for states in outputs)
                 known[key] = torch.cosine_similarity(new, old).mean().item()
             return known[key]
 
@@ -242,7 +241,7 @@ def write_checkpoint(
         for new, (old, tensors) in enumerate(layers):
             places.append(old)
             for name, tensor in tensors.items():
-                writer.add(f"{LAYER_PREFIX}{new}.{name}", cast(tensor, dtype, name))
+                writer.add(source.arch.in_layer(new, name), cast(tensor, dtype, name))
     write_json(folder / "config.json", merged_config(source, places, dtype))
     write_side_files(source, folder)
 
@@ -292,7 +291,7 @@ def _closest_block(
 
 
 @torch.no_grad()
-def _loss(head: nn.Module, tokens: torch.Tensor, states: torch.Tensor) -> float:
+def _loss(head: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, states: torch.Tensor) -> float:
     """Mean negative log-likelihood of tokens, from the output of the last layer."""
     losses = []
     for row, state in zip(tokens, states, strict=True):

@@ -13,11 +13,12 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import MkaqError
 from mkaq.fit.hold_out import token_weights
+from mkaq.formats.layer import dense_layer
 from mkaq.formats.packing import unpack
 from mkaq.progress import Progress
 from mkaq.recipe import PerplexitySection
 from mkaq.verify.verify import verify
-from mkaq.walk.walk import LayerWalk, dense_layer
+from mkaq.walk.walk import LayerWalk
 
 CPU = torch.device("cpu")
 
@@ -99,17 +100,16 @@ def weight_difference(first: Checkpoint, second: Checkpoint) -> float:
     """|A - B|^2 / |B|^2 over the weights of all layers, made dense."""
     total = whole = 0.0
     for index in range(second.num_layers):
-        pair = [dense_layer(below(model, index), model.quantization) for model in (first, second)]
+        pair = [dense_of(model, index) for model in (first, second)]
         for name, tensor in pair[1].items():
             total += float((pair[0][name].double() - tensor.double()).square().sum())
             whole += float(tensor.double().square().sum())
     return total / whole
 
 
-def below(model: Checkpoint, index: int) -> dict[str, torch.Tensor]:
-    """The tensors of a layer by their names below it."""
-    tensors = model.read(model.layer_tensor_names(index))
-    return {name.removeprefix(f"model.layers.{index}."): tensor for name, tensor in tensors.items()}
+def dense_of(model: Checkpoint, index: int) -> dict[str, torch.Tensor]:
+    """The tensors of a layer by their names below it, its weights made dense."""
+    return dense_layer(model.read_layer(index), model.arch.linear_names, model.quantization)
 
 
 def hidden_difference(first: Checkpoint, second: Checkpoint) -> float:

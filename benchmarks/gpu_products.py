@@ -60,11 +60,12 @@ def product_shares(
     def add(name: str, as_in: str, work: Callable[[], object]) -> None:
         found[name] = {"as_in": as_in, **profiled(work, device)}
 
-    names = source.family.linears
+    arch = source.arch
+    names = [[linear.name for linear in inputs] for inputs in arch.inputs]
     hessians: list[torch.Tensor] = []
 
     def sum_hessians() -> None:
-        with torch.no_grad(), Piecewise(walk, layer, LAYER, states.clone(), writers) as pieces:
+        with torch.no_grad(), Piecewise(walk, layer, LAYER, states.clone()) as pieces:
             for group in names:
                 total: HessianSum | None = None
                 for rows in spans(states):
@@ -74,7 +75,6 @@ def product_shares(
                 assert total is not None
                 hessians.append(total.whole())
 
-    writers = names[1][0], names[3][0]
     with walk.layer(LAYER) as layer:
         add("forward", "evaluate, merge", lambda: walk.run_all(layer, LAYER, states.clone()))
         add("hessians", "quantize", sum_hessians)

@@ -226,7 +226,7 @@ class Bench:
             samples = learning_samples(ALONE, tokens, 0)
             tokens, target = samples.tokens, JointTarget(self.walk, base.groups, samples)
         names = model.arch.linear_names
-        widths = [model.tensors[f"model.layers.0.{name}.weight"].shape[1] for name in names]
+        widths = [model.tensors[model.arch.in_layer(0, f"{name}.weight")].shape[1] for name in names]
         size = 32 if any(width % 128 for width in widths) else 128
         section = GptqSection(method="gptq", bits=job.bits, group_size=size)
         walk = self._walk(model)

@@ -76,7 +76,7 @@ def measure(walk: LayerWalk, text: Text) -> dict[str, Any]:
     losses, counts = dict[int, float](), dict[int, int]()
     with walk.head() as head:
         for (number, row), state in zip(text.sequences, states, strict=True):
-            logits = head(inputs_embeds=state[None, : len(row)], use_cache=False).logits[0, :-1].float()
+            logits = head(state[None, : len(row)])[0, :-1].float()
             targets = torch.tensor(row[1:], device=logits.device)
             loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
             losses[number] = losses.get(number, 0.0) + loss

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from mkaq.cli import main
-from mkaq.merge import channels as fuse
-from mkaq.merge import choose
+from mkaq.merge import channels, choose
 from mkaq.recover import layerwise
 
 
 def contrary() -> None:
     """Replaces what chooses by what chooses something else."""
-    keep, fit, cut, error = fuse.keep_columns, fuse.fit, choose.cheapest_groups, layerwise.layer_error
+    keep, fit, cut, error = channels.keep_columns, channels.fit, choose.cheapest_groups, layerwise.layer_error
 
     def other_columns(moments: Any, count: int, ridge: float, group: int = 1) -> torch.Tensor:
         total = len(keep(moments, count, ridge, group))
@@ -26,8 +25,8 @@ def contrary() -> None:
     def other_groups(costs: Any, layers: int, removed: int) -> list[list[int]]:
         return cut({group: -cost for group, cost in costs.items()}, layers, removed)
 
-    fuse.keep_columns = other_columns
-    fuse.fit = lambda *a: replace(fit(*a), ridge=None, weight=fit(*a).weight * 0.5)
+    channels.keep_columns = other_columns
+    channels.fit = lambda *a: replace(fit(*a), ridge=None, weight=fit(*a).weight * 0.5)
     choose.cheapest_groups = other_groups
     layerwise.layer_error = lambda *a: -error(*a)
 

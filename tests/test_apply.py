@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mkaq.checkpoint import reader as checkpoint
+from mkaq.checkpoint import reader
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import CheckpointError
@@ -90,7 +90,7 @@ def test_layers_are_added_in_the_order_of_the_weights() -> None:
 def test_checkpoint_merges_norms_and_biases_and_keeps_lone_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int
 ) -> None:
-    monkeypatch.setattr(checkpoint, "BLOCK", block)
+    monkeypatch.setattr(reader, "BLOCK", block)
     source = open_checkpoint(make_model(tmp_path / "model", "qwen2", layers=3))
     plan = MergePlan((), ({0: 1.0}, {1: 0.3, 2: 0.7}))
     lone, merged = merged_layers(source, plan, dtype)
@@ -114,14 +114,14 @@ def merged(source: Checkpoint, weights: list[dict[int, float]], folder: Path) ->
 def test_pieces_of_a_group_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the group and large the tensor: one piece of each layer is in memory."""
     source = open_checkpoint(make_model(tmp_path / "model"))
-    read, monkeypatched = [], checkpoint._read_at
+    read, monkeypatched = [], reader._read_at
 
     def noted(handle: int, start: int, tensor: torch.Tensor, where: Path) -> None:
         read.append((start, tensor.nbytes))
         monkeypatched(handle, start, tensor, where)
 
-    monkeypatch.setattr(checkpoint, "BLOCK", 4096)
-    monkeypatch.setattr(checkpoint, "_read_at", noted)
+    monkeypatch.setattr(reader, "BLOCK", 4096)
+    monkeypatch.setattr(reader, "_read_at", noted)
     name, weights = "mlp.up_proj.weight", {1: 0.5, 2: 0.3, 3: 0.2}
     starts = [source.tensors[f"model.layers.{index}.{name}"].start for index in weights]
     for number, _ in enumerate(averaged_blocks(source, name, weights, torch.bfloat16)):

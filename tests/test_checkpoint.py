@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mkaq.checkpoint import reader as checkpoint
-from mkaq.checkpoint import validate as opening
+from mkaq.checkpoint import reader, validate
 from mkaq.checkpoint.reader import Checkpoint, TensorInfo
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import CheckpointError
@@ -19,7 +18,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 def lone(folder: Path, tensor: torch.Tensor) -> Checkpoint:
     """A checkpoint of one tensor, `t`, that lies behind another one."""
     save_file({"a": torch.ones(3, dtype=torch.float64), "t": tensor}, folder / "t.safetensors")
-    header = opening._read_header(folder, "t.safetensors")
+    header = validate._read_header(folder, "t.safetensors")
     return Checkpoint(folder, {}, header)
 
 
@@ -33,7 +32,7 @@ def test_headers_say_where_tensors_begin(tiny: Path) -> None:
 
 @pytest.mark.parametrize("block", [64, 1 << 20])
 def test_pieces_make_the_tensor(tiny: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(checkpoint, "BLOCK", block)
+    monkeypatch.setattr(reader, "BLOCK", block)
     source = open_checkpoint(tiny)
     for name, tensor in load_file(tiny / "model.safetensors").items():
         pieces = list(source.blocks(name))
@@ -46,13 +45,13 @@ def test_tensor_without_values_is_one_empty_piece(tmp_path: Path) -> None:
 
 
 def test_rows_are_those_asked_for_and_no_others_are_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, read, bytes_read = open_checkpoint(tiny), checkpoint._read_at, []
+    source, read, bytes_read = open_checkpoint(tiny), reader._read_at, []
 
     def noted(handle: int, start: int, tensor: torch.Tensor, where: Path) -> None:
         bytes_read.append(tensor.nbytes)
         read(handle, start, tensor, where)
 
-    monkeypatch.setattr(checkpoint, "_read_at", noted)
+    monkeypatch.setattr(reader, "_read_at", noted)
     whole = load_file(tiny / "model.safetensors")[EMBEDDING]
     rows = torch.tensor([7, 0, len(whole) - 1, 7])
     found = source.read_rows(EMBEDDING, rows)

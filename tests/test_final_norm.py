@@ -15,6 +15,7 @@ from tests.tiny import FAMILIES, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
+FINAL_NORM = "model.norm.weight"
 STATES = torch.randn(32, 64, 64, generator=torch.Generator().manual_seed(3))
 SAMPLES = hold_out(torch.zeros(32, 64))
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from mkaq import files as durable
+from mkaq import files
 from mkaq.digests import sha256_file
 from mkaq.errors import UsageError, VerificationError
 from mkaq.files import replace_json
-from mkaq.run import publish as handoff
 from mkaq.run.publish import Handoff, find_published, locked, publish
 
 HOLD = """import fcntl, sys
@@ -74,7 +73,7 @@ def test_digests_that_the_build_knows_are_not_computed_again(
         return {"a.txt": "known"}
 
     hashed = []
-    monkeypatch.setattr(handoff, "sha256_file", lambda path: hashed.append(path.name) or "computed")
+    monkeypatch.setattr("mkaq.digests.sha256_file", lambda path: hashed.append(path.name) or "computed")
     done = publish(tmp_path / "stage", "stage", 1, {}, build)
     assert [file["sha256"] for file in done.files] == ["known", "computed"] and hashed == ["b.txt"]
 
@@ -99,10 +98,10 @@ def test_changed_stage_is_made_again(tmp_path: Path, change: dict[str, Any]) -> 
 
 def test_other_versions_make_a_stage_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "stage")
-    monkeypatch.setattr(handoff, "library_versions", lambda: {"torch": "99"})
+    monkeypatch.setattr("mkaq.run.publish.library_versions", lambda: {"torch": "99"})
     assert not make(tmp_path / "stage").reused
     assert make(tmp_path / "stage").reused
-    monkeypatch.setattr(handoff, "__version__", "99")
+    monkeypatch.setattr("mkaq.run.publish.__version__", "99")
     assert not make(tmp_path / "stage").reused
 
 
@@ -127,7 +126,7 @@ def test_damaged_stage_is_made_again(tmp_path: Path, damage: str, inside: bool) 
 
 def test_json_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    fsync, rename = durable.os.fsync, Path.rename
+    fsync, rename = files.os.fsync, Path.rename
 
     def note_sync(handle: int) -> None:
         done.append(f"sync {Path(f'/proc/self/fd/{handle}').readlink().name}")
@@ -137,7 +136,7 @@ def test_json_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch:
         done.append(f"rename {path.name} {to.name}")
         return rename(path, to)
 
-    monkeypatch.setattr(durable.os, "fsync", note_sync)
+    monkeypatch.setattr(files.os, "fsync", note_sync)
     monkeypatch.setattr(Path, "rename", note_rename)
     replace_json(tmp_path / "data.json", {"a": 1})
     new = ".data.json.new"
@@ -155,7 +154,7 @@ def test_stage_of_another_process_is_waited_for(tmp_path: Path, monkeypatch: pyt
         if len(naps) == 3:
             make(tmp_path / "stage", "new", section=2)
 
-    monkeypatch.setattr(handoff.time, "sleep", nap)
+    monkeypatch.setattr("mkaq.run.publish.time.sleep", nap)
     new = make(tmp_path / "other", "new", section=2)
     found = find_published(tmp_path / "stage", [new.fingerprint, new.digest])
     assert len(naps) == 3 and (found.fingerprint, found.digest) == (new.fingerprint, new.digest)
@@ -210,7 +209,7 @@ def test_full_disk_at_the_sync_leaves_the_old_stage(tmp_path: Path, monkeypatch:
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(durable.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         make(tmp_path / "stage", text="two", section=2)
     assert tree(tmp_path) == before

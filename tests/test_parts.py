@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from mkaq.arch.config import Sizes
+from mkaq.arch.families import FAMILIES
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.merge.parts import (
     Parts,
@@ -51,8 +53,8 @@ def walk_of(tmp_path_factory: pytest.TempPathFactory) -> WalkOf:
 
 
 def parts_of(walk: LayerWalk) -> tuple[Parts, Parts]:
-    config, linears = walk.checkpoint.hf_config, walk.checkpoint.arch.linear_names
-    return attention_parts(config, linears), mlp_parts(config, linears)
+    arch, sizes = walk.checkpoint.arch, walk.checkpoint.sizes
+    return attention_parts(arch, sizes), mlp_parts(arch, sizes)
 
 
 def layers_of(walk: LayerWalk) -> list[Tensors]:
@@ -160,10 +162,11 @@ def test_behind_its_own_norm_nothing_changes_and_zeros_stay_finite(walk_of: Walk
     assert torch.equal(weight[:, 6:], before[:, 6:]) and torch.equal(weight[:, :5], before[:, :5])
 
 
-def config(**changes: Any) -> SimpleNamespace:
+def sizes(**changes: Any) -> Sizes:
     """Three KV groups of two heads of four, six channels."""
     shape = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 6}
-    return SimpleNamespace(**shape | changes)
+    shape |= {"vocab_size": 8, "max_position_embeddings": 8}
+    return Sizes.of(SimpleNamespace(**shape | changes))
 
 
 def numbered(rows: int, start: int) -> torch.Tensor:
@@ -171,7 +174,7 @@ def numbered(rows: int, start: int) -> torch.Tensor:
 
 
 def test_rows_of_split_layers() -> None:
-    parts = attention_parts(config(), ["self_attn.q_proj"])
+    parts = attention_parts(FAMILIES["llama"], sizes())
     names = {"self_attn.q_proj": 24, "self_attn.k_proj": 12, "self_attn.v_proj": 12}
     layers = [{f"{name}.weight": numbered(rows, start) for name, rows in names.items()} for start in (0, 100)]
     taken = take_parts(layers, parts, torch.tensor([[1, 2], [0, 1]]))
@@ -182,8 +185,8 @@ def test_rows_of_split_layers() -> None:
 
 
 def test_rows_of_fused_layers() -> None:
-    linears = ["self_attn.qkv_proj", "mlp.gate_up_proj"]
-    heads, channels = attention_parts(config(), linears), mlp_parts(config(), linears)
+    phi3 = FAMILIES["phi3"]
+    heads, channels = attention_parts(phi3, sizes()), mlp_parts(phi3, sizes())
     names = {"self_attn.qkv_proj": 48, "mlp.gate_up_proj": 12}
     layers = [{f"{name}.weight": numbered(rows, start) for name, rows in names.items()} for start in (0, 100)]
     taken = take_parts(layers, heads, torch.tensor([[1, 2], [0, 1]]))["self_attn.qkv_proj.weight"]
@@ -195,6 +198,7 @@ def test_rows_of_fused_layers() -> None:
 
 
 def test_head_size_is_the_configured_one_if_there_is_one() -> None:
-    assert attention_parts(config(), []).width == 8
-    assert attention_parts(config(head_dim=None), []).width == 8
-    assert attention_parts(config(head_dim=10), []).width == 20
+    llama = FAMILIES["llama"]
+    assert attention_parts(llama, sizes()).width == 8
+    assert attention_parts(llama, sizes(head_dim=None)).width == 8
+    assert attention_parts(llama, sizes(head_dim=10)).width == 20

@@ -15,7 +15,6 @@ from mkaq.walk.walk import LayerWalk
 from tests.tiny import FAMILIES, make_model
 
 TOKENS = torch.randint(2, 4096, (6, 32), generator=torch.Generator().manual_seed(1))
-WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def halve(layer: nn.Module, name: str) -> None:
@@ -42,7 +41,7 @@ def inputs_from_the_start(
 def test_pieces_are_those_of_the_whole_layer_whose_weights_change_on_the_way(
     family: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mkaq.walk.walk.TOKENS_PER_BATCH", 64)  # three batches
+    monkeypatch.setattr("mkaq.walk.batches.TOKENS_PER_BATCH", 64)  # three batches
     walk = LayerWalk(
         open_checkpoint(make_model(tmp_path, family)),
         torch.device("cpu"),
@@ -57,8 +56,9 @@ def test_pieces_are_those_of_the_whole_layer_whose_weights_change_on_the_way(
         for name in (*walk.checkpoint.arch.linear_names, *norms):
             layer.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
         whole = {name: layer.get_submodule(name) for name in ("self_attn", "mlp", *norms)}
-        with Piecewise(walk, layer, 1, states, WRITERS) as pieces:
-            for group in walk.checkpoint.family.linears:
+        with Piecewise(walk, layer, 1, states) as pieces:
+            for inputs in walk.checkpoint.arch.inputs:
+                group = [linear.name for linear in inputs]
                 found = torch.cat([pieces.input_of(group[0], slice(at, at + 2)) for at in (0, 2, 4)])
                 expected = inputs_from_the_start(walk, layer, group[0], untouched, whole)
                 assert torch.allclose(found, expected, rtol=close, atol=close)
@@ -79,7 +79,7 @@ def test_output_that_is_not_finite_is_an_error(tiny: Path) -> None:
     with walk.layer(0) as layer, torch.no_grad():
         layer.get_submodule("mlp.down_proj").weight.mul_(torch.inf)
         with (
-            Piecewise(walk, layer, 0, states, WRITERS) as pieces,
+            Piecewise(walk, layer, 0, states) as pieces,
             pytest.raises(CheckpointError, match="layer 0 gives NaN or infinity"),
         ):
             pieces.finish()

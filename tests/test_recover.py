@@ -23,6 +23,7 @@ from tests.tiny import make_model, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
+FINAL_NORM = "model.norm.weight"
 SINGLE = "model.safetensors"
 TOKENS = torch.randint(2, 4096, (16, 32), generator=torch.Generator().manual_seed(1))
 SAMPLES = hold_out(TOKENS)

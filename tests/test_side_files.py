@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from mkaq.checkpoint import resolve as source
+from mkaq.checkpoint import resolve
 from mkaq.checkpoint.side_files import side_files, stays_inside
 from mkaq.export.manifest import FileEntry, read_manifest
 from mkaq.verify.verify import check_files
@@ -86,7 +86,7 @@ def test_everything_that_comes_along_is_fetched(rich: Path, monkeypatch: pytest.
         return str(rich)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert source.resolve_model("org/name") == rich
+    assert resolve.resolve_model("org/name") == rich
     fetched = set(filter_repo_objects(tree(rich).keys(), allow_patterns=asked))
     assert {*BELONG, *side_files(rich), "config.json", "model.safetensors"} <= fetched
     assert not {name for name in fetched if name.endswith((".bin", ".md")) and name not in BELONG}

@@ -9,7 +9,7 @@ import torch
 
 from mkaq import stages
 from mkaq.export.manifest import read_manifest
-from mkaq.merge import channels as fuse
+from mkaq.merge import channels
 from tests.runs import Mkaq, forge
 from tests.tiny import CHANNELS, write_recipe
 
@@ -70,7 +70,7 @@ def test_nothing_is_chosen_again(
 
     artifact = made(case, model, text, mkaq, tmp_path)
     for name in ("keep_columns", "fit", "fuse"):
-        monkeypatch.setattr(fuse, name, refuse)
+        monkeypatch.setattr(channels, name, refuse)
     verified = mkaq("verify", artifact, "--source", model)
     assert verified.code == 0, verified.err
 

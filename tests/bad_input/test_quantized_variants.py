@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.walk.walk import dense_layer
+from mkaq.formats.layer import dense_layer
 from tests.bad_input.damage import change_tensors
 from tests.bad_input.test_bad_quantized import change_parts, edit_quantization
 from tests.runs import Mkaq, one_message, run_quietly
@@ -107,9 +107,7 @@ def test_version_2_is_read_as_what_it_is(artifacts: dict[str, Path], mkaq: Mkaq,
 def dense(path: Path) -> dict[str, torch.Tensor]:
     """A layer of an artifact, its weights as they are meant."""
     opened = open_checkpoint(path, quantized=True)
-    stored = opened.read(opened.layer_tensor_names(1))
-    below = {name.removeprefix("model.layers.1."): tensor for name, tensor in stored.items()}
-    return dense_layer(below, opened.quantization)
+    return dense_layer(opened.read_layer(1), opened.arch.linear_names, opened.quantization)
 
 
 def swap_shape(state: torch.Tensor) -> torch.Tensor:
