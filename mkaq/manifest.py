@@ -170,7 +170,7 @@ def build_manifest(
     source, size = job.source, job.sizes[0]
     from_hub = source.path.parent.name == "snapshots"
     calibration = None
-    if job.calibrated:
+    if job.has("calibrate"):
         section = recipe.calibration.model_dump(exclude={"path"})
         calibration = Calibration(**section, tokens_sha256=tokens_digest(job.tokens()))
     return Manifest(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from mkaq.recipe import Recipe
     from mkaq.result import RunResult
     from mkaq.run.job import Job
-    from mkaq.run.make import Maker
+    from mkaq.session import Session
 
 STAGES: tuple[Stage, ...] = (calibrate, analyze, merge, recover, quantize)
 LAST = "export"
@@ -50,96 +49,51 @@ def run(
         MkaqError: Of the kind that fits; earlier stages and artifacts stay as they were.
     """
     from mkaq.budget import meet_budget
-    from mkaq.checkpoint.resolve import resolve_model
-    from mkaq.checkpoint.validate import open_checkpoint
-    from mkaq.digests import describe_files, digest_of
-    from mkaq.heap import arrange_heap
-    from mkaq.plan import check_resources, output_of, plan_recipe, remarks
-    from mkaq.ranks import ALONE
-    from mkaq.report import write_report
-    from mkaq.result import RunResult, write_log
-    from mkaq.run.job import Job
-    from mkaq.run.lock import locked
-    from mkaq.run.make import Maker
+    from mkaq.session import session
 
-    ranks = ranks or ALONE
-    source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))
-    for line in remarks(recipe, ranks.size):
-        progress.say(line)
-    plan = plan_recipe(recipe, source, device, max_memory, ranks.size)
-    check_resources(plan, folder, device, max_memory, ranks.local_size)
-    arrange_heap(sparing=max_memory is not None)
-    with locked(folder) if ranks.main else nullcontext():
-        progress.say(f"reading {recipe.model.path}")
-        for remark in source.remarks:
-            progress.say(f"note: {remark}")
-        files = describe_files(source.path, source.files) if ranks.main else []
-        ranks.wait()
-        maker, budget = Maker(folder, device, progress, fresh, ranks), None
-
-        def job_of(settled: Recipe) -> Job:
-            output, seed = output_of(settled, source, progress), settled.calibration.seed
-            return Job(source, digest_of(files), output, seed, device, ranks, plan.place, folder)
-
-        try:
-            if recipe.budget is not None:
-                recipe, budget = meet_budget(
-                    recipe, plan.options, lambda tried: make(tried, job_of(tried), maker), progress
-                )
-            maker.begin()
-            if ranks.main:
-                (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-            job = make(recipe, job_of(recipe), maker, until)
-            result = RunResult(folder, job.sizes, job.evaluation)
-            if until == LAST:
-                result.artifact = ship(recipe, job, maker, files, budget)
-        finally:
-            if ranks.main:
-                write_log(folder, maker.log, plan, device, ranks)
-        if result.artifact and ranks.main:
-            write_report(
-                result, maker.log, job.path(analyze.NAME) / analyze.SIMILARITY if recipe.merge else None
-            )
-        return result
+    budget = None
+    with session(recipe, folder, device, progress, fresh, max_memory, ranks) as own:
+        if recipe.budget is not None:
+            recipe, budget = meet_budget(recipe, own.options, lambda tried: make(tried, own), progress)
+        own.begin(recipe)
+        job = make(recipe, own, until)
+        return own.end(job, ship(recipe, job, own, budget) if until == LAST else None)
 
 
-def make(recipe: Recipe, job: Job, maker: Maker, until: str = LAST) -> Job:
+def make(recipe: Recipe, own: Session, until: str = LAST) -> Job:
     """Makes the models of a recipe, one stage after another, each measured on request."""
-    measured = evaluate.section(recipe, job.source)
-    if measured is not None:
-        _evaluate(measured, job, maker)
+    job = own.job(recipe)
+    _measure(recipe, job, own)
     for stage in STAGES:
         section = stage.section(recipe, job.source)
         if section is not None and makes_model(stage):
-            maker.model(stage, section, job)
-            if measured is not None:
-                _evaluate(measured, job, maker)
+            own.maker.make_model(stage, section, job)
+            _measure(recipe, job, own)
         elif section is not None:
-            maker.other(stage, section, job)
+            own.maker.make(stage, section, job)
         if until == stage.NAME:
             break
     return job
 
 
-def _evaluate(section: evaluate.PerplexitySection, job: Job, maker: Maker) -> None:
-    maker.other(evaluate, section, job, of=job.last)
-    name = f"{evaluate.NAME}/{job.last}"
-    job.note(name, evaluate.mode(section))
-    job.evaluation[job.last] = evaluate.load(job.path(name))
+def _measure(recipe: Recipe, job: Job, own: Session) -> None:
+    section = evaluate.section(recipe, job.source)
+    if section is not None:
+        name = own.maker.make(evaluate, section, job, of=job.last)
+        job.note(name, evaluate.mode(section))
+        job.evaluation[job.last] = evaluate.load(job.path(name))
 
 
-def ship(
-    recipe: Recipe, job: Job, maker: Maker, files: list[dict[str, Any]], budget: dict[str, Any] | None
-) -> Path:
+def ship(recipe: Recipe, job: Job, own: Session, budget: dict[str, Any] | None) -> Path:
     """Writes the artifact: the last model, its card and its manifest."""
     from mkaq.card import model_card
     from mkaq.manifest import build_manifest
 
-    manifest = build_manifest(recipe, job, files, budget)
+    manifest = build_manifest(recipe, job, own.source_files, budget)
+    card, inputs = model_card(manifest), job.digests(job.last)
     settings = manifest.model_dump(mode="json", by_alias=True)
-    card = model_card(manifest)
-    return maker.artifact(
-        settings, job.digests(job.last), lambda folder: export.run(job, manifest, card, folder)
+    return own.maker.publish_artifact(
+        settings, inputs, lambda folder: export.run(job, manifest, card, folder)
     )
 
 

@@ -15,10 +15,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from mkaq.arch.parts import Parts, attention_parts, mlp_parts
 from mkaq.fit.hold_out import Samples, held_out_error
 from mkaq.fit.ridge import Fit
 from mkaq.fit.targets import advance, without_bias
-from mkaq.merge.parts import Parts, attention_parts, fold_norm, mlp_parts, take_columns, take_parts
+from mkaq.merge.parts import fold_norm, take_columns, take_parts
 from mkaq.merge.solve import PartSolver
 from mkaq.walk.batches import batches, spans
 from mkaq.walk.hooks import input_of

@@ -1,65 +1,13 @@
-"""Where the attention heads and the MLP channels of a layer lie in its tensors.
-
-A part is a KV group (a key/value head with the query heads that share it) or an MLP channel. It
-owns rows of the linear layers that read the hidden state and columns of the one that writes it.
-"""
+"""Heads and channels of several layers, put together to one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from mkaq.arch.arch import READ_BY_ATTENTION, READ_BY_MLP, Arch, Role
-from mkaq.arch.config import Sizes
+from mkaq.arch.parts import Parts
 from mkaq.fit.select import columns_of
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """One kind of parts of a decoder layer.
-
-    Attributes:
-        count: Parts of a layer.
-        norm: The norm that the readers follow.
-        readers: For each linear layer that reads, the spans (first row, rows per part) in it.
-        writer: The linear layer that writes.
-        width: Columns per part of the writer.
-    """
-
-    count: int
-    norm: str
-    readers: Mapping[str, tuple[tuple[int, int], ...]]
-    writer: str
-    width: int
-
-
-def attention_parts(arch: Arch, sizes: Sizes) -> Parts:
-    """The KV groups of a layer."""
-    query = sizes.heads // sizes.kv_heads * sizes.head_dim
-    rows = {Role.QUERY: query, Role.KEY: sizes.head_dim, Role.VALUE: sizes.head_dim}
-    readers = _spans(arch, {role: rows[role] for role in READ_BY_ATTENTION}, sizes.kv_heads)
-    writer = arch.linear_of(Role.ATTENTION_OUTPUT).name
-    return Parts(sizes.kv_heads, arch.attention_norm, readers, writer, query)
-
-
-def mlp_parts(arch: Arch, sizes: Sizes) -> Parts:
-    """The channels of a layer's MLP."""
-    readers = _spans(arch, dict.fromkeys(READ_BY_MLP, 1), sizes.intermediate)
-    return Parts(sizes.intermediate, arch.mlp_norm, readers, arch.linear_of(Role.DOWN).name, 1)
-
-
-def _spans(arch: Arch, rows: Mapping[Role, int], count: int) -> Mapping[str, tuple[tuple[int, int], ...]]:
-    """Where `count` parts lie in the linear layers that have some roles, with so many rows each."""
-    found: dict[str, tuple[tuple[int, int], ...]] = {}
-    for linear in arch.linears:
-        start = 0
-        for role in linear.roles:
-            if role in rows:
-                found[linear.name] = (*found.get(linear.name, ()), (start, rows[role]))
-                start += count * rows[role]
-    return found
 
 
 def fold_norm(tensors: Tensors, parts: Parts, kept: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mkaq.arch.parts import Parts
 from mkaq.fit.hold_out import Samples, token_weights
 from mkaq.fit.moments import Moments
 from mkaq.fit.ridge import Fit
 from mkaq.fit.select import column_sizes, columns_of, keep_columns
 from mkaq.fit.targets import add_rows, add_up, fit_together, moments_of
-from mkaq.merge.parts import Parts, all_parts, part_columns, take_columns, take_parts
+from mkaq.merge.parts import all_parts, part_columns, take_columns, take_parts
 from mkaq.ranks import Ranks
 from mkaq.walk.batches import TOKENS_PER_BATCH
 from mkaq.walk.walk import LayerWalk

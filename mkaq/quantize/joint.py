@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from mkaq.arch.parts import attention_parts, mlp_parts
 from mkaq.fit.final_norm import Rescaled, rescale
 from mkaq.fit.hold_out import Samples
 from mkaq.fit.ridge import Fit
 from mkaq.fit.targets import add_rows, add_up, advance, fit_together, moments_of
-from mkaq.merge.parts import attention_parts, mlp_parts
 from mkaq.walk.piecewise import Piecewise
 from mkaq.walk.walk import LayerWalk
 

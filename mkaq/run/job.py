@@ -75,10 +75,9 @@ class Job:
         """Told what happens."""
         return self.output.progress
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether there are calibration tokens."""
-        return "calibrate" in self._paths
+    def has(self, name: str) -> bool:
+        """Whether a stage is published."""
+        return name in self._paths
 
     def publish(self, name: str, path: Path, digest: str) -> None:
         """Notes where a stage is published."""

@@ -47,11 +47,10 @@ class Maker:
         self.log: list[dict[str, Any]] = []
 
     def begin(self) -> None:
-        """Before the job whose stages the run's folder shows."""
-        if self._ranks.main:
-            self._store.unlink()
+        """Before the job whose stages the run's folder is to show."""
+        self._store.unlink()
 
-    def model(self, stage: "ModelStage", section: "Section", job: Job) -> None:
+    def make_model(self, stage: "ModelStage", section: "Section", job: Job) -> None:
         """Makes the next model of a job."""
         mode = stage.mode(section)
 
@@ -67,12 +66,13 @@ class Maker:
         self._make(stage, stage.NAME, section, job, build)
         job.advance(stage.NAME, stage.Record, mode)
 
-    def other(self, stage: "Stage", section: "Section", job: Job, of: str = "") -> None:
-        """Makes a stage that makes no model: of the whole job, or of one of its models."""
+    def make(self, stage: "Stage", section: "Section", job: Job, of: str = "") -> str:
+        """Makes a stage that makes no model, of the whole job or of one of its models; returns its name."""
         name = f"{stage.NAME}/{of}" if of else stage.NAME
         self._make(stage, name, section, job, lambda scratch: stage.run(section, job, scratch).digests)
+        return name
 
-    def artifact(self, settings: Any, inputs: Mapping[str, str], build: Build) -> Path:
+    def publish_artifact(self, settings: Any, inputs: Mapping[str, str], build: Build) -> Path:
         """Publishes what the user ships, outside of the store."""
         folder = self._folder / "artifact"
         fingerprint = fingerprint_of("artifact", settings, inputs)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mkaq.arch.parts import attention_parts, mlp_parts
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.merge.averaged import merged_layers
 from mkaq.merge.channels import known_tensors
 from mkaq.merge.groups import MergePlan
 from mkaq.merge.origins import Origins, as_tensor
-from mkaq.merge.parts import attention_parts, mlp_parts
 
 if TYPE_CHECKING:
     from mkaq.stages.merge import NewLayer

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from mkaq.arch.parts import attention_parts, mlp_parts
 from mkaq.fit.final_norm import norm_error
 from mkaq.fit.hold_out import Samples, held_out_error, token_weights
 from mkaq.fit.residuals import residuals
 from mkaq.fit.targets import advance
-from mkaq.merge.parts import attention_parts, mlp_parts
 from mkaq.walk.hooks import input_of
 from mkaq.walk.walk import LayerWalk
 

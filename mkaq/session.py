@@ -1,0 +1,112 @@
+"""A run's folder, held and watched: what is checked before the first stage, and told after the last."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mkaq.budget import Option
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.checkpoint.resolve import resolve_model
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.digests import describe_files, digest_of
+from mkaq.heap import arrange_heap
+from mkaq.plan import RunPlan, check_resources, output_of, plan_recipe, remarks
+from mkaq.progress import Progress
+from mkaq.ranks import ALONE, Ranks
+from mkaq.recipe import Recipe
+from mkaq.report import write_report
+from mkaq.result import RunResult, write_log
+from mkaq.run.job import Job
+from mkaq.run.lock import locked
+from mkaq.run.make import Maker
+from mkaq.stages import analyze
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run under way.
+
+    Attributes:
+        folder: Of the run.
+        source: The model that goes in.
+        source_files: Path, bytes and sha256 of its files; only the first process has them.
+        plan: What the run is expected to need.
+        device: Where layers run.
+        ranks: The processes.
+        progress: Told what happens.
+        maker: Makes stages.
+    """
+
+    folder: Path
+    source: Checkpoint
+    source_files: list[dict[str, Any]]
+    plan: RunPlan
+    device: torch.device
+    ranks: Ranks
+    progress: Progress
+    maker: Maker
+
+    @property
+    def options(self) -> Sequence[Option]:
+        """What a budget may choose among."""
+        return self.plan.options
+
+    def job(self, recipe: Recipe) -> Job:
+        """A recipe with nothing made yet."""
+        output, seed = output_of(recipe, self.source, self.progress), recipe.calibration.seed
+        digest, place = digest_of(self.source_files), self.plan.place
+        return Job(self.source, digest, output, seed, self.device, self.ranks, place, self.folder)
+
+    def begin(self, recipe: Recipe) -> None:
+        """Notes the recipe whose stages the folder will show: the resolved one, in recipe.yaml."""
+        if self.ranks.main:
+            self.maker.begin()
+            (self.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+    def end(self, job: Job, artifact: Path | None) -> RunResult:
+        """What the run came to; of one that made an artifact there is a report."""
+        result = RunResult(self.folder, job.sizes, job.evaluation, artifact)
+        if artifact and self.ranks.main:
+            similarity = job.path(analyze.NAME) / analyze.SIMILARITY if job.has(analyze.NAME) else None
+            write_report(result, self.maker.log, similarity)
+        return result
+
+
+@contextmanager
+def session(
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+    fresh: bool,
+    max_memory: int | None,
+    ranks: Ranks | None,
+) -> Iterator[Session]:
+    """Holds a run's folder for a `with` block, once all is checked; arguments as for `pipeline.run`.
+
+    Raises:
+        MkaqError: If the recipe does not fit the model or the machine, or the folder is not free.
+    """
+    ranks = ranks or ALONE
+    source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))
+    for line in remarks(recipe, ranks.size):
+        progress.say(line)
+    plan = plan_recipe(recipe, source, device, max_memory, ranks.size)
+    check_resources(plan, folder, device, max_memory, ranks.local_size)
+    arrange_heap(sparing=max_memory is not None)
+    with locked(folder) if ranks.main else nullcontext():
+        progress.say(f"reading {recipe.model.path}")
+        for remark in source.remarks:
+            progress.say(f"note: {remark}")
+        files = describe_files(source.path, source.files) if ranks.main else []
+        ranks.wait()
+        maker = Maker(folder, device, progress, fresh, ranks)
+        try:
+            yield Session(folder, source, files, plan, device, ranks, progress, maker)
+        finally:
+            if ranks.main:
+                write_log(folder, maker.log, plan, device, ranks)
