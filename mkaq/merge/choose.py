@@ -32,7 +32,6 @@ def choose(
     analysis: Analysis,
     walk: LayerWalk,
     samples: Samples,
-    *,
     removed: int,
     order: str,
     coefficient: str | float | None,

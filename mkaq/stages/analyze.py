@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from mkaq.run.estimate import Estimate, ModelSize, Task
-from mkaq.stages.base import Made, Mode, Section
+from mkaq.stages.base import Made, Mode, Part, Row, Section
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint
@@ -55,6 +55,22 @@ class AnalysisSection(Section):
     """First layer and length of every group that is measured."""
 
 
+class MeasuredGroup(Part):
+    """A group of neighbouring layers that was tried."""
+
+    first: int
+    """Its first layer."""
+    layers: int
+    """How many layers it has."""
+    error: float
+    """What merging it alone costs: mean Kullback-Leibler divergence of the next-token distributions from
+    the source's over held-out tokens, in nats."""
+
+    def row(self) -> Row:
+        """For the report."""
+        return (f"{self.first} - {self.first + self.layers - 1}", f"{self.error:.4f}")
+
+
 def section(recipe: Recipe, source: Checkpoint) -> AnalysisSection | None:
     """What the merge section needs to know."""
     from mkaq.merge.segment import candidate_groups
@@ -64,8 +80,8 @@ def section(recipe: Recipe, source: Checkpoint) -> AnalysisSection | None:
         return None
     candidates: list[tuple[int, int]] = []
     if merge.order == "measured":
-        layers, protect = source.num_layers, (merge.protect.first, merge.protect.last)
-        candidates = candidate_groups(layers, protect, merge.removed(layers))
+        layers = source.num_layers
+        candidates = candidate_groups(layers, merge.protect.both(), merge.removed(layers))
     fixed = merge.coefficient if isinstance(merge.coefficient, float) and candidates else None
     return AnalysisSection(manifold=merge.manifold, fuse=merge.fuse, coefficient=fixed, candidates=candidates)
 
@@ -105,9 +121,13 @@ def run(section: AnalysisSection, job: Job, folder: Path) -> Made:
         average = section.fuse == "average"
         build = by_average(walk, section.coefficient) if average else by_channels(walk, job.dtype)
         costs = measure_groups(walk, tokens, job.seed, section.candidates, build, job.progress)
-        rows = [{"first": k, "layers": n, "error": error} for (k, n), error in costs.items()]
-        write_json(folder / COSTS, rows)
+        write_json(folder / COSTS, rows(costs))
     return Made()
+
+
+def rows(costs: Mapping[tuple[int, int], float]) -> list[dict[str, Any]]:
+    """Measured groups as plain data."""
+    return [{"first": first, "layers": layers, "error": error} for (first, layers), error in costs.items()]
 
 
 def load(folder: Path) -> Analysis:
@@ -117,7 +137,5 @@ def load(folder: Path) -> Analysis:
     from mkaq.merge.choose import Analysis
 
     similarity = load_file(folder / SIMILARITY)["npib"] if (folder / SIMILARITY).is_file() else None
-    rows: list[dict[str, Any]] = []
-    if (folder / COSTS).is_file():
-        rows = json.loads((folder / COSTS).read_text())
-    return Analysis(similarity, {(row["first"], row["layers"]): row["error"] for row in rows})
+    costs = json.loads((folder / COSTS).read_text()) if (folder / COSTS).is_file() else []
+    return Analysis(similarity, {(row["first"], row["layers"]): row["error"] for row in costs})

@@ -139,12 +139,15 @@ class Made(NamedTuple):
     digests: Mapping[str, str] = {}
 
 
+Row = tuple[str, ...]
+
+
 class Table(NamedTuple):
     """A table of the report."""
 
     title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    header: Row
+    rows: Sequence[Row]
 
 
 class Description(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 
 from mkaq.run.estimate import Estimate, ModelSize, Task
 from mkaq.stages import analyze
-from mkaq.stages.analyze import ManifoldSection
-from mkaq.stages.base import Description, FinalNorm, Made, Mode, Part, Section, Step, Table
+from mkaq.stages.analyze import ManifoldSection, MeasuredGroup
+from mkaq.stages.base import Description, FinalNorm, Made, Mode, Part, Row, Section, Step, Table
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint
@@ -31,6 +31,10 @@ class ProtectSection(Section):
     """How many at the start."""
     last: int = Field(default=1, ge=0)
     """How many at the end."""
+
+    def both(self) -> tuple[int, int]:
+        """First and last."""
+        return self.first, self.last
 
 
 class MergeSection(Section):
@@ -96,7 +100,7 @@ class MergeSection(Section):
         """
         from mkaq.merge.groups import layers_to_remove
 
-        return layers_to_remove(num_layers, self.ratio, self.layers, (self.protect.first, self.protect.last))
+        return layers_to_remove(num_layers, self.ratio, self.layers, self.protect.both())
 
 
 class MergeEntry(Part):
@@ -111,17 +115,10 @@ class MergeEntry(Part):
     similarity: float | None
     """NPIB of the two groups, where it was asked for."""
 
-
-class MeasuredGroup(Part):
-    """A group of neighbouring layers that was tried."""
-
-    first: int
-    """Its first layer."""
-    layers: int
-    """How many layers it has."""
-    error: float
-    """What merging it alone costs: mean Kullback-Leibler divergence of the next-token distributions from
-    the source's over held-out tokens, in nats."""
+    def row(self) -> Row:
+        """For the report."""
+        similarity = "-" if self.similarity is None else f"{self.similarity:.3f}"
+        return (str(self.into), str(self.from_), f"{self.coefficient:.3f}", similarity)
 
 
 class Solved(Part):
@@ -133,6 +130,11 @@ class Solved(Part):
     """With the weight as it was."""
     error: float
     """With the weight as it is."""
+
+    def row(self) -> Row:
+        """For the report."""
+        ridge = "left as it was" if self.ridge is None else str(self.ridge)
+        return (ridge, f"{self.error_before:.4f} to {self.error:.4f}")
 
 
 class Fused(Part):
@@ -165,6 +167,21 @@ class NewLayer(Part):
     def weights(self) -> dict[int, float]:
         """Old layers and their weights or shares."""
         return {int(old): weight for old, weight in self.from_.items()}
+
+    def line(self) -> str:
+        """For `mkaq inspect`."""
+        if self.fused:
+            mix = ", ".join(f"{share:.0%} of {old}" for old, share in self.from_.items())
+            return f"layer {self.new}: channels {mix}; error {self.fused.residual:.4f}"
+        terms = (f"{weight:.3f} x {old}" for old, weight in self.from_.items())
+        return f"layer {self.new} = " + " + ".join(terms)
+
+    def row(self) -> Row:
+        """For the report, of a fused layer."""
+        assert self.fused is not None
+        shares = " ".join(f"{old}: {100 * share:.0f} %" for old, share in self.from_.items())
+        solved = (*self.fused.attention.row(), *self.fused.mlp.row())
+        return (str(self.new), shares, *solved, f"{self.fused.residual:.4f}")
 
 
 class MergeRecord(Step):
@@ -243,7 +260,7 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
         check_solvable(source, task.samples, "merge.fuse: channels", instead)
     layer = source.count_weights(source.layer_tensor_names(0))
     parameters = before.parameters - removed * layer
-    free = before.layers - section.protect.first - section.protect.last
+    free = before.layers - sum(section.protect.both())
     measured = section.order == "measured" or section.coefficient == "measured"
     need = merging(task, section.fuse, longest_group(free, removed), measured)
     return Estimate(need, ModelSize(NAME, left, parameters, parameters * task.dtype.itemsize))
@@ -261,16 +278,9 @@ def run(section: MergeSection, job: Job, folder: Path) -> Made:
     source, walk = job.source, job.walk(job.source, fast=mode(section).fast)
     analysis = analyze.load(job.path("analyze"))
     samples = half_shuffled_samples(job.ranks, job.tokens(), job.seed)
-    plan = choose(
-        analysis,
-        walk,
-        samples,
-        removed=section.removed(walk.num_layers),
-        order=section.order,
-        coefficient=section.coefficient,
-        protect=(section.protect.first, section.protect.last),
-        progress=job.progress,
-    )
+    removed, protect = section.removed(walk.num_layers), section.protect.both()
+    rules = removed, section.order, section.coefficient, protect
+    plan = choose(analysis, walk, samples, *rules, job.progress)
     if section.fuse == "channels":
         streams = Streams.of(walk, samples)
         made, merges, final_norm = fused_layers(streams, plan.groups, job.dtype), [], streams.rescale
@@ -280,11 +290,10 @@ def run(section: MergeSection, job: Job, folder: Path) -> Made:
     written = write_merged(source, layers, plan.kept, folder, job.output, job.ranks, final_norm)
     if written.origins:
         write_origins(folder / ORIGINS, written.origins)
-    costs = analysis.costs.items() if section.order == "measured" else ()
     facts = {
         "dtype": str(job.dtype).removeprefix("torch."),
         "merges": merges,
-        "measured": [{"first": k, "layers": n, "error": error} for (k, n), error in costs],
+        "measured": analyze.rows(analysis.costs),
         "layers": written.rows,
         "final_norm": written.final_norm and asdict(written.final_norm),
     }
@@ -295,62 +304,32 @@ def describe(record: MergeRecord) -> Description:
     """Which layers became one, and what that left."""
     groups = [", ".join(layer.from_) for layer in record.layers if len(layer.from_) > 1]
     how = "fused in function space" if record.layers[0].fused else "averaged"
-    sentence = (
-        f"Merged (MKA, arXiv 2406.16330; {how}) from {record.layers_before} to {record.layers_after} layers: "
-        + "; ".join(groups)
-        + "."
-    )
-    norm = record.final_norm.lines() if record.final_norm else []
-    return Description(sentence, [*_lines(record), *norm], list(_tables(record)))
+    counts = f"from {record.layers_before} to {record.layers_after} layers"
+    sentence = f"Merged (MKA, arXiv 2406.16330; {how}) {counts}: {'; '.join(groups)}."
+    return Description(sentence, list(_lines(record)), list(_tables(record)))
 
 
 def _lines(record: MergeRecord) -> Iterator[str]:
-    for layer in record.layers:
-        if layer.fused and len(layer.from_) > 1:
-            mix = ", ".join(f"{share:.0%} of {old}" for old, share in layer.from_.items())
-            yield f"layer {layer.new}: channels {mix}; error {layer.fused.residual:.4f}"
-        elif len(layer.from_) > 1:
-            terms = (f"{weight:.3f} x {old}" for old, weight in layer.from_.items())
-            yield f"layer {layer.new} = " + " + ".join(terms)
+    yield from (layer.line() for layer in record.layers if len(layer.from_) > 1)
     if fused := [layer.fused for layer in record.layers if layer.fused]:
         solved = sum(f.attention.ridge is not None or f.mlp.ridge is not None for f in fused)
         yield (
             f"{solved} of {len(fused)} layers solved toward the original hidden states; "
             f"error at the end {fused[-1].residual:.4f}"
         )
+    yield from record.final_norm.lines() if record.final_norm else ()
 
 
 def _tables(record: MergeRecord) -> Iterator[Table]:
     if record.merges:
-        rows = [
-            (str(m.into), str(m.from_), f"{m.coefficient:.3f}", _number(m.similarity)) for m in record.merges
-        ]
-        yield Table("Merges", ("into", "from", "coefficient", "similarity"), rows)
+        header: Row = ("into", "from", "coefficient", "similarity")
+        yield Table("Merges", header, [merge.row() for merge in record.merges])
     if record.measured:
-        costs = [(f"{m.first} - {m.first + m.layers - 1}", f"{m.error:.4f}") for m in record.measured]
-        yield Table("Groups measured", ("layers", "divergence when merged alone, nats"), costs)
+        header = ("layers", "divergence when merged alone, nats")
+        yield Table("Groups measured", header, [group.row() for group in record.measured])
     if record.fused:
         header = ("layer", "channels from", "o_proj ridge", "error", "down_proj ridge", "error", "output")
-        yield Table(
-            "Fused layers", header, [_fused_row(layer, layer.fused) for layer in record.layers if layer.fused]
-        )
-
-
-def _fused_row(layer: NewLayer, fused: Fused) -> tuple[str, ...]:
-    shares = " ".join(f"{old}: {100 * share:.0f} %" for old, share in layer.from_.items())
-    solved = (
-        text
-        for part in (fused.attention, fused.mlp)
-        for text in (
-            "left as it was" if part.ridge is None else str(part.ridge),
-            f"{part.error_before:.4f} to {part.error:.4f}",
-        )
-    )
-    return (str(layer.new), shares, *solved, f"{fused.residual:.4f}")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+        yield Table("Fused layers", header, [layer.row() for layer in record.layers])
 
 
 def check(record: MergeRecord, case: Case) -> None:
@@ -370,10 +349,8 @@ def check(record: MergeRecord, case: Case) -> None:
         case.measure = lambda *walks: merge_faults(record, *walks)
     else:
         case.demand(plan_faults(record, case.source))
-        known = averaged([layer.weights for layer in record.layers], case.source, dtype)
-    digests = [layer.sha256 for layer in record.layers]
-    layers = (replace(layer, sha256=digest) for layer, digest in zip(known, digests, strict=True))
+        known = averaged(record.layers, case.source, dtype)
     what = "layers" if not record.fused else "layers but for what was solved"
     made = f"{len(record.layers)} {what} recomputed from the source, bit for bit"
-    case.merged(layers, record.groups(), dtype, made)
+    case.merged(known, record.groups(), dtype, made)
     case.scale(record.final_norm)

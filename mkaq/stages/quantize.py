@@ -161,10 +161,8 @@ def mode(section: QuantizeSection) -> Mode:
 
 def inputs(section: QuantizeSection, job: Job) -> Mapping[str, str]:
     """The model of the stage before; the source and the tokens, where the recipe has calibration."""
-    return {
-        **job.digests(job.last),
-        **job.digests(*(("source", "calibrate") if job.has("calibrate") else ())),
-    }
+    beside = ("source", "calibrate") if job.has("calibrate") else ()
+    return job.digests(job.last, *beside)
 
 
 def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimate:

@@ -15,7 +15,7 @@ from mkaq.formats.layer import dense_layer
 from mkaq.merge.write import digest_layer
 from mkaq.progress import Progress
 from mkaq.quantize.error import relative_error
-from mkaq.verify.known import KnownLayer, averaged
+from mkaq.verify.known import KnownLayer, untouched
 from mkaq.walk.walk import LayerWalk
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ class Case:
         """
         faults, told = [*self._outer_faults(), *self._faults], []
         if self._untouched:
-            every = [{index: 1.0} for index in range(self.source.num_layers)]
-            self.layers = averaged(every, self.source, self.dtype)
+            self.layers = untouched(self.source, self.dtype)
         if self.layers is not None:
             faults += self._solved_faults()
             checked = 0

@@ -1,6 +1,6 @@
 """What every layer of an artifact must be, as far as it follows from the source and the record."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,12 +32,17 @@ class KnownLayer:
     sha256: str | None = None
 
 
-def averaged(
-    weights: Iterable[dict[int, float]], source: Checkpoint, dtype: torch.dtype
-) -> Iterator[KnownLayer]:
+def untouched(source: Checkpoint, dtype: torch.dtype) -> Iterator[KnownLayer]:
+    """The source's own layers."""
+    every = tuple({index: 1.0} for index in range(source.num_layers))
+    yield from map(KnownLayer, merged_layers(source, MergePlan((), every), dtype))
+
+
+def averaged(layers: Sequence["NewLayer"], source: Checkpoint, dtype: torch.dtype) -> Iterator[KnownLayer]:
     """Layers that are weighted sums of the source's."""
-    for tensors in merged_layers(source, MergePlan((), tuple(weights)), dtype):
-        yield KnownLayer(tensors)
+    plan = MergePlan((), tuple(layer.weights for layer in layers))
+    for layer, tensors in zip(layers, merged_layers(source, plan, dtype), strict=True):
+        yield KnownLayer(tensors, sha256=layer.sha256)
 
 
 def fused(
@@ -56,4 +61,4 @@ def fused(
             parts.append((kind, places))
         assert layer.fused is not None
         left = [solved.ridge is None for solved in (layer.fused.attention, layer.fused.mlp)]
-        yield KnownLayer(known_tensors(tensors, parts, dtype, left), whole=False)
+        yield KnownLayer(known_tensors(tensors, parts, dtype, left), whole=False, sha256=layer.sha256)
