@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from mkaq.checkpoint.reader import Checkpoint
-from mkaq.checkpoint.writer import ShardWriter, write_side_files
+from mkaq.checkpoint.side_files import copy_side_files
+from mkaq.checkpoint.writer import ShardWriter
 from mkaq.files import write_json
 from mkaq.merge.average import merge_layers
 from mkaq.merge.stage import cast, merged_config
@@ -243,7 +244,7 @@ def write_checkpoint(
             for name, tensor in tensors.items():
                 writer.add(source.arch.in_layer(new, name), cast(tensor, dtype, name))
     write_json(folder / "config.json", merged_config(source, places, dtype))
-    write_side_files(source, folder)
+    copy_side_files(source.path, folder)
 
 
 def _without(num_layers: int, gone: Iterable[int]) -> list[int]:

@@ -19,9 +19,10 @@ from transformers import AutoConfig
 
 from mkaq.arch.families import arch_of
 from mkaq.arch.skeleton import dense_tensors
+from mkaq.checkpoint.layout import Layout, TensorSpec
 from mkaq.checkpoint.reader import BLOCK
 from mkaq.checkpoint.resolve import BUILTIN
-from mkaq.checkpoint.writer import Layout, ShardWriter, TensorSpec
+from mkaq.checkpoint.writer import ShardWriter
 from mkaq.files import write_json
 
 SHARD_SIZE = 5 * 10**9

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks import shapes
 from benchmarks.shapes import CONFIGS, write_checkpoint
 from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.checkpoint.layout import fill_shards
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.checkpoint.writer import fill_shards
 
 TINY: dict[str, Any] = {
     "hidden_size": 64,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mkaq.checkpoint import writer
-from mkaq.checkpoint.writer import ShardWriter, TensorSpec
+from mkaq.checkpoint import shard
+from mkaq.checkpoint.layout import TensorSpec
+from mkaq.checkpoint.writer import ShardWriter
 from mkaq.errors import VerificationError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -125,7 +126,7 @@ def test_byte_that_the_disk_changes_is_not_in_the_digest(
     def corrupt(handle: int) -> None:
         os.pwrite(handle, b"\x11", place % os.fstat(handle).st_size)
 
-    monkeypatch.setattr(writer.os, "fdatasync", corrupt)
+    monkeypatch.setattr(shard.os, "fdatasync", corrupt)
     (tmp_path / "out").mkdir()
     with ShardWriter(tmp_path / "out", shard_size, layout_of(numbered(4)) if declared else None) as output:
         for name, tensor in numbered(4).items():
@@ -145,8 +146,8 @@ def test_tensor_that_was_written_before_its_turn_is_checked(
         corrupted.set()
 
     corrupted = threading.Event()
-    monkeypatch.setattr(writer, "_STEP", 1)
-    monkeypatch.setattr(writer.os, "fdatasync", corrupt)
+    monkeypatch.setattr(shard, "_STEP", 1)
+    monkeypatch.setattr(shard.os, "fdatasync", corrupt)
     with (
         pytest.raises(VerificationError, match=r"tensor t3 reads back changed"),
         ShardWriter(tmp_path, 10**9, layout_of(numbered(4))) as output,
@@ -161,7 +162,7 @@ def test_tensor_that_was_written_before_its_turn_is_checked(
 def test_digest_does_not_depend_on_the_order_of_arrival(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    monkeypatch.setattr(writer, "_STEP", step)
+    monkeypatch.setattr(shard, "_STEP", step)
     orders = {"in order": [0, 1, 2, 3, 4], "backwards": [4, 3, 2, 1, 0], "mixed": [1, 0, 4, 2, 3]}
     for order, numbers in orders.items():
         (tmp_path / order).mkdir()
@@ -207,8 +208,8 @@ def test_what_comes_faster_than_it_is_hashed_is_read_again(
         made.append(Slow(data))
         return made[-1]
 
-    monkeypatch.setattr(writer, "sha256", slow)
-    monkeypatch.setattr(writer, "_WAITING", waiting)
+    monkeypatch.setattr(shard, "sha256", slow)
+    monkeypatch.setattr(shard, "_WAITING", waiting)
 
     def run() -> None:
         with ShardWriter(tmp_path, 10**9, layout_of(numbered(3))) as output:
@@ -230,7 +231,7 @@ def test_what_comes_faster_than_it_is_hashed_is_read_again(
 
 def test_sync_that_fails_once_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system reports a lost write to one sync, and none to the next."""
-    monkeypatch.setattr(writer, "_STEP", 1)
+    monkeypatch.setattr(shard, "_STEP", 1)
     calls: list[int] = []
 
     def once(handle: int) -> None:
@@ -238,7 +239,7 @@ def test_sync_that_fails_once_is_not_forgotten(tmp_path: Path, monkeypatch: pyte
         if len(calls) == 1:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(writer.os, "fdatasync", once)
+    monkeypatch.setattr(shard.os, "fdatasync", once)
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path / "out", numbered(4), declared=True)
     assert len(calls) > 1 and not list((tmp_path / "out").glob("*.safetensors"))
@@ -248,7 +249,7 @@ def test_disk_that_is_full_at_the_sync_is_an_error(tmp_path: Path, monkeypatch: 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fdatasync", full)
+    monkeypatch.setattr(shard.os, "fdatasync", full)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "out", numbered(4), 80, declared=True)
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -344,7 +345,7 @@ def test_full_shard_is_synced_beside_while_the_next_is_written(
         fsync(handle)
         synced.set()
 
-    monkeypatch.setattr(writer.os, "fdatasync", sync)
+    monkeypatch.setattr(shard.os, "fdatasync", sync)
     with ShardWriter(tmp_path, 80, layout_of(numbered(3))) as output:
         output.add("t0", torch.zeros(10))
         output.add("t1", torch.zeros(10))

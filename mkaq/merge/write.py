@@ -10,10 +10,12 @@ import torch
 
 from mkaq.arch.arch import Arch
 from mkaq.arch.config import keep_layers
+from mkaq.checkpoint.layout import layout_like
 from mkaq.checkpoint.output import Output, cast
 from mkaq.checkpoint.reader import Checkpoint
+from mkaq.checkpoint.shard import checksum_of
 from mkaq.checkpoint.side_files import copy_side_files
-from mkaq.checkpoint.writer import Writer, checksum_of, layout_like, writer_of
+from mkaq.checkpoint.writer import Writer, writer_of
 from mkaq.files import write_json
 from mkaq.fit.final_norm import Rescaled, rescaled
 from mkaq.heap import return_freed_memory

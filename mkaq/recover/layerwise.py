@@ -16,9 +16,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from mkaq.checkpoint.layout import layout_like
 from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.side_files import copy_side_files
-from mkaq.checkpoint.writer import layout_like, writer_of
+from mkaq.checkpoint.writer import writer_of
 from mkaq.files import write_json
 from mkaq.fit.final_norm import Rescaled, rescale, rescaled
 from mkaq.fit.hold_out import Samples, held_out_mean, token_weights

@@ -218,7 +218,7 @@ def test_damaged_handoff(
 POINTS = [
     ("calibrate", "mkaq.stages.save_file", 1),
     ("merge", "mkaq.merge.stage.write_layer", 2),
-    ("merge", "mkaq.merge.stage.write_side_files", 1),
+    ("merge", "mkaq.merge.stage.copy_side_files", 1),
     ("evaluate/merge", "mkaq.stages.write_json", 1),
     ("quantize", "mkaq.quantize.gptq_stage.pack_linear", 9),
     ("quantize", "mkaq.stages.write_json", 2),
