@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "merge"
 LESS = "merge.fuse: average, which needs less than channels"
+_INSTEAD = "fuse: average, with recover: {method: layerwise}"
 
 
 class ProtectSection(Section):
@@ -133,8 +134,7 @@ class Solved(Part):
 
     def row(self) -> Row:
         """For the report."""
-        ridge = "left as it was" if self.ridge is None else str(self.ridge)
-        return (ridge, f"{self.error_before:.4f} to {self.error:.4f}")
+        return str(self.ridge or "left as it was"), f"{self.error_before:.4f} to {self.error:.4f}"
 
 
 class Fused(Part):
@@ -253,14 +253,11 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
     from mkaq.run.memory import merging
 
     source, removed = task.source, section.removed(before.layers)
-    left = before.layers - removed
+    left, free = before.layers - removed, before.layers - sum(section.protect.both())
     keep_layers(source.config, source.hf_config.to_dict(), range(left), source.path / "config.json")
     if section.fuse == "channels":
-        instead = "fuse: average, with recover: {method: layerwise}"
-        check_solvable(source, task.samples, "merge.fuse: channels", instead)
-    layer = source.count_weights(source.layer_tensor_names(0))
-    parameters = before.parameters - removed * layer
-    free = before.layers - sum(section.protect.both())
+        check_solvable(source, task.samples, "merge.fuse: channels", _INSTEAD)
+    parameters = before.parameters - removed * source.count_weights(source.layer_tensor_names(0))
     measured = section.order == "measured" or section.coefficient == "measured"
     need = merging(task, section.fuse, longest_group(free, removed), measured)
     return Estimate(need, ModelSize(NAME, left, parameters, parameters * task.dtype.itemsize))
@@ -278,8 +275,8 @@ def run(section: MergeSection, job: Job, folder: Path) -> Made:
     source, walk = job.source, job.walk(job.source, fast=mode(section).fast)
     analysis = analyze.load(job.path("analyze"))
     samples = half_shuffled_samples(job.ranks, job.tokens(), job.seed)
-    removed, protect = section.removed(walk.num_layers), section.protect.both()
-    rules = removed, section.order, section.coefficient, protect
+    removed = section.removed(walk.num_layers)
+    rules = removed, section.order, section.coefficient, section.protect.both()
     plan = choose(analysis, walk, samples, *rules, job.progress)
     if section.fuse == "channels":
         streams = Streams.of(walk, samples)
@@ -304,8 +301,8 @@ def describe(record: MergeRecord) -> Description:
     """Which layers became one, and what that left."""
     groups = [", ".join(layer.from_) for layer in record.layers if len(layer.from_) > 1]
     how = "fused in function space" if record.layers[0].fused else "averaged"
-    counts = f"from {record.layers_before} to {record.layers_after} layers"
-    sentence = f"Merged (MKA, arXiv 2406.16330; {how}) {counts}: {'; '.join(groups)}."
+    how += f") from {record.layers_before} to {record.layers_after} layers"
+    sentence = f"Merged (MKA, arXiv 2406.16330; {how}: {'; '.join(groups)}."
     return Description(sentence, list(_lines(record)), list(_tables(record)))
 
 
@@ -313,10 +310,8 @@ def _lines(record: MergeRecord) -> Iterator[str]:
     yield from (layer.line() for layer in record.layers if len(layer.from_) > 1)
     if fused := [layer.fused for layer in record.layers if layer.fused]:
         solved = sum(f.attention.ridge is not None or f.mlp.ridge is not None for f in fused)
-        yield (
-            f"{solved} of {len(fused)} layers solved toward the original hidden states; "
-            f"error at the end {fused[-1].residual:.4f}"
-        )
+        told = f"{solved} of {len(fused)} layers solved toward the original hidden states"
+        yield f"{told}; error at the end {fused[-1].residual:.4f}"
     yield from record.final_norm.lines() if record.final_norm else ()
 
 
@@ -350,7 +345,6 @@ def check(record: MergeRecord, case: Case) -> None:
     else:
         case.demand(plan_faults(record, case.source))
         known = averaged(record.layers, case.source, dtype)
-    what = "layers" if not record.fused else "layers but for what was solved"
-    made = f"{len(record.layers)} {what} recomputed from the source, bit for bit"
-    case.merged(known, record.groups(), dtype, made)
+    what = "layers but for what was solved" if record.fused else "layers"
+    case.merged(known, record.groups(), dtype, f"{len(record.layers)} {what}")
     case.scale(record.final_norm)

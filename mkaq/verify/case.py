@@ -48,7 +48,7 @@ class Case:
         modules: The records of quantized linear layers, by name.
         measure: Measures the errors that the last step recorded of the artifact's own weights; None: all
             weights follow from the source.
-        made: A sentence on how layers were recomputed, if they were.
+        made: How many layers were recomputed, if they were.
     """
 
     def __init__(self, artifact: Checkpoint, source: Checkpoint) -> None:
@@ -109,7 +109,7 @@ class Case:
                 faults += self._layer_faults(new, known)
                 weights = [name for name in known.tensors if name.endswith(".weight")]
                 checked += sum(_is_rounded(self.modules.get(self._module(new, name))) for name in weights)
-            told += [self.made] if self.made else []
+            told += [f"{self.made} recomputed from the source, bit for bit"] if self.made else []
             if self.modules:
                 told.append(f"{checked} quantized modules have the weight error that the manifest says")
         raise_faults(self.artifact.path, faults)
