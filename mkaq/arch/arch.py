@@ -38,7 +38,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class Arch:
-    """The names and roles of a family's modules. Tensors on disk are named after modules, below `base`.
+    """The names and roles of a family's modules.
+
+    Tensors on disk are named after the modules of transformers, but for `renamed`.
 
     Attributes:
         inputs: The linear layers of a decoder layer, grouped by the input that they share, in the order in
@@ -50,12 +52,12 @@ class Arch:
         written_norms: Norms between what a layer writes and the residual stream.
         parallel: Whether attention and MLP read the same hidden state, and their outputs are added.
         norm_offset: Its norms multiply by this plus their weight.
-        base: The model without its head, in the module.
-        base_on_disk: What its tensors' names begin with on disk, where that is something else.
+        base: The model without its head.
         embed: The token embedding, below the base.
         layers: The decoder layers, below the base.
         final_norm: The norm after the last layer, below the base.
-        head: The output layer, in the module and on disk.
+        head: The output layer.
+        renamed: Modules that have another name on disk, `""` for none: (module, name on disk).
     """
 
     inputs: tuple[tuple[Linear, ...], ...]
@@ -67,11 +69,11 @@ class Arch:
     parallel: bool = False
     norm_offset: float = 0.0
     base: str = "model"
-    base_on_disk: str | None = None
     embed: str = "embed_tokens"
     layers: str = "layers"
     final_norm: str = "norm"
     head: str = "lm_head"
+    renamed: tuple[tuple[str, str], ...] = ()
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -95,18 +97,18 @@ class Arch:
 
     @property
     def embed_weight(self) -> str:
-        """The embedding's tensor."""
-        return self._below_base(f"{self.embed}.weight")
+        """The embedding's tensor on disk."""
+        return self.on_disk(f"{self.base}.{self.embed}.weight")
 
     @property
     def final_norm_weight(self) -> str:
-        """The final norm's tensor."""
-        return self._below_base(f"{self.final_norm}.weight")
+        """The final norm's tensor on disk."""
+        return self.on_disk(f"{self.base}.{self.final_norm}.weight")
 
     @property
     def head_weight(self) -> str:
-        """The output layer's tensor."""
-        return f"{self.head}.weight"
+        """The output layer's tensor on disk."""
+        return self.on_disk(f"{self.head}.weight")
 
     def linear_of(self, role: Role) -> Linear:
         """The linear layer that has a role."""
@@ -114,7 +116,7 @@ class Arch:
 
     def layer_name(self, index: int) -> str:
         """A decoder layer, as its tensors on disk name it."""
-        return self._below_base(f"{self.layers}.{index}")
+        return self.on_disk(f"{self.base}.{self.layers}.{index}")
 
     def in_layer(self, index: int, name: str) -> str:
         """A tensor or a module of a decoder layer, as it is named on disk."""
@@ -122,22 +124,21 @@ class Arch:
 
     def split(self, name: str) -> tuple[int, str] | None:
         """The decoder layer of a tensor on disk, and its name below it; None if it is of no layer."""
-        number, _, below = name.removeprefix(self._below_base(f"{self.layers}.")).partition(".")
+        number, _, below = name.removeprefix(self.on_disk(f"{self.base}.{self.layers}.")).partition(".")
         if not below or not number.isdecimal() or self.in_layer(int(number), below) != name:
             return None
         return int(number), below
 
     def on_disk(self, name: str) -> str:
         """The name on disk of a tensor of the module."""
-        below = name.removeprefix(f"{self.base}.")
-        return name if below == name else self._below_base(below)
+        for module, other in self.renamed:
+            if name.startswith(f"{module}."):
+                return f"{other}.{name.removeprefix(f'{module}.')}".removeprefix(".")
+        return name
 
     def in_module(self, name: str) -> str:
         """The name in the module of a tensor on disk."""
-        base = self.base if self.base_on_disk is None else self.base_on_disk
-        below = name.removeprefix(f"{base}.") if base else name
-        return name if below == name and (base or name == self.head_weight) else f"{self.base}.{below}"
-
-    def _below_base(self, name: str) -> str:
-        base = self.base if self.base_on_disk is None else self.base_on_disk
-        return f"{base}.{name}" if base else name
+        for module, other in sorted(self.renamed, key=lambda pair: -len(pair[1])):
+            if name.startswith(f"{other}.") or not other:
+                return f"{module}.{name.removeprefix(f'{other}.' if other else '')}"
+        return name
