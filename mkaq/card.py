@@ -5,14 +5,10 @@ from typing import Any
 
 import yaml
 
+from mkaq.formats.formats import FORMATS
 from mkaq.manifest import Manifest
 from mkaq.pipeline import stage_of
 from mkaq.stages.quantize import QuantizeRecord
-
-_LOAD = {
-    "gptq": "needs `pip install optimum gptqmodel`",
-    "bitsandbytes": "needs `pip install bitsandbytes accelerate`",
-}
 
 
 def model_card(manifest: Manifest) -> str:
@@ -46,7 +42,8 @@ def model_card(manifest: Manifest) -> str:
         )
     for step in manifest.steps:
         lines += ["", stage_of(step.step).describe(step).sentence]
-    load = f" ({_LOAD[quantized.method]})" if quantized else ""
+    needs = FORMATS[quantized.method].NEEDS if quantized else ""
+    load = f" (needs `{needs}`)" if needs else ""
     lines += ["", f"Load it with plain transformers{load}:", "", "```python"]
     lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")']

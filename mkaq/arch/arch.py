@@ -1,5 +1,6 @@
 """What mkaq must know of a model family: the names of its modules, and what each of them is for."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -125,7 +126,7 @@ class Arch:
     def split(self, name: str) -> tuple[int, str] | None:
         """The decoder layer of a tensor on disk, and its name below it; None if it is of no layer."""
         number, _, below = name.removeprefix(self.on_disk(f"{self.base}.{self.layers}.")).partition(".")
-        if not below or not number.isdecimal() or self.in_layer(int(number), below) != name:
+        if not below or not re.fullmatch("[0-9]{1,9}", number) or self.in_layer(int(number), below) != name:
             return None
         return int(number), below
 

@@ -109,7 +109,7 @@ def _read_config(path: Path, quantized: bool) -> tuple[dict[str, Any], tuple[str
     beside = path / "quantize_config.json"
     check_agreement(config, read_json(beside) if method is not None and beside.is_file() else None, where)
     if method is not None:
-        format_of(method, where).check_config(method, arch.linear_names, where)
+        format_of(method, where).check_config(method, arch, where)
     config = {key: value for key, value in config.items() if key not in _CHOOSES_CODE}
     asking = {"config.json": code, _TOKENIZER: _tokenizer_code(path)}
     told = [f"{', '.join(keys)} of {name}" for name, keys in asking.items() if keys]

@@ -1,17 +1,26 @@
 """bitsandbytes int8 and 4-bit checkpoints, as transformers stores them, through the library's modules."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from mkaq.arch.arch import Arch
 from mkaq.errors import CheckpointError
-from mkaq.formats.format import Config, TensorSchema, type_name, unsupported
+from mkaq.formats.format import NO_GGUF, ONLY_DENSE, Config, TensorSchema, type_name, unsupported
 
 _SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")
 _BLOCK = 64  # weights that share a scale
+_NOT_THERE = "it has no bitsandbytes of its own"
+NEEDS = "pip install bitsandbytes accelerate"
+REFUSALS: Mapping[str, Callable[[Config], str]] = {
+    "transformers on a CPU": lambda config: "",
+    **{name: lambda config: _NOT_THERE for name in ("vLLM", "vLLM on a CPU", "ONNX Runtime GenAI", "MLX")},
+    "OpenVINO": lambda config: ONLY_DENSE,
+    "llama.cpp": lambda config: NO_GGUF,
+}
 
 
 def quantization_config(
@@ -41,7 +50,7 @@ def quantization_config(
     }
 
 
-def check_config(config: Config, linear_names: Iterable[str], where: object) -> None:
+def check_config(config: Config, arch: Arch, where: object) -> None:
     """Refuses a storage that is no byte, and layers that were left dense."""
     if bool(config.get("load_in_8bit")) == bool(config.get("load_in_4bit")):
         raise CheckpointError("quantization_config must say either load_in_8bit or load_in_4bit", where=where)
@@ -49,11 +58,10 @@ def check_config(config: Config, linear_names: Iterable[str], where: object) -> 
         raise unsupported(f"bnb_4bit_quant_storage {config['bnb_4bit_quant_storage']!r}", where)
     if config.get("llm_int8_has_fp16_weight"):
         raise unsupported("llm_int8_has_fp16_weight", where)
-    linears = list(linear_names)
     for key in _SKIPPED:
         skipped = config.get(key) or []
         for name in skipped if isinstance(skipped, list) else [skipped]:
-            if _may_be_a_linear(str(name), linears):
+            if _may_be_a_linear(str(name), arch):
                 raise unsupported(f"{key} with {str(name)[:60]!r} (some layers left dense)", where)
 
 
@@ -177,12 +185,15 @@ def _check_state(state: Any, shape: torch.Size, quant_type: str) -> None:
         raise ValueError(f"{state.state2.absmax.numel()} scales for {state.absmax.numel()} scales")
 
 
-def _may_be_a_linear(name: str, linear_names: list[str]) -> bool:
+def _may_be_a_linear(name: str, arch: Arch) -> bool:
     """Whether an entry of a list of modules can mean a linear layer of a decoder layer.
 
     Libraries take entries as beginnings, endings or regular expressions of whole names.
     """
-    below = name.removeprefix("model").removeprefix(".")
-    if not re.fullmatch(r"[\w.]+", below) or below.split(".")[0] == "layers":
+    if not re.fullmatch(r"[\w.]+", name):
         return True
-    return any(linear.endswith(below) or f"{below}." in f"{linear}." for linear in linear_names)
+    for layers in (arch.layer_name(0).removesuffix(".0"), arch.layers):
+        if f"{layers}.".startswith(f"{name}.") or name.startswith(f"{layers}."):
+            return True
+    below = name.removeprefix(f"{arch.base}.")
+    return any(linear.endswith(below) or f"{below}." in f"{linear}." for linear in arch.linear_names)

@@ -1,14 +1,22 @@
 """Linear layers as they are: a weight, and a bias where there is one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-from mkaq.formats.format import Config, TensorSchema
+from mkaq.arch.arch import Arch
+from mkaq.formats.format import NO_GGUF, Config, TensorSchema
+
+_RUN = ("transformers on a CPU", "vLLM", "vLLM on a CPU", "ONNX Runtime GenAI", "MLX", "OpenVINO")
+NEEDS = ""
+REFUSALS: Mapping[str, Callable[[Config], str]] = {
+    **{name: lambda config: "" for name in _RUN},
+    "llama.cpp": lambda config: NO_GGUF,
+}
 
 
-def check_config(config: Config, linear_names: Iterable[str], where: object) -> None:
+def check_config(config: Config, arch: Arch, where: object) -> None:
     """Nothing can be wrong with what is not there."""
 
 

@@ -1,16 +1,21 @@
 """What a weight format has to say of itself: one module each, found by `quant_method`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from mkaq.arch.arch import Arch
 from mkaq.dtypes import FLOATS
 from mkaq.errors import UnsupportedError
 
 Config = Mapping[str, Any]
 """The `quantization_config` of a checkpoint, or nothing for a dense one."""
+
+
+NO_GGUF = "it reads GGUF, which mkaq does not write yet"
+ONLY_DENSE = "only artifacts that are not quantized were tried there"
 
 
 class TensorSchema(NamedTuple):
@@ -31,12 +36,17 @@ class Format(Protocol):
     The tensors of one layer come by their names below its module: `weight`, `qweight`, `bias`, ...
     """
 
-    def check_config(self, config: Config, linear_names: Iterable[str], where: object) -> None:
+    NEEDS: str
+    """What has to be installed beside transformers to load it; empty: nothing."""
+    REFUSALS: Mapping[str, Callable[[Config], str]]
+    """By runtime, of those that are known: why it does not run such a checkpoint; empty if it does."""
+
+    def check_config(self, config: Config, arch: Arch, where: object) -> None:
         """Refuses what mkaq does not read, or would read wrongly.
 
         Args:
             config: The quantization_config.
-            linear_names: The linear layers of a decoder layer.
+            arch: The names of the model's modules.
             where: Named in errors.
 
         Raises:

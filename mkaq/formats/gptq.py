@@ -1,16 +1,17 @@
 """GPTQ checkpoints, as auto-gptq laid them out and GPTQModel, optimum, transformers and vLLM read them."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mkaq import __version__
+from mkaq.arch.arch import Arch
 from mkaq.errors import CheckpointError
 from mkaq.formats import dense
-from mkaq.formats.format import Config, TensorSchema, type_name, unsupported
+from mkaq.formats.format import NO_GGUF, ONLY_DENSE, Config, TensorSchema, type_name, unsupported
 from mkaq.formats.packing import unpack_linear
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -22,6 +23,7 @@ _MUST_BE_OFF = {  # what it means where it is on
     "is_marlin_format": "weights laid out for the Marlin kernel",
 }
 _CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+NEEDS = "pip install optimum gptqmodel"
 
 
 def quantization_config(
@@ -65,7 +67,7 @@ def checkpoint_format(config: Mapping[str, Any]) -> str:
     return str(config.get("checkpoint_format") or config.get("format") or "gptq")
 
 
-def check_config(config: Config, linear_names: Iterable[str], where: object) -> None:
+def check_config(config: Config, arch: Arch, where: object) -> None:
     """Refuses variants, whose tensors have the same names and shapes and would be read wrongly."""
     named = [config[key] for key in ("checkpoint_format", "format") if config.get(key)]
     if len({str(name) for name in named}) > 1:
@@ -82,7 +84,7 @@ def check_config(config: Config, linear_names: Iterable[str], where: object) -> 
         if config.get(key):
             raise unsupported(f"{key} ({meaning})", where)
     listed = config.get("modules_in_block_to_quantize")
-    if listed and not set(linear_names) <= set(re.findall(r"\w+\.\w+", str(listed))):
+    if listed and not set(arch.linear_names) <= set(re.findall(r"\w+\.\w+", str(listed))):
         raise unsupported("modules_in_block_to_quantize (some layers left dense)", where)
     size, group_size = config.get("bits"), config.get("group_size")
     if size not in (2, 3, 4, 8) or not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
@@ -139,3 +141,44 @@ def dequantize(tensors: dict[str, torch.Tensor], config: Config) -> torch.Tensor
 
 def _groups(in_features: int, config: Config) -> int:
     return 1 if config["group_size"] == -1 else -(-in_features // int(config["group_size"]))
+
+
+def _transformers(config: Config) -> str:
+    if config["bits"] == 4 and config["group_size"] in (-1, 16):
+        return f"its 4-bit kernel takes groups of 32 or more, not {_size(config)}"
+    return ""
+
+
+def _vllm(config: Config, kernels: Sequence[int] = (4, 8)) -> str:
+    if config["bits"] not in kernels:
+        return f"{config['bits']} bits are not among its GPTQ kernels ({', '.join(map(str, kernels))})"
+    if not config["sym"]:
+        return "its GPTQ kernels are symmetric, sym: false is not"
+    if config["group_size"] not in (-1, 32, 64, 128):
+        return f"group_size {config['group_size']} is not among its GPTQ kernels (-1, 32, 64, 128)"
+    return "its GPTQ kernels take desc_act with static_groups only" if config["desc_act"] else ""
+
+
+def _onnx(config: Config) -> str:
+    if config["bits"] == 3:
+        return "it cannot unpack 3 bits"
+    if config["bits"] == 2 and config["group_size"] not in (16, 32, 64, 128, 256):
+        return f"it takes 2 bits in groups of 256 or fewer, not {_size(config)}"
+    if config["desc_act"] and (config["bits"] == 8 or not config["sym"]):
+        return "with desc_act and no static_groups it reads 4 bits with sym: true only"
+    return ""
+
+
+def _size(config: Config) -> str:
+    return "a whole row" if config["group_size"] == -1 else str(config["group_size"])
+
+
+REFUSALS: Mapping[str, Callable[[Config], str]] = {
+    "transformers on a CPU": _transformers,
+    "vLLM": _vllm,
+    "vLLM on a CPU": lambda config: _vllm(config) or _vllm(config, kernels=(4,)),
+    "ONNX Runtime GenAI": _onnx,
+    "MLX": lambda config: "it refuses a checkpoint with g_idx, which GPTQ has",
+    "OpenVINO": lambda config: ONLY_DENSE,
+    "llama.cpp": lambda config: NO_GGUF,
+}

@@ -211,10 +211,12 @@ def measured(section: QuantizeSection, job: Job) -> bool:
 
 
 def _bitsandbytes(section: BitsandbytesSection, job: Job, folder: Path) -> Made:
-    from mkaq.quantize.bnb_layers import quantize_bitsandbytes
+    from mkaq.quantize.bnb import quantize_linear
+    from mkaq.quantize.each import quantize_each
 
     config = section.config(job.dtype)
-    modules, digests = quantize_bitsandbytes(job.model, config, folder, job.device, job.output)
+    done = quantize_each(job.model, config, quantize_linear, folder, job.device, job.output)
+    modules, digests = done
     return Made({"modules": [asdict(module) for module in modules]}, digests)
 
 

@@ -49,7 +49,10 @@ class Layers:
         finally:
             for name, linear in self._linears[index].items():
                 layer.set_submodule(name, linear)
-            layer.to("meta")
+            for module in layer.modules():  # buffers stay: no checkpoint holds them
+                for name, parameter in module.named_parameters(recurse=False):
+                    gone = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                    module.register_parameter(name, gone)
             return_freed_memory()
 
     def place(self, index: int) -> nn.Module:

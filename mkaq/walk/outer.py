@@ -67,10 +67,10 @@ class Outer:
         self.skeleton = build_skeleton(hf_config)
         self._base = self.skeleton.get_submodule(self._arch.base)
         self.layers: list[nn.Module] = list(self._base.get_submodule(self._arch.layers))
-        self._put_layers([])
         for module in self.skeleton.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
+        self._put_layers([])
 
     def _put_layers(self, layers: list[nn.Module]) -> None:
         self._base.set_submodule(self._arch.layers, nn.ModuleList(layers))
@@ -87,22 +87,26 @@ class Outer:
         embedding.weight = nn.Parameter(rows.to(self._device, self._dtype), requires_grad=False)
         embedding.padding_idx = None
         recorders = [_Recorder(layer) for layer in self.layers]
-        with self._before_layers(recorders):
 
-            def embed(ids: torch.Tensor) -> torch.Tensor:
-                return input_of(recorders[0], partial(self._base, input_ids=ids, use_cache=False))
+        def embed(ids: torch.Tensor) -> torch.Tensor:
+            return input_of(recorders[0], partial(self._base, input_ids=ids, use_cache=False))
 
-            yield embed
-        embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
+        try:
+            with self._before_layers(recorders):
+                yield embed
+        finally:
+            embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
 
     def arguments(self, length: int) -> list[dict[str, Any]]:
         """The keyword arguments of every layer for sequences of a length; they go with any batch."""
         shape, norm = (1, length, self._checkpoint.sizes.hidden), self._arch.final_norm
         recorders, whole = [_Recorder(layer) for layer in self.layers], self._base.get_submodule(norm)
-        with self._before_layers(recorders):
-            self._base.set_submodule(norm, nn.Identity())
-            embeds = torch.zeros(shape, device=self._device, dtype=self._dtype)
-            self._base(inputs_embeds=embeds, use_cache=False)
+        embeds = torch.zeros(shape, device=self._device, dtype=self._dtype)
+        self._base.set_submodule(norm, nn.Identity())
+        try:
+            with self._before_layers(recorders):
+                self._base(inputs_embeds=embeds, use_cache=False)
+        finally:
             self._base.set_submodule(norm, whole)
         return [recorder.arguments for recorder in recorders]
 
@@ -113,8 +117,8 @@ class Outer:
         ends = tuple(name.removesuffix("weight") for name in after)
         names = [name for name in self._checkpoint.outer_tensor_names if not name.startswith(ends)]
         self._put_layers([*recorders])
-        self._load(names)
         try:
+            self._load(names)
             yield
         finally:
             self._put_layers([])
@@ -137,17 +141,17 @@ class Outer:
         skeleton, stub = self.skeleton, _Base()
         head = skeleton.get_submodule(self._arch.head)
         with self.final_norm() as norm:
-            self._load(self._named_like(self._arch.head_weight))
-            if self._arch.head_weight not in self._checkpoint.tensors:  # tied
-                weight = self._checkpoint.read([self._arch.embed_weight])[self._arch.embed_weight]
-                head.weight = nn.Parameter(weight.to(self._device, self._dtype), requires_grad=False)
-            skeleton.set_submodule(self._arch.base, stub)
 
             def logits(hidden_states: torch.Tensor) -> torch.Tensor:
                 stub.hidden_states = norm(hidden_states)
                 found: torch.Tensor = skeleton(inputs_embeds=hidden_states, use_cache=False).logits
                 return found
 
+            self._load(self._named_like(self._arch.head_weight))
+            if self._arch.head_weight not in self._checkpoint.tensors:  # tied
+                weight = self._checkpoint.read([self._arch.embed_weight])[self._arch.embed_weight]
+                head.weight = nn.Parameter(weight.to(self._device, self._dtype), requires_grad=False)
+            skeleton.set_submodule(self._arch.base, stub)
             try:
                 yield logits
             finally:

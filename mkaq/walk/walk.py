@@ -115,10 +115,9 @@ class LayerWalk:
     def run(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """One layer on one batch, shape (batch, length, hidden_size), to the same shape, on the device."""
         arguments = self._layer_arguments(hidden_states.shape[1])[index]
-        output = layer(self.fetch(hidden_states), **arguments)
+        output: torch.Tensor = layer(self.fetch(hidden_states), **arguments)
         self.activations.release()
-        first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return first
+        return output
 
     def checked(self, output: torch.Tensor, index: int) -> torch.Tensor:
         """The output of layer `index`, if it is finite.

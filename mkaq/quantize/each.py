@@ -1,6 +1,6 @@
-"""bitsandbytes over a whole checkpoint, one layer in memory at a time."""
+"""Quantizing every linear layer of a checkpoint by itself, without calibration, layer by layer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,13 @@ from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.checkpoint.writer import ShardWriter
 from mkaq.errors import UnsupportedError
 from mkaq.files import write_json
-from mkaq.formats.bitsandbytes import dequantize
+from mkaq.formats.formats import format_of
 from mkaq.heap import return_freed_memory
-from mkaq.quantize.bnb import quantize_linear
 from mkaq.quantize.error import relative_error
 
 
 @dataclass(frozen=True)
-class BnbModule:
+class RoundedModule:
     """What is recorded of one quantized layer.
 
     Attributes:
@@ -34,27 +33,34 @@ class BnbModule:
     fallback: bool = False
 
 
-def quantize_bitsandbytes(
-    source: Checkpoint, config: Mapping[str, Any], folder: Path, device: torch.device, output: Output
-) -> tuple[list[BnbModule], Mapping[str, str]]:
+def quantize_each(
+    source: Checkpoint,
+    config: Mapping[str, Any],
+    quantize: Callable[[torch.Tensor, Mapping[str, Any], torch.device], dict[str, torch.Tensor]],
+    folder: Path,
+    device: torch.device,
+    output: Output,
+) -> tuple[list[RoundedModule], Mapping[str, str]]:
     """Writes the quantized checkpoint; returns the record of every module, and sha256 of files by name.
 
     Args:
         source: The checkpoint to quantize.
         config: The quantization_config of what comes out.
+        quantize: Gives the tensors that stand for a weight, by their names below the module; raises an
+            OverflowError for weights that the format cannot hold.
         folder: Where the checkpoint goes.
-        device: Where the library quantizes.
+        device: Where layers are quantized.
         output: How it is written.
 
     Raises:
-        UnsupportedError: If a weight is too large for int8 as the library makes it.
+        UnsupportedError: If the format cannot hold a weight.
     """
-    modules: list[BnbModule] = []
+    modules: list[RoundedModule] = []
     dtype = output.dtype
     with ShardWriter(folder, output.shard_size) as writer:
         for name, tensor in source.each(source.outer_tensor_names):
             writer.add(name, tensor.to(dtype))
-        for index in output.progress.track(range(source.num_layers), "quantize (bitsandbytes)"):
+        for index in output.progress.track(range(source.num_layers), f"quantize ({config['quant_method']})"):
             arch = source.arch
             linears = {arch.in_layer(index, f"{name}.weight") for name in arch.linear_names}
             for name, tensor in source.each(source.layer_tensor_names(index)):
@@ -62,8 +68,16 @@ def quantize_bitsandbytes(
                     writer.add(name, tensor.to(dtype))
                     continue
                 module = name.removesuffix(".weight")
-                stored = _quantize(source, name, tensor, config, device)
-                modules.append(BnbModule(module, relative_error(tensor, dequantize(stored, config))))
+                try:
+                    stored = quantize(tensor, config, device)
+                except OverflowError as error:
+                    raise UnsupportedError(
+                        f"tensor {name} has {error}",
+                        where=source.path / source.tensors[name].file,
+                        fix="use quantize.bits: 4, or quantize.method: gptq",
+                    ) from None
+                rounded = format_of(config).dequantize(stored, config)
+                modules.append(RoundedModule(module, relative_error(tensor, rounded)))
                 for part, value in stored.items():
                     writer.add(f"{module}.{part}", value)
             return_freed_memory()
@@ -72,17 +86,3 @@ def quantize_bitsandbytes(
     write_json(folder / "config.json", whole)
     copy_side_files(source.path, folder)
     return modules, writer.digests
-
-
-def _quantize(
-    source: Checkpoint, name: str, tensor: torch.Tensor, config: Mapping[str, Any], device: torch.device
-) -> dict[str, torch.Tensor]:
-    """`quantize_linear` for a tensor of a checkpoint, which an error names."""
-    try:
-        return quantize_linear(tensor, config, device)
-    except OverflowError as error:
-        raise UnsupportedError(
-            f"tensor {name} has {error}",
-            where=source.path / source.tensors[name].file,
-            fix="use quantize.bits: 4, or quantize.method: gptq",
-        ) from None
