@@ -15,7 +15,7 @@ from mkaq.stages.calibrate import CalibrationSection
 from mkaq.stages.evaluate import EvaluateSection
 from mkaq.stages.export import ExportSection
 from mkaq.stages.merge import MergeSection
-from mkaq.stages.quantize import BitsandbytesSection, GptqBits, GptqSection
+from mkaq.stages.quantize import GptqBits, GptqSection, QuantizeSection
 from mkaq.stages.recover import LayerwiseSection
 from mkaq.units import parse_size
 
@@ -95,7 +95,7 @@ class Recipe(Section):
     """A size or a perplexity to meet, in the place of `merge.ratio` and `quantize.bits`, or null."""
     recover: LayerwiseSection | None = None
     """Tuning of the merged model, layer by layer, or null."""
-    quantize: Annotated[GptqSection | BitsandbytesSection, Field(discriminator="method")] | None = None
+    quantize: Annotated[QuantizeSection, Field(discriminator="method")] | None = None
     """Quantization, or null."""
     export: ExportSection = ExportSection()
     """The artifact's files."""
