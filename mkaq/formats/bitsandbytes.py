@@ -144,6 +144,8 @@ def restore(
             device=device,
             module=linear,
         )
+        if like.out_features % 32:  # the library's own CPU kernel would fail; its plain one does not
+            linear.support_avx512bf16_for_cpu = False
         _check_state(linear.weight.quant_state, like.weight.shape, config["bnb_4bit_quant_type"])
     if "bias" in tensors:
         linear.bias = nn.Parameter(tensors["bias"].to(dtype).to(device), requires_grad=False)

@@ -1,4 +1,4 @@
-"""What the GPTQ format can hold, checked before any work."""
+"""Whether a format can hold the linear layers of a model, checked before any work."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,6 +34,26 @@ def check_gptq(source: Checkpoint, config: Mapping[str, Any]) -> None:
                 f"group_size {config['group_size']} does not divide the {in_features} inputs of {name}",
                 where="quantize.group_size",
                 fix=_advice(config, sorted({inputs for _, inputs in shapes.values()})),
+            )
+
+
+def check_bitsandbytes(source: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Checks that every linear layer runs on every CPU, where the library may need blocks of 32 rows.
+
+    Args:
+        source: The model.
+        config: The quantization_config of what comes out.
+
+    Raises:
+        UnsupportedError: If the number of rows of one is no multiple of 32.
+    """
+    for name in source.arch.linear_names if config["load_in_4bit"] else ():
+        out_features, in_features = source.linear_shape(name)
+        if out_features % 32:
+            raise UnsupportedError(
+                f"{name} is {out_features} x {in_features}; bitsandbytes in 4 bits needs multiples of 32 rows",
+                where=source.path,
+                fix="use quantize: {method: bitsandbytes, bits: 8}",
             )
 
 

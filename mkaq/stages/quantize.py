@@ -174,7 +174,7 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
     """
     from mkaq.fit.targets import check_solvable
     from mkaq.formats.formats import format_of
-    from mkaq.quantize.check import check_gptq
+    from mkaq.quantize.check import check_bitsandbytes, check_gptq
     from mkaq.run.memory import gptq, one_layer
 
     source, config = task.source, section.config(task.dtype)
@@ -185,6 +185,7 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
             check_solvable(source, task.samples, "quantize.target: source", "target: input")
         need = gptq(task, desc_act=section.desc_act, joint=section.target == "source")
     else:
+        check_bitsandbytes(source, config)
         need = one_layer(task)
     dense = before.parameters - before.layers * sum(rows * columns for rows, columns in shapes)
     stored = sum(format_of(config).stored_bytes(shape, config) for shape in shapes)
