@@ -51,7 +51,7 @@ def check_bitsandbytes(source: Checkpoint, config: Mapping[str, Any]) -> None:
         out_features, in_features = source.linear_shape(name)
         if out_features % 32:
             raise UnsupportedError(
-                f"{name} is {out_features} x {in_features}; bitsandbytes in 4 bits needs multiples of 32 rows",
+                f"{name} is {out_features} x {in_features}; bitsandbytes at 4 bits needs blocks of 32 rows",
                 where=source.path,
                 fix="use quantize: {method: bitsandbytes, bits: 8}",
             )
