@@ -216,9 +216,7 @@ def with_weights(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Mo
 
 
 def schedule(step: int, steps: int) -> float:
-    """The fraction of the learning rate at a step: linear warm-up over a twentieth of the steps, then a
-    cosine to 0.
-    """
+    """The fraction of the learning rate at a step: linear warm-up over the first 1/20, then a cosine to 0."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup

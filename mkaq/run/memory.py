@@ -18,9 +18,7 @@ INTERPRETER = {"cpu": 600_000_000, "cuda": 500_000_000}  # with torch and transf
 
 @dataclass(frozen=True)
 class _Shape:
-    """Sizes of a model. `stored`, `fast` and `exact` are bytes per number on disk, in a fast walk and in an
-    exact walk.
-    """
+    """Sizes of a model; `stored`, `fast`, `exact`: bytes per number on disk, in a fast and an exact walk."""
 
     layer: int  # weights of a decoder layer
     hidden: int
@@ -117,9 +115,8 @@ def gptq(task: Task, *, desc_act: bool, joint: bool) -> Need:
     for group in source.arch.inputs:
         sizes = [source.linear_shape(linear.name) for linear in group]
         rows, columns = sum(size[0] for size in sizes), sizes[0][1]
-        hessian = max(
-            hessian, 5 * columns**2
-        )  # float32, and in bfloat16 the upper half of the first batch's product
+        # float32, and in bfloat16 the upper half of the first batch's product
+        hessian = max(hessian, 5 * columns**2)
         copies = 3 if desc_act else 2
         panel = 6 * min(4096, columns) * columns
         solving = max(solving, 4 * copies * columns**2 + rows * columns * (4 + 4 + 1 + 2 + 4) + panel)
@@ -129,9 +126,8 @@ def gptq(task: Task, *, desc_act: bool, joint: bool) -> Need:
     item = shape.exact if joint else shape.fast
     streams = tokens * item * ((5 if joint else 3) * shape.hidden + shape.intermediate)
     walks = 2 if joint else 1
-    weights = (
-        walks * shape.walked(item) + shape.layer * item
-    )  # the stored layer stays mapped beside the new one
+    # the stored layer stays mapped beside the new one
+    weights = walks * shape.walked(item) + shape.layer * item
     return Need(weights + max(solving, shape.batch(_batch(tokens, task.length), item) + hessian), streams)
 
 

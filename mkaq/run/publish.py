@@ -48,9 +48,7 @@ class Handoff:
 
 
 def fingerprint_of(stage: str, section: Any, inputs: Mapping[str, str]) -> str:
-    """The fingerprint of a stage: digest of its recipe section, its inputs, and the versions of mkaq and the
-    libraries.
-    """
+    """The fingerprint of a stage: its recipe section, its inputs, the versions of mkaq and the libraries."""
     return digest_of(
         {
             "stage": stage,

@@ -74,7 +74,7 @@ class Case:
         self.layers, self.recomputed, self._untouched = None, "", False
 
     def demand(self, faults: Iterable[str]) -> None:
-        """Raises at once if a claim does not hold on which other checks depend.
+        """Raises at once if a claim that other checks depend on does not hold.
 
         Raises:
             VerificationError: With the faults, if there are any.
