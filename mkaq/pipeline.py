@@ -33,20 +33,20 @@ def run(
     max_memory: int | None = None,
     ranks: Ranks | None = None,
 ) -> RunResult:
-    """Runs a recipe; stages that are there already are used.
+    """Runs a recipe; published stages are reused.
 
     Args:
-        recipe: What to do.
-        folder: Of the run.
-        device: Where layers run.
-        progress: Told what happens.
+        recipe: The recipe.
+        folder: The run's folder.
+        device: The device that runs layers.
+        progress: Progress output.
         until: The last stage to run.
         fresh: Make every stage again.
-        max_memory: Bytes that it may use; all that the device has if None.
-        ranks: The processes that share the calibration samples; None: this one alone.
+        max_memory: Bytes of memory that the run may use; all of the device's if None.
+        ranks: The processes that share the calibration samples; None: only this one.
 
     Raises:
-        MkaqError: Of the kind that fits; earlier stages and artifacts stay as they were.
+        MkaqError: Of the matching kind; earlier stages and artifacts are unchanged.
     """
     from mkaq.budget import meet_budget
     from mkaq.session import session
@@ -61,7 +61,7 @@ def run(
 
 
 def make(recipe: Recipe, own: Session, until: str = LAST) -> Job:
-    """Makes the models of a recipe, one stage after another, each measured on request."""
+    """Makes the models of a recipe, one stage after another, each evaluated if the recipe asks for it."""
     job = own.job(recipe)
     _measure(recipe, job, own)
     for stage in STAGES:
@@ -85,7 +85,7 @@ def _measure(recipe: Recipe, job: Job, own: Session) -> None:
 
 
 def ship(recipe: Recipe, job: Job, own: Session, budget: dict[str, Any] | None) -> Path:
-    """Writes the artifact: the last model, its card and its manifest."""
+    """Publishes the artifact: the last model, its card and its manifest."""
     from mkaq.card import model_card
     from mkaq.manifest import build_manifest
 
@@ -98,5 +98,5 @@ def ship(recipe: Recipe, job: Job, own: Session, budget: dict[str, Any] | None) 
 
 
 def stage_of(name: str) -> ModelStage:
-    """The stage that makes a step of a manifest."""
+    """The stage that made a step of a manifest."""
     return next(stage for stage in STAGES if makes_model(stage) and name == stage.NAME)
