@@ -64,7 +64,7 @@ def fuse(
         group: The layers, consecutive and ascending.
         original: The source's hidden states before the group, shape (samples, length, hidden_size).
         compressed: The compressed model's hidden states before the new layer, of the same shape.
-        samples: The samples of both streams.
+        samples: Their samples.
         dtype: Type of the new tensors.
     """
     arch, sizes = walk.checkpoint.arch, walk.checkpoint.sizes
@@ -118,7 +118,7 @@ def pass_fused(
         layer: The fused layer.
         original: The source's hidden states after the group.
         compressed: Hidden states after the layer's attention, as `fuse` leaves them.
-        samples: The samples of both streams.
+        samples: Their samples.
 
     Returns:
         Mean of |output - original|^2 / |original|^2 over held-out tokens.

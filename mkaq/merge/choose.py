@@ -41,13 +41,13 @@ def choose(
     """Decides which layers are merged, and with which weights.
 
     Args:
-        analysis: The measurements of the source.
+        analysis: Measurements of the source.
         walk: A walk over the source.
-        samples: The samples on which coefficients are measured.
-        removed: Number of layers to remove.
+        samples: Samples for measuring coefficients.
+        removed: Layers to remove.
         order: `similarity`, `back_to_front` or `measured`.
         coefficient: The recipe's coefficient; None if layers are not averaged.
-        protect: Number of layers left alone at the start and at the end.
+        protect: Layers left alone at the start and the end.
         progress: Reports every group whose coefficient is measured.
     """
     if order == "measured":

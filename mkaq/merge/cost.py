@@ -20,8 +20,8 @@ COEFFICIENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Maps last-layer outputs to logits."""
 Build = Callable[[Sequence[int], torch.Tensor, torch.Tensor, Samples], Mapping[str, torch.Tensor]]
-"""Merges a group: takes the group, the hidden states before it (original and compressed, both of which it may
-overwrite) and their samples; returns the new layer's tensors by name below the layer."""
+"""Merges a group: takes the group, the original and compressed hidden states before it (both may be
+overwritten) and their samples; returns the new layer's tensors by name below the layer."""
 
 
 def measure_groups(
@@ -34,10 +34,10 @@ def measure_groups(
 ) -> dict[tuple[int, int], float]:
     """Merges every candidate group alone and measures how far the model's output diverges.
 
-    Each group is merged on the original hidden states before it, from a subset of the tokens. The merged
-    layer's outputs on the probing tokens then pass through the remaining original layers, together with those
-    of all other candidates: one walk over the source measures them all, at any depth. Half of the probing
-    tokens are not text, because what suits text of the calibration's domain may not suit other text.
+    Each group is merged on the original hidden states before it, from a subset of the tokens. Its outputs on
+    the probing tokens then pass through the remaining original layers together with those of all other
+    candidates, so one walk over the source measures them all. Half of the probing tokens are not text: what
+    suits text of the calibration's domain may not suit other text.
 
     Args:
         walk: A walk over the source.
@@ -48,8 +48,8 @@ def measure_groups(
         progress: Reports every layer.
 
     Returns:
-        For each candidate, the mean KL(p || q) in nats, where p is the source's and q the merged model's
-        next-token distribution.
+        For each candidate, the mean KL(p || q) in nats of the next-token distributions p of the source and q
+        of the merged model.
     """
     sample, probes = split_samples(tokens, walk.ranks.size, len(candidates))
     samples, probes = half_shuffled_samples(walk.ranks, sample, seed), probing_tokens(probes, seed)
@@ -95,14 +95,14 @@ def probe_count(samples: int, candidates: int) -> int:
 def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Splits the samples into those that build candidates and those that measure them.
 
-    The more candidates there are, the fewer samples measure, so the total cost stays close to that of one
-    walk over `tokens` at any depth. If too few samples remain after the split, all of them build. Up to eight
-    processes build and measure on the same samples as one process.
+    More candidates are measured on fewer samples, so the total cost stays close to that of one walk over
+    `tokens`. With too few samples to spare any, all of them build. Up to eight processes build and measure on
+    the same samples as one.
 
     Args:
         tokens: Token ids, shape (samples, length).
-        processes: Number of processes that share each part.
-        candidates: Number of candidates.
+        processes: Processes that share each part.
+        candidates: Candidates to measure.
     """
     probes = probe_count(len(tokens), candidates)
     others = tokens[:-probes] if len(tokens) - probes >= HELD_OUT else tokens
@@ -169,15 +169,14 @@ def best_average(
 ) -> tuple[float, float]:
     """Averages a group into its first layer, one layer after another, with one coefficient for all.
 
-    Advances both streams past the group, in place: `original` through the old layers, `compressed` through
-    the best average.
+    Advances both streams past the group, in place; `compressed` through the best average.
 
     Args:
         walk: A walk over the source.
         group: Neighbouring layers.
         original: The source's hidden states before the group.
-        compressed: The compressed model's hidden states before the new layer.
-        samples: The samples of both streams.
+        compressed: The compressed model's hidden states there.
+        samples: Their samples.
         coefficient: Weight of the earlier layers; the best of `COEFFICIENTS` if None.
 
     Returns:

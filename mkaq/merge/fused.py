@@ -24,7 +24,7 @@ class Streams:
         walk: A walk over the source.
         original: The source's hidden states, shape (samples, length, hidden_size).
         compressed: The fused model's hidden states, of the same shape.
-        samples: The samples of both streams.
+        samples: Their samples.
     """
 
     walk: LayerWalk

@@ -77,10 +77,10 @@ def layers_to_remove(
     """The number of layers to remove from a model of `num_layers`.
 
     Args:
-        num_layers: Number of layers of the model.
+        num_layers: Layers of the model.
         ratio: Fraction of the layers to remove, used if `layers` is None.
-        layers: Number of layers to remove.
-        protect: Number of layers left alone at the start and at the end.
+        layers: Layers to remove.
+        protect: Layers left alone at the start and the end.
 
     Raises:
         UsageError: If that leaves nothing to merge, or more than can be merged.
@@ -150,10 +150,10 @@ def plan_merge(
 
     Args:
         similarity: NPIB of every pair of layers, shape (layers, layers).
-        removed: Number of layers to remove.
+        removed: Layers to remove.
         order: `similarity` or `back_to_front`.
         coefficient: The coefficient rule of the recipe.
-        protect: Number of layers left alone at the start and at the end.
+        protect: Layers left alone at the start and the end.
     """
     count = len(similarity)
     groups = [_Group([index], {index: 1.0}) for index in range(count)]

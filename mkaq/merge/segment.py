@@ -9,7 +9,7 @@ def longest_group(free: int, removed: int) -> int:
 
     Args:
         free: Number of layers that may be merged.
-        removed: Number of layers to remove.
+        removed: Layers to remove.
     """
     return min(free, math.ceil(free / (free - removed)) + 1)
 
@@ -18,9 +18,9 @@ def candidate_groups(num_layers: int, protect: tuple[int, int], removed: int) ->
     """First layer and length of every group of neighbours that may become one layer.
 
     Args:
-        num_layers: Number of layers of the model.
-        protect: Number of layers left alone at the start and at the end.
-        removed: Number of layers to remove.
+        num_layers: Layers of the model.
+        protect: Layers left alone at the start and the end.
+        removed: Layers to remove.
     """
     first, end = protect[0], num_layers - protect[1]
     longest = longest_group(end - first, removed)
@@ -40,8 +40,8 @@ def cheapest_groups(costs: Mapping[tuple[int, int], float], num_layers: int, rem
     Args:
         costs: Cost of each allowed group (first layer, number of layers) of at least two layers; a single
             layer costs nothing.
-        num_layers: Number of layers of the model.
-        removed: Number of layers to remove.
+        num_layers: Layers of the model.
+        removed: Layers to remove.
 
     Raises:
         ValueError: If no partition into allowed groups removes that many layers.

@@ -151,7 +151,7 @@ def tune(
         new: The layer's number.
         inputs: The output of the layers before it, shape (samples, length, hidden_size).
         targets: The target hidden states, of the same shape.
-        samples: The samples of both streams.
+        samples: Their samples.
         tuning: How layers are tuned.
         dtype: Type of the saved weights.
     """

@@ -72,7 +72,7 @@ class FinalNorm(Part):
     """Error with this factor."""
 
     def lines(self) -> list[str]:
-        """The record as lines for `mkaq inspect` and the report."""
+        """The record in readable lines."""
         return [f"final norm times {self.scale:.4f}; error {self.error_before:.4f} to {self.error:.4f}"]
 
 
@@ -82,7 +82,7 @@ class Mode(NamedTuple):
     Attributes:
         fast: The result may differ from the model's own forward pass in the last digits.
         alone: Only the first process runs it.
-        plain: It does no floating-point computation: the result depends only on its section and inputs.
+        plain: No floating-point computation: the result depends only on section and inputs.
     """
 
     fast: bool = False
@@ -106,16 +106,16 @@ class Step(Part):
     bytes_after: int
     """Bytes of all tensors after."""
     step: str
-    """Kind of step."""
+    """Kind."""
     method: str
-    """Method of the step."""
+    """Method."""
 
     def follows(self) -> bool:
         """Whether all weights that the step made follow from its input and this record."""
         return True
 
     def modes(self) -> Mapping[str, Mode]:
-        """Additional computations of the step, and their modes."""
+        """Additional computations, and their modes."""
         return {}
 
     def proofs(self) -> Sequence[str]:
@@ -165,7 +165,7 @@ class Description(NamedTuple):
 
 
 class Stage(Protocol):
-    """A module of this package. One that has a `Record` makes a model."""
+    """A module of this package; one with a `Record` makes a model."""
 
     NAME: str
     """Name of its folder, and of its step in the manifest."""
@@ -173,7 +173,7 @@ class Stage(Protocol):
     """Advice on how to make it use less memory."""
 
     def section(self, recipe: Recipe, source: Checkpoint) -> Section | None:
-        """The stage's section of a recipe; None if the recipe does not need the stage."""
+        """Its section of a recipe; None if the recipe does not need it."""
 
     def mode(self, section: Any) -> Mode:
         """How it computes."""

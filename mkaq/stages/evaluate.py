@@ -1,4 +1,4 @@
-"""Measurements of the source, and of the model after each stage that makes one."""
+"""Measurements of the source and of the model after each stage."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def section(recipe: Recipe, source: Checkpoint) -> PerplexitySection | None:
 
 
 def mode(section: PerplexitySection) -> Mode:
-    """Exact, and shared by all processes."""
+    """Exact, and shared."""
     return Mode()
 
 

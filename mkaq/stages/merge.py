@@ -188,9 +188,9 @@ class MergeRecord(Step):
     """Layer merging."""
 
     step: Literal["merge"] = "merge"
-    """Kind of step."""
+    """Kind."""
     method: Literal["mka"] = "mka"
-    """Method of the step."""
+    """Method."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
     """Type of the merged tensors."""
     settings: dict[str, Any]

@@ -34,7 +34,7 @@ class GptqSection(Section):
     """Bits per weight. With a `budget`, these are the only bits tried; leave it out to try those of
     `budget.bits`."""
     group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128
-    """Number of weights in a row that share a scale; -1 is the whole row."""
+    """Number of weights per scale within a row; -1 is the whole row."""
     sym: bool = True
     """Symmetric: the zero point is the middle of the range. Most runtimes need it."""
     desc_act: bool = False
@@ -125,9 +125,9 @@ class QuantizeRecord(Step):
     """Quantization."""
 
     step: Literal["quantize"] = "quantize"
-    """Kind of step."""
+    """Kind."""
     method: Literal["gptq", "bitsandbytes"]
-    """Method of the step."""
+    """Method."""
     bits: int
     """Bits per weight."""
     settings: dict[str, Any]
@@ -196,13 +196,13 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
 def run(section: QuantizeSection, job: Job, folder: Path) -> Made:
     """Writes the quantized checkpoint; measures its errors if its weights do not follow from the source."""
     if isinstance(section, GptqSection):
-        made = _gptq(section, job, folder)
+        result = _gptq(section, job, folder)
     else:
-        made = _bitsandbytes(section, job, folder)
-    facts = {"method": section.method, "bits": section.bits, **made.facts}
+        result = _bitsandbytes(section, job, folder)
+    facts = {"method": section.method, "bits": section.bits, **result.facts}
     if measured(section, job) and job.ranks.main:
         facts["residuals"] = _residuals(job, folder)
-    return Made(facts, made.digests)
+    return Made(facts, result.digests)
 
 
 def measured(section: QuantizeSection, job: Job) -> bool:

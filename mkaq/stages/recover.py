@@ -54,9 +54,9 @@ class RecoverRecord(Step):
     """Layer-by-layer tuning toward the hidden states of the source."""
 
     step: Literal["recover"] = "recover"
-    """Kind of step."""
+    """Kind."""
     method: Literal["layerwise"] = "layerwise"
-    """Method of the step."""
+    """Method."""
     settings: dict[str, Any]
     """The recipe's section."""
     layers: list[RecoveredLayer]
@@ -78,7 +78,7 @@ def section(recipe: Recipe, source: Checkpoint) -> LayerwiseSection | None:
 
 
 def mode(section: LayerwiseSection) -> Mode:
-    """Exact, and shared by all processes."""
+    """Exact, and shared."""
     return Mode()
 
 

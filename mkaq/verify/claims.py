@@ -1,4 +1,4 @@
-"""Consistency checks of the manifest's claims about merging, recovery and quantization."""
+"""Consistency of a manifest's claims about merging, recovery and quantization."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def recovery_faults(step: "RecoverRecord", layers: int) -> Iterator[str]:
-    """Yields the faults of a recovery record: wrong layer numbers, or errors that grew."""
+    """Yields wrong layer numbers, and errors that grew."""
     if [layer.new for layer in step.layers] != list(range(layers)):
         yield f"the recovered layers are not 0 to {layers - 1}"
     for layer in step.layers:
@@ -24,7 +24,7 @@ def recovery_faults(step: "RecoverRecord", layers: int) -> Iterator[str]:
 
 
 def origin_faults(step: "MergeRecord", origins: list[Origins], source: Checkpoint) -> Iterator[str]:
-    """Yields the faults of the origins: not those of the manifest, or impossible ones."""
+    """Yields origins that are impossible or differ from the manifest's."""
     if len(origins) != len(step.layers):
         yield f"{ORIGINS} has {len(origins)} layers, the manifest {len(step.layers)}"
         return
@@ -58,10 +58,7 @@ def origin_faults(step: "MergeRecord", origins: list[Origins], source: Checkpoin
 
 
 def residual_faults(step: "QuantizeRecord", needed: bool) -> Iterator[str]:
-    """Yields a fault if errors of hidden states are missing, unexpected or incomplete.
-
-    They are needed if weights do not follow from the source.
-    """
+    """Yields a fault if errors of hidden states are missing, unneeded or incomplete."""
     if (step.residuals is not None) != needed:
         yield "the quantized layers have " + (
             "no recorded errors" if needed else "errors that none asked for"
@@ -71,7 +68,7 @@ def residual_faults(step: "QuantizeRecord", needed: bool) -> Iterator[str]:
 
 
 def plan_faults(step: "MergeRecord", source: Checkpoint) -> Iterator[str]:
-    """Yields the faults of averages whose weights do not follow from the recorded merges."""
+    """Yields the faults of averages that do not follow from the recorded merges."""
     groups: dict[int, dict[int, float]] = {index: {index: 1.0} for index in range(source.num_layers)}
     for merge in step.merges:
         if merge.into not in groups or merge.from_ not in groups:
