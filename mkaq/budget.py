@@ -18,7 +18,7 @@ class Option:
     """A candidate run of the search.
 
     Attributes:
-        removed: Number of layers removed; 0 if nothing is merged.
+        removed: Layers removed; 0 if nothing is merged.
         bits: Bits of GPTQ; None if the recipe does not use it.
         bytes: Size of the resulting weights.
     """
@@ -33,7 +33,7 @@ def options_of(recipe: Recipe, num_layers: int, size_of: Callable[[Recipe], int]
 
     Args:
         recipe: A recipe with a budget.
-        num_layers: Number of layers of the source.
+        num_layers: Layers of the source.
         size_of: The size in bytes of the weights that a recipe without a budget makes.
     """
     assert recipe.budget is not None
@@ -118,7 +118,7 @@ def fit_size(limit: int, by_bits: Sequence[Sequence[Option]], rise: Callable[[Op
 
     Args:
         limit: Size in bytes.
-        by_bits: Options for each number of bits, by ascending number of removed layers.
+        by_bits: Options for each number of bits, fewest removed layers first.
         rise: Relative rise of perplexity over the source's; called only if there is a choice.
 
     Raises:
@@ -141,7 +141,7 @@ def fit_rise(limit: float, by_bits: Sequence[Sequence[Option]], rise: Callable[[
 
     Args:
         limit: Largest relative rise over the source's perplexity.
-        by_bits: Options for each number of bits, by ascending number of removed layers.
+        by_bits: Options for each number of bits, fewest removed layers first.
         rise: Relative rise of perplexity over the source's; assumed to grow with the removed layers.
 
     Raises:

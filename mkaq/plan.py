@@ -71,9 +71,9 @@ def plan_recipe(
     Args:
         recipe: The recipe.
         source: The source model.
-        device: The device that runs layers.
-        limit: Bytes of memory that the run may use; all of the device's if None.
-        processes: Number of processes that share the samples.
+        device: Where layers run.
+        limit: Memory limit in bytes; the device's memory if None.
+        processes: Processes that share the samples.
 
     Raises:
         UsageError: If there is nothing to do, or a setting does not fit the model.

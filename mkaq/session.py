@@ -35,7 +35,7 @@ class Session:
         source: The model to compress.
         source_files: Path, bytes and sha256 of its files; empty except in the first process.
         plan: The expected sizes, memory and disk space.
-        device: The device that runs layers.
+        device: Where layers run.
         ranks: The processes.
         progress: Progress output.
         maker: Makes stages.

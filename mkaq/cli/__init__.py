@@ -58,7 +58,7 @@ def main() -> None:
     try:
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
         if app(arguments or ["--help"], standalone_mode=False) == 130:
-            raise KeyboardInterrupt  # typer turns it into 130
+            raise KeyboardInterrupt  # typer returns 130 for it
     except BrokenPipeError:
         sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:

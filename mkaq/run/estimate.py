@@ -57,11 +57,11 @@ class Task:
 
     Attributes:
         source: The model to compress.
-        device: The device that runs layers.
+        device: Where layers run.
         dtype: Type of dense weights on disk.
-        samples: Number of calibration samples.
+        samples: Calibration samples in all.
         length: Tokens per sample.
-        processes: Number of processes that share the samples; an estimate is for one of them.
+        processes: Processes that share the samples; an estimate is for one of them.
     """
 
     source: Checkpoint

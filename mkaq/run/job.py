@@ -31,7 +31,7 @@ class Job:
         digest: Digest of its files.
         output: How checkpoints are written.
         seed: Seed of everything random.
-        device: The device that runs layers.
+        device: Where layers run.
         ranks: The processes that share the samples; the first one writes.
         place: Where hidden states are stored.
         folder: Folder of hidden states stored in files.

@@ -30,7 +30,7 @@ class Maker:
 
     Args:
         folder: The run's folder.
-        device: The device that runs layers.
+        device: Where layers run.
         progress: Progress output.
         fresh: Make every stage again, once.
         ranks: The processes; the first one writes.

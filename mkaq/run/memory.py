@@ -121,7 +121,7 @@ def gptq(task: Task, *, desc_act: bool, joint: bool) -> Need:
         panel = 6 * min(4096, columns) * columns
         solving = max(solving, 4 * copies * columns**2 + rows * columns * (4 + 4 + 1 + 2 + 4) + panel)
         if joint:
-            hessian = max(hessian, 8 * 2 * columns**2)  # moments of two halves
+            hessian = max(hessian, 8 * 2 * columns**2)  # moments of the learning and held-out samples
             solving = max(solving, 8 * 4 * columns**2)
     item = shape.exact if joint else shape.fast
     streams = tokens * item * ((5 if joint else 3) * shape.hidden + shape.intermediate)
