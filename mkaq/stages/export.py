@@ -1,4 +1,4 @@
-"""The artifact: the last model, a model card and the manifest."""
+"""The artifact: the last model with a model card and the manifest."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class ExportSection(Section):
-    """The artifact's files."""
+    """The files of the artifact."""
 
     formats: list[Literal["safetensors"]] = Field(default=["safetensors"], min_length=1)
     """Formats to write."""
     shard_size: str = "4GB"
-    """Largest size of one weight file, e.g. `500MB` or `4GB`; a single larger tensor gets its own file."""
+    """Largest size of one weight file, e.g. `500MB` or `4GB`; a larger tensor gets its own file."""
 
     @field_validator("shard_size")
     @classmethod
@@ -34,16 +34,16 @@ class ExportSection(Section):
 
 
 def run(job: Job, manifest: Manifest, card: str, folder: Path) -> Mapping[str, str]:
-    """Writes what the user ships.
+    """Writes the artifact.
 
     Args:
-        job: That has made the last model.
-        manifest: Complete but for `files`.
-        card: README.md.
-        folder: Empty.
+        job: The job, with its last model made.
+        manifest: The manifest, complete except for `files`.
+        card: Text of README.md.
+        folder: An empty folder.
 
     Returns:
-        sha256 of the files by name, but for the manifest's.
+        sha256 of the files by name, without the manifest's.
     """
     from mkaq.digests import describe_files
     from mkaq.manifest import MANIFEST, FileEntry, write_manifest
@@ -61,7 +61,7 @@ def run(job: Job, manifest: Manifest, card: str, folder: Path) -> Mapping[str, s
 
 
 def _files(job: Job) -> Iterator[Path]:
-    """The files of the last model, and those that verification needs of the stages before."""
+    """The files of the last model, and those of earlier stages that verification needs."""
     for name in (*job.model.files, "quantize_config.json"):
         yield job.model.path / name
     for step in job.steps:
