@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mkaq.errors import UsageError
 from mkaq.stages import analyze, calibrate, evaluate, export, merge, quantize, recover
 from mkaq.stages.base import ModelStage, Stage, makes_model
 
@@ -52,12 +53,21 @@ def run(
     from mkaq.session import session
 
     budget = None
+    _check_until(recipe, until)
     with session(recipe, folder, device, progress, fresh, max_memory, ranks) as active:
         if recipe.budget is not None:
             recipe, budget = meet_budget(recipe, active.options, lambda tried: make(tried, active), progress)
         active.begin(recipe)
         job = make(recipe, active, until)
         return active.end(job, ship(recipe, job, active, budget) if until == LAST else None)
+
+
+def _check_until(recipe: Recipe, until: str) -> None:
+    asked = {calibrate.NAME: recipe.needs_calibration, analyze.NAME: recipe.merge, LAST: True}
+    if not asked.get(until, getattr(recipe, until, None)):
+        raise UsageError(
+            f"the recipe has no {until}", where="--until", fix="leave it out, or name another stage"
+        )
 
 
 def make(recipe: Recipe, session: Session, until: str = LAST) -> Job:

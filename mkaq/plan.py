@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from mkaq.errors import ResourceError, UsageError
 from mkaq.pipeline import STAGES
 from mkaq.progress import Progress
 from mkaq.recipe import Recipe
-from mkaq.run.estimate import ModelSize, Need, Task
+from mkaq.run.estimate import ModelSize, Need, Task, Work
 from mkaq.run.memory import INTERPRETER
+from mkaq.run.work import measure_rates
 from mkaq.stages import evaluate
 from mkaq.stages.quantize import BitsandbytesSection
 from mkaq.units import human, parse_size
@@ -41,6 +42,7 @@ class RunPlan:
             memory, else in files.
         host_bytes: Bytes of hidden states in host memory.
         options: The options of a budget; all of the above has room for each of them.
+        work: Operations of each stage.
     """
 
     sizes: tuple[ModelSize, ...]
@@ -49,6 +51,12 @@ class RunPlan:
     place: Place = "device"
     host_bytes: int = 0
     options: tuple[Option, ...] = ()
+    work: Mapping[str, Work] = field(default_factory=dict)
+
+    def seconds(self, source: Checkpoint, device: torch.device) -> dict[str, float]:
+        """How long each stage is expected to take here; of a budget, in its longest trial."""
+        rates = measure_rates(source, device)
+        return {stage: rates.seconds(work) for stage, work in self.work.items()}
 
     @property
     def memory_bytes(self) -> int:
@@ -96,6 +104,7 @@ def plan_recipe(
         place=max((plan.place for plan in plans), key=("device", "host", "files").index),
         host_bytes=max(plan.host_bytes for plan in plans),
         options=tuple(options),
+        work={stage: max((p.work[stage] for p in plans if stage in p.work), key=sum) for stage in stages},
     )
 
 
@@ -110,12 +119,16 @@ def plan_run(
     task = Task(source, device, dtype, samples, length, processes)
     sizes = [ModelSize("source", source.num_layers, source.parameters, source.nbytes)]
     needs: dict[str, Need] = {}
+    works: dict[str, Work] = {}
     for stage in (*STAGES, evaluate):
         section = stage.section(recipe, source)
         if section is not None:
-            need, after = stage.estimate(section, sizes[-1], task)
-            needs[stage.NAME] = need
+            need, after, work = stage.estimate(section, sizes[-1], task)
+            needs[stage.NAME], works[stage.NAME] = need, work
             sizes += [after] if after else []
+    if evaluate.NAME in works:  # of every model
+        exact, fast = works[evaluate.NAME]
+        works[evaluate.NAME] = Work(len(sizes) * exact, len(sizes) * fast)
     base = INTERPRETER[device.type]
     needs = {stage: replace(need, device=need.device + base) for stage, need in needs.items()}
     states, allowed = max(need.states for need in needs.values()), limit or memory_of(device, processes)
@@ -129,7 +142,7 @@ def plan_run(
     if place == "files":
         disk += processes * states
     memory = {stage: need.at(place) for stage, need in needs.items()}
-    return RunPlan(tuple(sizes), memory, disk, place, states if place == "host" else 0)
+    return RunPlan(tuple(sizes), memory, disk, place, states if place == "host" else 0, work=works)
 
 
 def quantizations(recipe: Recipe, source: Checkpoint, plan: RunPlan) -> list[dict[str, Any] | None]:
@@ -184,6 +197,15 @@ def check_resources(
             f"the run is expected to need {human(plan.memory_bytes)} of memory ({stage}), {available}",
             fix=(raise_limit if plan.memory_bytes < memory_of(device) else "") + advice,
         )
+
+
+def refusal(plan: RunPlan, folder: Path, device: torch.device, limit: int | None = None) -> str | None:
+    """Why `check_resources` would refuse a run; None if it would not."""
+    try:
+        check_resources(plan, folder, device, limit)
+    except ResourceError as error:
+        return error.what
+    return None
 
 
 def memory_of(device: torch.device, processes: int = 1) -> int:

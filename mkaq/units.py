@@ -14,6 +14,13 @@ def human(size: float) -> str:
     return f"{size / 1000:.2f} TB"
 
 
+def duration(seconds: float) -> str:
+    """A time for a person, to two digits at most."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def parse_size(text: str) -> int:
     """Bytes meant by a size such as `4GB` (decimal) or `4GiB` (binary).
 

@@ -1,9 +1,9 @@
 """Commands that take a recipe: run it, or show what a run would do."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -107,28 +107,41 @@ def plan(
     from mkaq.checkpoint.resolve import resolve_model
     from mkaq.checkpoint.validate import open_checkpoint
     from mkaq.formats.runtimes import runtimes
-    from mkaq.plan import plan_recipe, quantizations, remarks
+    from mkaq.plan import plan_recipe, quantizations, refusal, remarks
     from mkaq.walk.device import pick_device
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
     for remark in source.remarks:
         print(f"note: {remark}", file=sys.stderr)
-    notes = list(remarks(loaded, processes))
     torch_device, limit = pick_device(device), options.bytes(max_memory)
     planned = plan_recipe(loaded, source, torch_device, limit, processes)
-    runtime_rows = runtimes(*quantizations(loaded, source, planned))
+    forecast = _Forecast(
+        plan=planned,
+        seconds=planned.seconds(source, torch_device),
+        refused=refusal(planned, folder, torch_device, limit),
+        notes=list(remarks(loaded, processes)),
+        runtimes=runtimes(*quantizations(loaded, source, planned)),
+        folder=folder,
+    )
     if as_json:
-        _print_plan_as_json(planned, notes, runtime_rows, folder)
+        _print_plan_as_json(forecast)
     else:
-        _print_plan(planned, notes, runtime_rows, folder, processes)
+        _print_plan(forecast, processes)
 
 
-def _print_plan_as_json(
-    planned: "RunPlan",
-    notes: Sequence[str],
-    runtime_rows: "Sequence[Runtime]",
-    folder: Path,
-) -> None:
+class _Forecast(NamedTuple):
+    """What `mkaq plan` prints."""
+
+    plan: "RunPlan"
+    seconds: "Mapping[str, float]"
+    refused: str | None
+    notes: Sequence[str]
+    runtimes: "Sequence[Runtime]"
+    folder: Path
+
+
+def _print_plan_as_json(forecast: _Forecast) -> None:
+    planned = forecast.plan
     print_json(
         {
             "stages": [vars(size) for size in planned.sizes],
@@ -137,25 +150,22 @@ def _print_plan_as_json(
             "memory": planned.memory,
             "hidden_states": planned.place,
             "host_bytes": planned.host_bytes,
-            "remarks": notes,
+            "seconds": {stage: round(seconds) for stage, seconds in forecast.seconds.items()},
+            "remarks": forecast.notes,
             "disk_bytes": planned.disk_bytes,
-            "runtimes": [vars(row) for row in runtime_rows],
-            "run": str(folder),
+            "refused": forecast.refused,
+            "runtimes": [vars(row) for row in forecast.runtimes],
+            "run": str(forecast.folder),
         }
     )
 
 
-def _print_plan(
-    planned: "RunPlan",
-    notes: Sequence[str],
-    runtime_rows: "Sequence[Runtime]",
-    folder: Path,
-    processes: int,
-) -> None:
+def _print_plan(forecast: _Forecast, processes: int) -> None:
     from mkaq.formats.runtimes import describe
     from mkaq.report import table_rows
-    from mkaq.units import human
+    from mkaq.units import duration, human
 
+    planned = forecast.plan
     if planned.options:
         sizes = [(str(o.removed), str(o.bits or "-"), human(o.bytes)) for o in planned.options]
         print_table(("layers removed", "bits", "bytes of weights"), sizes)
@@ -169,8 +179,13 @@ def _print_plan(
         print("        hidden states go to files in the run's folder")
     elif planned.place == "host":
         print(f"        hidden states lie in the host's memory: {human(planned.host_bytes)}")
-    for line in notes:
+    times = [f"{stage} {duration(time)}" for stage, time in forecast.seconds.items() if time >= 1]
+    total = duration(sum(forecast.seconds.values())) + (" for each trial" if planned.options else "")
+    print(f"time:   about {total} on this machine, to a factor of two ({', '.join(times) or 'all short'})")
+    for line in forecast.notes:
         print(line)
-    print(f"disk:   {human(planned.disk_bytes)} in {folder}")
-    for line in describe(runtime_rows):
+    print(f"disk:   {human(planned.disk_bytes)} in {forecast.folder}")
+    if forecast.refused:
+        print(f"mkaq run would refuse it: {forecast.refused}")
+    for line in describe(forecast.runtimes):
         print(line)

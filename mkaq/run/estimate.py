@@ -39,16 +39,30 @@ class Need:
         return self.device + (self.states if place == "device" else 0)
 
 
+class Work(NamedTuple):
+    """Floating-point operations of one process.
+
+    Attributes:
+        exact: In the type of an exact walk.
+        fast: In that of a fast one.
+    """
+
+    exact: float = 0.0
+    fast: float = 0.0
+
+
 class Estimate(NamedTuple):
     """The estimate of a stage, from headers alone.
 
     Attributes:
         need: Memory.
         after: The model that it makes; None if it makes none.
+        work: What it computes.
     """
 
     need: Need
     after: ModelSize | None = None
+    work: Work = Work()
 
 
 @dataclass(frozen=True)

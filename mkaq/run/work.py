@@ -10,29 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
+from mkaq.arch.config import Sizes
+from mkaq.checkpoint.reader import Checkpoint
 from mkaq.fit.hold_out import held_out_samples
 from mkaq.fit.ridge import RIDGES
-from mkaq.merge.cost import SHARE, probe_count
+from mkaq.merge.cost import SUBSAMPLING, probe_count
 from mkaq.merge.solve import CANDIDATES
-from mkaq.run.estimate import Task
+from mkaq.run.estimate import Task, Work
 from mkaq.walk.device import compute_dtype
 
 EFFICIENCY = 0.35  # of the rate of products that a whole stage reaches
 DOUBLE = 2.0  # how much longer a product in float64 takes than one in float32
 _PROBE = 0.05  # seconds
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations of one process.
-
-    Attributes:
-        exact: In the type of an exact walk.
-        fast: In that of a fast one.
-    """
-
-    exact: float = 0.0
-    fast: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,17 +36,15 @@ class Rates:
         return (work.exact / self.exact + work.fast / self.fast) / EFFICIENCY
 
 
-def rates(task: Task) -> Rates:
+def measure_rates(source: Checkpoint, device: torch.device) -> Rates:
     """The rates of a device at products of a model's sizes, measured for a tenth of a second."""
-    stored, device = task.source.dtype, task.device
-    exact, fast = (_rate(task, compute_dtype(stored, device, fast=fast)) for fast in (False, True))
-    return Rates(exact, fast)
+    dtypes = (compute_dtype(source.dtype, device, fast=fast) for fast in (False, True))
+    return Rates(*(_rate(source.sizes, dtype, device) for dtype in dtypes))
 
 
-def _rate(task: Task, dtype: torch.dtype) -> float:
-    sizes = task.source.sizes
-    rows = torch.ones(1024, sizes.hidden, dtype=dtype, device=task.device)
-    weight = torch.ones(sizes.hidden, min(sizes.intermediate, 2**14), dtype=dtype, device=task.device)
+def _rate(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> float:
+    rows = torch.ones(1024, sizes.hidden, dtype=dtype, device=device)
+    weight = torch.ones(sizes.hidden, min(sizes.intermediate, 2**14), dtype=dtype, device=device)
 
     def run() -> None:
         (rows @ weight).flatten()[0].item()
@@ -87,7 +74,15 @@ def comparing(task: Task, points: int) -> float:
     return walk(task) + DOUBLE * task.source.num_layers * points**2 * (2 * task.source.sizes.hidden + 500)
 
 
-def fusing(task: Task, groups: Sequence[int], tokens: int) -> float:
+def fusing(task: Task, layers: int) -> float:
+    """All layers of the source, made so many: those that are merged in groups of about one size."""
+    removed = task.source.num_layers - layers
+    merged = min(removed, layers)
+    groups = [1] * (layers - merged) + [1 + removed // merged] * merged
+    return _fusing(task, groups, task.own * task.length)
+
+
+def _fusing(task: Task, groups: Sequence[int], tokens: int) -> float:
     """Groups of so many layers, each made one: three runs of its layers, moments, selection, ridges."""
     sizes, work = task.source.sizes, 0.0
     for group in groups:
@@ -101,8 +96,8 @@ def fusing(task: Task, groups: Sequence[int], tokens: int) -> float:
 def trying(task: Task, candidates: Sequence[tuple[int, int]], *, fuse: bool) -> float:
     """Candidate groups, each built from a part of the tokens and measured on others."""
     lengths = [length for _, length in candidates]
-    sample = task.own * task.length // SHARE
-    built = fusing(task, lengths, sample) if fuse else 7 * sum(lengths) * sample * _layer(task)
+    sample = task.own * task.length // SUBSAMPLING
+    built = _fusing(task, lengths, sample) if fuse else 7 * sum(lengths) * sample * _layer(task)
     probes = 2 * probe_count(task.own, max(1, len(candidates))) * task.length
     return built + len(candidates) * walk(task, probes) / 2
 

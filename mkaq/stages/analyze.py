@@ -99,10 +99,15 @@ def inputs(section: AnalysisSection, job: Job) -> Mapping[str, str]:
 
 def estimate(section: AnalysisSection, before: ModelSize, task: Task) -> Estimate:
     """Hidden states at the points, and the outputs of each candidate."""
+    from mkaq.run import work
+    from mkaq.run.estimate import Work
     from mkaq.run.memory import analyzing
 
     points = section.manifold.points if section.manifold else 0
-    return Estimate(analyzing(task, points, section.fuse, section.candidates))
+    operations = work.comparing(task, points) if points else 0.0
+    operations += work.trying(task, section.candidates, fuse=section.fuse == "channels")
+    done = Work(fast=operations) if mode(section).fast else Work(exact=operations)
+    return Estimate(analyzing(task, points, section.fuse, section.candidates), work=done)
 
 
 def run(section: AnalysisSection, job: Job, folder: Path) -> Made:

@@ -57,9 +57,12 @@ def inputs(section: PerplexitySection, job: Job) -> Mapping[str, str]:
 
 def estimate(section: PerplexitySection, before: ModelSize, task: Task) -> Estimate:
     """The hidden states of all sequences, and the logits of one."""
+    from mkaq.run import work
+    from mkaq.run.estimate import Work
     from mkaq.run.memory import measuring
 
-    return Estimate(measuring(task, section.num_samples, section.max_seq_length))
+    size = section.num_samples, section.max_seq_length
+    return Estimate(measuring(task, *size), work=Work(exact=work.measuring(task, *size)))
 
 
 def run(section: PerplexitySection, job: Job, folder: Path) -> Made:

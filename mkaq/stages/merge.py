@@ -250,7 +250,9 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
     from mkaq.arch.config import keep_layers
     from mkaq.fit.targets import check_solvable
     from mkaq.merge.segment import longest_group
+    from mkaq.run.estimate import Work
     from mkaq.run.memory import merging
+    from mkaq.run.work import fusing
 
     source, removed = task.source, section.removed(before.layers)
     left, free = before.layers - removed, before.layers - sum(section.protect.both())
@@ -258,9 +260,10 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
     if section.fuse == "channels":
         check_solvable(source, task.samples, "merge.fuse: channels", _INSTEAD)
     parameters = before.parameters - removed * source.count_weights(source.layer_tensor_names(0))
-    measured = section.order == "measured" or section.coefficient == "measured"
+    measured = section.coefficient == "measured"
     need = merging(task, section.fuse, longest_group(free, removed), measured)
-    return Estimate(need, ModelSize(NAME, left, parameters, parameters * task.dtype.itemsize))
+    done = Work(exact=fusing(task, left)) if section.fuse == "channels" else Work()
+    return Estimate(need, ModelSize(NAME, left, parameters, parameters * task.dtype.itemsize), done)
 
 
 def run(section: MergeSection, job: Job, folder: Path) -> Made:

@@ -176,6 +176,8 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
     from mkaq.fit.targets import check_solvable
     from mkaq.formats.formats import format_of
     from mkaq.quantize.check import check_bitsandbytes, check_gptq
+    from mkaq.run import work
+    from mkaq.run.estimate import Work
     from mkaq.run.memory import gptq, one_layer
 
     source, config = task.source, section.config(task.dtype)
@@ -185,13 +187,14 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
         if section.target == "source":
             check_solvable(source, task.samples, "quantize.target: source", "target: input")
         need = gptq(task, desc_act=section.desc_act, joint=section.target == "source")
+        done = Work(fast=work.solving(task, before.layers))
     else:
         check_bitsandbytes(source, config)
-        need = one_layer(task)
+        need, done = one_layer(task), Work(exact=work.rounding(task, before.layers))
     dense = before.parameters - before.layers * sum(rows * columns for rows, columns in shapes)
     stored = sum(format_of(config).stored_bytes(shape, config) for shape in shapes)
     size = dense * task.dtype.itemsize + before.layers * stored
-    return Estimate(need, ModelSize(NAME, before.layers, before.parameters, size))
+    return Estimate(need, ModelSize(NAME, before.layers, before.parameters, size), done)
 
 
 def run(section: QuantizeSection, job: Job, folder: Path) -> Made:

@@ -89,10 +89,14 @@ def inputs(section: LayerwiseSection, job: Job) -> Mapping[str, str]:
 
 def estimate(section: LayerwiseSection, before: ModelSize, task: Task) -> Estimate:
     """One layer with its optimizer, and two streams of hidden states."""
+    from mkaq.run import work
+    from mkaq.run.estimate import Work
     from mkaq.run.memory import tuning
 
     size = before.parameters * task.dtype.itemsize
-    return Estimate(tuning(task, section.batch_size), ModelSize(NAME, before.layers, before.parameters, size))
+    after = ModelSize(NAME, before.layers, before.parameters, size)
+    operations = work.tuning(task, before.layers, section.steps, section.batch_size)
+    return Estimate(tuning(task, section.batch_size), after, Work(fast=operations))
 
 
 def run(section: LayerwiseSection, job: Job, folder: Path) -> Made:
