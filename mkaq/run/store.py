@@ -72,7 +72,7 @@ class Store:
         """
         place = self._folder / name
         place.parent.mkdir(exist_ok=True)
-        if place.is_dir() and not place.is_symlink():
+        if place.exists() and not place.is_symlink():
             if not (place / HANDOFF).is_file():
                 raise UsageError(
                     "is no stage of mkaq's", where=place, fix="choose another folder with --output"
