@@ -200,6 +200,44 @@ def test_file_in_the_place_of_a_link_is_refused(name: str, fixed: Path, folder: 
     assert place.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["merge", "evaluate/source"])
+def test_link_of_the_user_in_the_place_of_a_link_is_refused(
+    name: str, fixed: Path, folder: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "nowhere")
+    outcome = mkaq("run", fixed, "--output", folder)
+    one_message(outcome, 2, str(folder / name), "is no stage of mkaq's")
+    assert (folder / name).readlink() == tmp_path / "nowhere"
+
+
+@pytest.mark.parametrize("name", ["merge", "evaluate/source", "store", "artifact"])
+def test_link_of_the_user_in_a_new_folder_is_refused(
+    name: str, fixed: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    place = tmp_path / "home" / name
+    place.parent.mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    place.symlink_to(tmp_path / "mine")
+    first = name.partition("/")[0]
+    one_message(
+        mkaq("run", fixed, "--output", tmp_path / "home"), 2, f"holds {first}, which mkaq did not make"
+    )
+    assert place.readlink() == tmp_path / "mine" and not list((tmp_path / "mine").iterdir())
+
+
+def test_artifact_that_was_moved_and_linked_is_left_where_it_is(
+    fixed: Path, folder: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    moved = (folder / "artifact").rename(tmp_path / "moved")
+    (folder / "artifact").symlink_to(moved)
+    before = tree(moved)
+    outcome = mkaq("run", fixed, "--output", folder, "--set", "name=other")
+    assert told(outcome) == {stage: stage != "artifact" for stage in STAGES}, outcome.err
+    assert not (folder / "artifact").is_symlink() and tree(moved) == before
+    assert told(mkaq("run", fixed, "--output", folder, "--set", "name=other")) == dict.fromkeys(STAGES, True)
+
+
 def test_stage_of_a_version_without_a_store_gives_way(fixed: Path, folder: Path, mkaq: Mkaq) -> None:
     for name in ("merge", "evaluate/merge"):
         place = folder / name
