@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mkaq.errors import UsageError
 from mkaq.run.publish import handoff_place, old_of, remove, scratch_of
-from mkaq.run.store import STORE
+from mkaq.run.store import STORE, is_link
 
 _LOCK, _ARTIFACT = ".lock", "artifact"
 _FOLDERS = ("calibrate", "analyze", "merge", "recover", "quantize", "evaluate", STORE, _ARTIFACT)
@@ -66,9 +66,7 @@ def _foreign(folder: Path) -> list[str]:
 
 
 def _is_ours(path: Path) -> bool:
-    if path.is_symlink() or any(handoff_place(path, inside).exists() for inside in (True, False)):
+    if is_link(path) or any(handoff_place(path, inside).exists() for inside in (True, False)):
         return True
     children = list(path.iterdir()) if path.is_dir() else []
-    return bool(children) and all(
-        child.is_symlink() or handoff_place(child, True).exists() for child in children
-    )
+    return bool(children) and all(is_link(child) or handoff_place(child, True).exists() for child in children)

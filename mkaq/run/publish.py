@@ -198,8 +198,10 @@ def old_of(folder: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a folder if it exists."""
-    if folder.exists():
+    """Deletes a folder if it exists; of a link only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)
 
 

@@ -61,7 +61,7 @@ class Store:
     def unlink(self) -> None:
         """Removes the links to stages: the next recipe may have other stages."""
         for path in (*self._folder.glob("*"), *(self._folder / "evaluate").glob("*")):
-            if path.is_symlink() and path.parent.joinpath(path.readlink()).parent.name == STORE:
+            if is_link(path):
                 path.unlink()
 
     def link(self, name: str, done: Handoff) -> None:
@@ -72,8 +72,8 @@ class Store:
         """
         path = self._folder / name
         path.parent.mkdir(exist_ok=True)
-        if path.is_dir() and not path.is_symlink():
-            if not (path / HANDOFF).is_file():
+        if (path.exists() or path.is_symlink()) and not is_link(path):
+            if path.is_symlink() or not (path / HANDOFF).is_file():
                 raise UsageError(
                     "is no stage of mkaq's", where=path, fix="choose another folder with --output"
                 )
@@ -83,3 +83,8 @@ class Store:
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(f"{prefix}{STORE}/{done.path.name}")
         fresh.rename(path)
+
+
+def is_link(path: Path) -> bool:
+    """Whether a path is a link to a stage."""
+    return path.is_symlink() and path.readlink().parent.name == STORE
