@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from mkaq.run.plan import plan_run
 
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.merge.channels import advance
 from mkaq.recipe_file import load_recipe
 from mkaq.run import plan
 from mkaq.run.memory import Need
-from mkaq.run.plan import plan_run
 from mkaq.walk.activations import Activations
 from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from mkaq.quantize.gptq_stage import _solve
 from safetensors.torch import load_file
 
 from mkaq.formats.packing import unpack
 from mkaq.quantize.gptq import gptq
 from mkaq.quantize.gptq_cpu import COMPILED
-from mkaq.quantize.gptq_stage import _solve
 from mkaq.ranks import Ranks
 from tests.runs import Outcome
 

@@ -9,10 +9,10 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from mkaq.export.manifest import MANIFEST, RecoverStep, manifest_schema, read_manifest
 from safetensors.torch import load_file
 
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.export.manifest import MANIFEST, RecoverStep, manifest_schema, read_manifest
 from mkaq.fit.hold_out import hold_out
 from mkaq.merge.average import merge_layers
 from mkaq.recipe import LayerwiseSection

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from mkaq.export.manifest import read_manifest
+
 from mkaq.shipped import shipped_recipes
 from tests.recipes_worker import DEPTHS, settings_of, toy_of
 from tests.runs import ROOT, Mkaq

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from mkaq.export.manifest import FileEntry, read_manifest
+from mkaq.verify.verify import check_files
 from transformers import AutoTokenizer
 
 from mkaq.checkpoint import resolve
 from mkaq.checkpoint.side_files import side_files, stays_inside
-from mkaq.export.manifest import FileEntry, read_manifest
-from mkaq.verify.verify import check_files
 from tests.runs import Mkaq, forge, one_message, run_quietly, tree
 from tests.tiny import make_model, write_recipe
 

@@ -6,9 +6,9 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from mkaq.export.manifest import read_manifest
 
 from mkaq import stages
-from mkaq.export.manifest import read_manifest
 from mkaq.merge import channels
 from tests.runs import Mkaq, forge
 from tests.tiny import CHANNELS, write_recipe
