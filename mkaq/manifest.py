@@ -197,11 +197,11 @@ def build_manifest(
     )
 
 
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes a manifest with its digest."""
-    data = _data(manifest)
+def write_manifest(folder: Path, manifest: Manifest, files: list[dict[str, Any]]) -> None:
+    """Writes the manifest of an artifact: with its files, and with a digest of itself."""
+    data = _data(manifest.model_copy(update={"files": [FileEntry(**entry) for entry in files]}))
     data["digest"] = digest_of(data)
-    path.write_bytes(_canonical(data))
+    (folder / MANIFEST).write_bytes(_canonical(data))
 
 
 def read_manifest(folder: Path) -> Manifest:

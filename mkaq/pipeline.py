@@ -97,14 +97,18 @@ def _measure(recipe: Recipe, job: Job, session: Session) -> None:
 def ship(recipe: Recipe, job: Job, session: Session, budget: dict[str, Any] | None) -> Path:
     """Publishes the artifact: the last model, its card and its manifest."""
     from mkaq.card import model_card
-    from mkaq.manifest import build_manifest
+    from mkaq.manifest import build_manifest, write_manifest
 
     manifest = build_manifest(recipe, job, session.source_files, budget)
     card, inputs = model_card(manifest), job.digests(job.last)
+
+    def build(folder: Path) -> dict[str, str]:
+        files = export.run(job, card, folder)
+        write_manifest(folder, manifest, files)
+        return {file["path"]: file["sha256"] for file in files}
+
     settings = manifest.model_dump(mode="json", by_alias=True)
-    return session.maker.publish_artifact(
-        settings, inputs, lambda folder: export.run(job, manifest, card, folder)
-    )
+    return session.maker.publish_artifact(settings, inputs, build)
 
 
 def stage_of(name: str) -> ModelStage:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
 from mkaq.stages.base import Section
 
 if TYPE_CHECKING:
-    from mkaq.manifest import Manifest
     from mkaq.run.job import Job
 
 
@@ -33,20 +32,18 @@ class ExportSection(Section):
         return value
 
 
-def run(job: Job, manifest: Manifest, card: str, folder: Path) -> Mapping[str, str]:
-    """Writes the artifact.
+def run(job: Job, card: str, folder: Path) -> list[dict[str, Any]]:
+    """Writes the artifact, without its manifest.
 
     Args:
         job: The job, with its last model made.
-        manifest: The manifest, complete except for `files`.
         card: Text of README.md.
         folder: An empty folder.
 
     Returns:
-        sha256 of the files by name, without the manifest's.
+        Path, bytes and sha256 of every file.
     """
     from mkaq.digests import describe_files
-    from mkaq.manifest import MANIFEST, FileEntry, write_manifest
 
     for path in _files(job):
         if path.is_file():
@@ -55,9 +52,7 @@ def run(job: Job, manifest: Manifest, card: str, folder: Path) -> Mapping[str, s
             shutil.copyfile(path, folder / name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    files = [FileEntry(**entry) for entry in describe_files(folder, names)]
-    write_manifest(folder / MANIFEST, manifest.model_copy(update={"files": files}))
-    return {file.path: file.sha256 for file in files}
+    return describe_files(folder, names)
 
 
 def _files(job: Job) -> Iterator[Path]:
