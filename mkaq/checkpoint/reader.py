@@ -29,7 +29,7 @@ BLOCK = 1 << 20  # bytes of a block of a tensor; it fits into a processor's cach
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a file's header describes it; its data begin offset byte `start` of the file."""
+    """A tensor as a file's header describes it; its data begin at byte `start` of the file."""
 
     file: str
     dtype: str
