@@ -7,7 +7,7 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import UnsupportedError
 from mkaq.formats.runtimes import runtimes
 
-_SIZES = (128, 64, 32, 256, 512, 1024, -1, 16)  # of equal worth the first is the usual one
+_SIZES = (128, 64, 32, 256, 512, 1024, -1, 16)  # the usual size first
 
 
 def check_gptq(source: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -15,7 +15,7 @@ def check_gptq(source: Checkpoint, config: Mapping[str, Any]) -> None:
 
     Args:
         source: The model.
-        config: The quantization_config of what comes out.
+        config: The quantization_config of the quantized checkpoint.
 
     Raises:
         UnsupportedError: If a size is not a multiple of 32, or `group_size` does not divide it.
@@ -58,16 +58,16 @@ def check_bitsandbytes(source: Checkpoint, config: Mapping[str, Any]) -> None:
 
 
 def _advice(config: Mapping[str, Any], inputs: Sequence[int]) -> str:
-    """The group sizes that fit every layer; those that fewer runtimes run apart, with what refuses them."""
+    """The group sizes that fit every layer: first those that most runtimes run, then the others."""
     refusing: dict[int, list[str]] = {}
     for size in _SIZES:
         if size == -1 or all(count % size == 0 for count in inputs):
-            found = runtimes({**config, "group_size": size})
-            refusing[size] = [row.runtime for row in found if not row.runs]
+            rows = runtimes({**config, "group_size": size})
+            refusing[size] = [row.runtime for row in rows if not row.runs]
     fewest = min(map(len, refusing.values()))
     best = [size for size, names in refusing.items() if len(names) == fewest]
-    told = f"use {' or '.join(map(str, best))}"
+    advice = f"use {' or '.join(map(str, best))}"
     for size, names in refusing.items():
         if more := [name for name in names if name not in refusing[best[0]]]:
-            told += f"; {size} is not for {', '.join(more)}"
-    return told
+            advice += f"; {size} is not for {', '.join(more)}"
+    return advice
