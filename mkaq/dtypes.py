@@ -13,6 +13,13 @@ FLOATS: Mapping[str, torch.dtype] = {
 """The floating-point dtypes that weights may have."""
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name such as `bfloat16`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 natively, with float32 sums: every GPU, and some CPUs."""
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

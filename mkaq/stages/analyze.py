@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.run.estimate import Estimate, ModelSize, Task, Work
 from mkaq.stages.base import Made, Mode, Part, Row, Section
 
 if TYPE_CHECKING:
@@ -100,7 +100,6 @@ def inputs(section: AnalysisSection, job: Job) -> Mapping[str, str]:
 def estimate(section: AnalysisSection, before: ModelSize, task: Task) -> Estimate:
     """Hidden states at the points, and the outputs of each candidate."""
     from mkaq.run import work
-    from mkaq.run.estimate import Work
     from mkaq.run.memory import analyzing
 
     points = section.manifold.points if section.manifold else 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.run.estimate import Estimate, ModelSize, Task, Work
 from mkaq.stages.base import Made, Mode, Section, TextSection
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ def inputs(section: PerplexitySection, job: Job) -> Mapping[str, str]:
 def estimate(section: PerplexitySection, before: ModelSize, task: Task) -> Estimate:
     """The hidden states of all sequences, and the logits of one."""
     from mkaq.run import work
-    from mkaq.run.estimate import Work
     from mkaq.run.memory import measuring
 
     size = section.num_samples, section.max_seq_length

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.run.estimate import Estimate, ModelSize, Task, Work
 from mkaq.stages import analyze
 from mkaq.stages.analyze import ManifoldSection, MeasuredGroup
 from mkaq.stages.base import Description, FinalNorm, Made, Mode, Part, Row, Section, Step, Table
@@ -250,7 +250,6 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
     from mkaq.arch.config import keep_layers
     from mkaq.fit.targets import check_solvable
     from mkaq.merge.segment import longest_group
-    from mkaq.run.estimate import Work
     from mkaq.run.memory import merging
     from mkaq.run.work import fusing
 
@@ -260,8 +259,7 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
     if section.fuse == "channels":
         check_solvable(source, task.samples, "merge.fuse: channels", _INSTEAD)
     parameters = before.parameters - removed * source.count_weights(source.layer_tensor_names(0))
-    measured = section.coefficient == "measured"
-    need = merging(task, section.fuse, longest_group(free, removed), measured)
+    need = merging(task, section.fuse, longest_group(free, removed), section.coefficient == "measured")
     done = Work(exact=fusing(task, left)) if section.fuse == "channels" else Work()
     return Estimate(need, ModelSize(NAME, left, parameters, parameters * task.dtype.itemsize), done)
 
@@ -332,14 +330,13 @@ def _tables(record: MergeRecord) -> Iterator[Table]:
 
 def check(record: MergeRecord, case: Case) -> None:
     """Averaged layers are recomputed entirely; fused layers except for `o_proj` and `down_proj`."""
-    import torch
-
+    from mkaq.dtypes import dtype_named
     from mkaq.merge.origins import ORIGINS, read_origins
     from mkaq.verify.claims import origin_faults, plan_faults
     from mkaq.verify.known import averaged, fused
     from mkaq.verify.remeasure import merge_faults
 
-    dtype = getattr(torch, record.dtype)
+    dtype = dtype_named(record.dtype)
     if record.fused:
         origins = read_origins(case.artifact.path / ORIGINS)
         case.demand(origin_faults(record, origins, case.source))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.run.estimate import Estimate, ModelSize, Task, Work
 from mkaq.stages.base import Description, Dtype, FinalNorm, Made, Mode, Part, Section, Step, Table
 
 if TYPE_CHECKING:
@@ -177,7 +177,6 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
     from mkaq.formats.formats import format_of
     from mkaq.quantize.check import check_bitsandbytes, check_gptq
     from mkaq.run import work
-    from mkaq.run.estimate import Work
     from mkaq.run.memory import gptq, one_layer
 
     source, config = task.source, section.config(task.dtype)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.run.estimate import Estimate, ModelSize, Task, Work
 from mkaq.stages.base import Description, FinalNorm, Made, Mode, Part, Section, Step, Table
 
 if TYPE_CHECKING:
@@ -90,7 +90,6 @@ def inputs(section: LayerwiseSection, job: Job) -> Mapping[str, str]:
 def estimate(section: LayerwiseSection, before: ModelSize, task: Task) -> Estimate:
     """One layer with its optimizer, and two streams of hidden states."""
     from mkaq.run import work
-    from mkaq.run.estimate import Work
     from mkaq.run.memory import tuning
 
     size = before.parameters * task.dtype.itemsize
