@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mkaq.quantize.gptq import PLAIN, GptqResult, Kernels, gptq
-from mkaq.quantize.gptq_cpu import COMPILED
+from mkaq.quantize.gptq_cpu import NUMBA
 from mkaq.quantize.gptq_layers import kernels_for
 
 WARM = 256  # columns of a first problem, on which kernels are compiled
@@ -43,7 +43,7 @@ def compare_kernels(device: torch.device, rows: int, columns: int, group_size: i
     hessian = inputs.T @ inputs
     del mix, inputs
     fastest = kernels_for(device)
-    name = "plain" if fastest is PLAIN else "numba" if fastest is COMPILED else "triton"
+    name = "plain" if fastest is PLAIN else "numba" if fastest is NUMBA else "triton"
     loops: dict[str, dict[str, float]] = {}
     results: list[GptqResult] = []
 

@@ -102,7 +102,7 @@ class Check:
         self._group = 32 if options.small else 128
         self._stage_peak = self._device_peak = 0
         if gpu_check.is_stand_in("numba"):
-            gptq_cpu.COMPILED = PLAIN
+            gptq_cpu.NUMBA = PLAIN
 
     def told(self) -> dict[str, Any]:
         """The machine, the device, the libraries, and which of these are absent."""

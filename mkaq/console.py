@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
-def print_whatever_it_is() -> None:
+def escape_unencodable() -> None:
     """Makes stdout and stderr escape characters that their encoding cannot represent."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -38,11 +38,11 @@ class Ranks:
     fast_bfloat16: bool | None = None
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process makes the choices and writes."""
         return self.rank == 0
 
-    def share(self, count: int) -> slice:
+    def slice_of(self, count: int) -> slice:
         """This process's slice of `count` items.
 
         Shares differ by at most one item; with fewer items than processes, the last processes have none.
@@ -53,7 +53,7 @@ class Ranks:
         """Whether bfloat16 is fast on the devices of all processes."""
         return has_fast_bfloat16(device) if self.fast_bfloat16 is None else self.fast_bfloat16
 
-    def add(self, *tensors: torch.Tensor) -> None:
+    def all_reduce(self, *tensors: torch.Tensor) -> None:
         """Replaces tensors by their sums over all processes, in place."""
         if self.size > 1:
             for tensor in tensors:
@@ -64,7 +64,7 @@ class Ranks:
         if self.size > 1:
             total = torch.tensor(count, dtype=torch.float64, device=_device())
             dist.all_reduce(total)
-            self.add(*(tensor.mul_(count / float(total)) for tensor in tensors))
+            self.all_reduce(*(tensor.mul_(count / float(total)) for tensor in tensors))
 
     def mean(self, value: float, count: int) -> float:
         """The mean over the tokens of all processes, from each one's mean `value` over `count` tokens."""
@@ -75,7 +75,7 @@ class Ranks:
         dist.all_reduce(total)
         return float(total[0] / total[1].clamp(min=1))
 
-    def largest(self, value: float) -> float:
+    def maximum(self, value: float) -> float:
         """The maximum of `value` over all processes."""
         if self.size == 1:
             return value
@@ -83,8 +83,8 @@ class Ranks:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return float(largest)
 
-    def join(self, part: torch.Tensor, count: int) -> torch.Tensor:
-        """Concatenates what each process computed for its `share` of `count` rows.
+    def gather(self, part: torch.Tensor, count: int) -> torch.Tensor:
+        """Concatenates what each process computed for its `slice_of` of `count` rows.
 
         Args:
             part: This process's rows, shape (rows, ...).
@@ -96,17 +96,17 @@ class Ranks:
         if self.size == 1:
             return part
         whole = part.new_zeros(count, *part.shape[1:])
-        whole[self.share(count)] = part
+        whole[self.slice_of(count)] = part
         dist.all_reduce(whole)
         return whole
 
-    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+    def broadcast_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replaces a tensor by the first process's, in place, and returns it."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
         return tensor
 
-    def tell(self, data: Any = None) -> Any:
+    def broadcast(self, data: Any = None) -> Any:
         """The first process's `data` (plain JSON data), returned by every process.
 
         Values that processes compute separately can differ in the last bit, and so could choices made from
@@ -115,14 +115,14 @@ class Ranks:
         if self.size == 1:
             return data
         raw = torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8).to(_device())
-        size = self.from_first(torch.tensor([len(raw)], device=_device()))
-        if not self.main:
+        size = self.broadcast_tensor(torch.tensor([len(raw)], device=_device()))
+        if not self.is_main:
             raw = torch.empty(int(size), dtype=torch.uint8, device=_device())
-        return json.loads(bytes(self.from_first(raw).tolist()))
+        return json.loads(bytes(self.broadcast_tensor(raw).tolist()))
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Waits until every process has called this."""
-        self.tell()
+        self.broadcast()
 
 
 ALONE = Ranks()
@@ -160,7 +160,7 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     dist.init_process_group(backend, timeout=timedelta(days=7))  # the first process may write for a long time
     try:
         ranks = Ranks(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-        slowest = -ranks.largest(-float(has_fast_bfloat16(device)))
+        slowest = -ranks.maximum(-float(has_fast_bfloat16(device)))
         yield replace(ranks, fast_bfloat16=bool(slowest)), device
     finally:
         dist.destroy_process_group()

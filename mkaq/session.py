@@ -63,14 +63,14 @@ class Session:
 
     def begin(self, recipe: Recipe) -> None:
         """Writes the resolved recipe to recipe.yaml and prepares the folder for its stages."""
-        if self.ranks.main:
+        if self.ranks.is_main:
             self.maker.begin()
             (self.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
     def end(self, job: Job, artifact: Path | None) -> RunResult:
         """The result of the run; writes the report if there is an artifact."""
         result = RunResult(self.folder, job.sizes, job.evaluation, artifact)
-        if artifact and self.ranks.main:
+        if artifact and self.ranks.is_main:
             similarity = job.path(analyze.NAME) / analyze.SIMILARITY if job.has(analyze.NAME) else None
             write_report(result, self.maker.log, similarity)
         return result
@@ -98,15 +98,15 @@ def session(
     plan = plan_recipe(recipe, source, device, max_memory, ranks.size)
     check_resources(plan, folder, device, max_memory, ranks.local_size)
     arrange_heap(sparing=max_memory is not None)
-    with locked(folder) if ranks.main else nullcontext():
+    with locked(folder) if ranks.is_main else nullcontext():
         progress.say(f"reading {recipe.model.path}")
         for remark in source.remarks:
             progress.say(f"note: {remark}")
-        files = describe_files(source.path, source.files) if ranks.main else []
-        ranks.wait()
+        files = describe_files(source.path, source.files) if ranks.is_main else []
+        ranks.barrier()
         maker = Maker(folder, device, progress, fresh, ranks)
         try:
             yield Session(folder, source, files, plan, device, ranks, progress, maker)
         finally:
-            if ranks.main:
+            if ranks.is_main:
                 write_log(folder, maker.log, plan, device, ranks)

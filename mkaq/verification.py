@@ -136,7 +136,7 @@ def _check_against(
     if tokens is None:
         return [*checks, "errors of hidden states not measured again: the calibration text is not here"]
     dtype, last = compute_dtype(source.dtype, device), manifest.steps[-1].step
-    samples = half_shuffled_samples(ALONE, tokens, manifest.recipe["calibration"]["seed"]).held()
+    samples = half_shuffled_samples(ALONE, tokens, manifest.recipe["calibration"]["seed"]).held_out_only()
     ran_on = manifest.ran_on.get("residuals") or manifest.ran_on.get(last)
     allowed = tolerance(ran_on.compute_dtype if ran_on else None, dtype)
     walks = LayerWalk(source, device, dtype), LayerWalk(artifact, device, dtype)

@@ -48,7 +48,7 @@ def main() -> None:
             try:
                 pipeline.run(loaded, out, device, Progress(quiet=True), ranks=ranks)
             except MkaqError as error:
-                if ranks.main:
+                if ranks.is_main:
                     print(f"{recipe} with {size} processes: {error}", file=sys.stderr)
                 sys.exit(1)
 

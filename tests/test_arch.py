@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mkaq.arch.arch import READ_BY_ATTENTION, READ_BY_MLP, WRITERS, Arch, Linear, Role
+from mkaq.arch.arch import ATTENTION_INPUT_ROLES, MLP_INPUT_ROLES, OUTPUT_ROLES, Arch, Linear, Role
 from mkaq.arch.config import Sizes
 from mkaq.arch.families import FAMILIES
 from mkaq.arch.skeleton import build_skeleton, dense_tensors
@@ -146,12 +146,12 @@ def test_every_role_is_had_once_by_one_linear_layer(family: str) -> None:
 
 
 def test_writers() -> None:
-    assert WRITERS == (Role.ATTENTION_OUTPUT, Role.DOWN)
-    assert set(READ_BY_ATTENTION + READ_BY_MLP + WRITERS) == set(Role)
+    assert OUTPUT_ROLES == (Role.ATTENTION_OUTPUT, Role.DOWN)
+    assert set(ATTENTION_INPUT_ROLES + MLP_INPUT_ROLES + OUTPUT_ROLES) == set(Role)
     for arch in FAMILIES.values():
-        assert arch.writers == ("self_attn.o_proj", "mlp.down_proj")
+        assert arch.out_projs == ("self_attn.o_proj", "mlp.down_proj")
     other = replace(LLAMA, inputs=((Linear("b", (Role.DOWN,)), Linear("a", (Role.ATTENTION_OUTPUT,))),))
-    assert other.writers == ("a", "b")  # in the order of the forward pass, not of the names
+    assert other.out_projs == ("a", "b")  # in the order of the forward pass, not of the names
 
 
 def test_fused_linear_layers_have_several_roles() -> None:
@@ -166,7 +166,7 @@ def test_roles_tell_the_sizes(family: str, folder: Path) -> None:
     sizes: Sizes = checkpoint.sizes
     heads, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     rows = {Role.QUERY: heads, Role.KEY: keys, Role.VALUE: keys}
-    rows |= dict.fromkeys(READ_BY_MLP, sizes.intermediate) | dict.fromkeys(WRITERS, sizes.hidden)
+    rows |= dict.fromkeys(MLP_INPUT_ROLES, sizes.intermediate) | dict.fromkeys(OUTPUT_ROLES, sizes.hidden)
     columns = {Role.ATTENTION_OUTPUT: heads, Role.DOWN: sizes.intermediate}
     for linear in FAMILIES[family].linears:
         shape = checkpoint.tensors[checkpoint.arch.in_layer(1, f"{linear.name}.weight")].shape
@@ -206,14 +206,14 @@ def test_linear_layers_of_a_group_read_the_same_and_groups_are_in_order(family: 
     called = [name for name in seen if name in arch.linear_names]
     places = {linear.name: at for at, group in enumerate(arch.inputs) for linear in group}
     assert [places[name] for name in called] == sorted(places.values())
-    readers = {arch.attention: READ_BY_ATTENTION, arch.mlp: READ_BY_MLP}
+    readers = {arch.attention: ATTENTION_INPUT_ROLES, arch.mlp: MLP_INPUT_ROLES}
     for part, norm in arch.norm_of.items():
         for role in readers[part]:
             name = arch.linear_of(role).name
             assert name.startswith(f"{part}.") and torch.equal(seen[name][0], seen[norm][1])
-    for writer, norm in zip(arch.writers, arch.written_norms, strict=False):
+    for writer, norm in zip(arch.out_projs, arch.written_norms, strict=False):
         assert torch.equal(seen[norm][0], seen[writer][1])
-    assert len(arch.written_norms) in (0, len(arch.writers))
+    assert len(arch.written_norms) in (0, len(arch.out_projs))
 
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def test_what_writes_adds_to_the_residual_stream(family: str, folder: Path) -> N
     """A layer whose writers give nothing hands on what it reads."""
     model, arch = load(folder), FAMILIES[family]
     layer = model.get_submodule(arch.base).get_submodule(arch.layers)[1]
-    for name in arch.writers:
+    for name in arch.out_projs:
         layer.get_submodule(name).weight.zero_()
     read: list[torch.Tensor] = []
     layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))

@@ -51,7 +51,11 @@ def test_independent_error_asks_for_the_cosine(size: float, walk: LayerWalk) -> 
     assert found.scale == pytest.approx(cosine, abs=0.01)
     assert found.error_before == pytest.approx(2 - 2 * cosine, abs=0.01)  # 1 - 2 s cos + s^2
     assert found.error == pytest.approx(1 - cosine**2, abs=0.01)
-    held = STATES[-4:], (STATES + noise(size))[-4:], SAMPLES.held()  # what they miss needs no other tokens
+    held = (
+        STATES[-4:],
+        (STATES + noise(size))[-4:],
+        SAMPLES.held_out_only(),
+    )  # what they miss needs no other tokens
     assert norm_error(walk, walk, *held) == pytest.approx(found.error_before, rel=1e-6)
 
 

@@ -133,7 +133,7 @@ def test_attention_is_asked_to_mend_the_error_that_reaches_it(model: Path) -> No
 def test_first_batch_is_the_same_for_any_number_of_processes(samples: int, length: int) -> None:
     tokens = torch.arange(samples)[:, None].expand(-1, length)
     alone = hold_out(tokens)
-    expected = list(range(min(alone.learned, max(1, 4096 // length))))
+    expected = list(range(min(alone.num_train, max(1, 4096 // length))))
     for size in (1, 2, 3, 8):
         parts = [hold_out(tokens, Ranks(rank, size)) for rank in range(size)]
         assert [int(row[0]) for part in parts for row in part.tokens[first_batch(part)]] == expected

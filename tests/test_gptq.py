@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mkaq.quantize.gptq import PLAIN, DampingError, GptqResult, Kernels, find_scales, gptq, reversed_factor
-from mkaq.quantize.gptq_cpu import COMPILED
+from mkaq.quantize.gptq_cpu import NUMBA
 
 ROWS, COLUMNS, GROUP, DAMP = 16, 160, 32, 0.01
 
@@ -82,7 +82,7 @@ def damped(hessian: torch.Tensor, share: float) -> torch.Tensor:
     ("desc_act", "static_groups"), [(False, False), (True, False), (False, True), (True, True)]
 )
 @pytest.mark.parametrize("group_size", [GROUP, -1])
-@pytest.mark.parametrize("kernels", [PLAIN, COMPILED], ids=["plain", "compiled"])
+@pytest.mark.parametrize("kernels", [PLAIN, NUMBA], ids=["plain", "compiled"])
 def test_codes_are_those_of_the_published_algorithm(
     bits: int, sym: bool, desc_act: bool, static_groups: bool, group_size: int, kernels: Kernels
 ) -> None:
@@ -109,7 +109,7 @@ def test_compiled_loops_give_the_codes_of_the_plain_ones(
 ) -> None:
     weight, hessian = problem(columns=576, rows=33)
     options: dict[str, Any] = {"bits": 4, "group_size": group_size, "sym": sym, "desc_act": static_groups}
-    compiled = gptq(weight, hessian, static_groups=static_groups, **options, kernels=COMPILED)
+    compiled = gptq(weight, hessian, static_groups=static_groups, **options, kernels=NUMBA)
     plain = gptq(weight, hessian, static_groups=static_groups, **options)
     same = (compiled.codes == plain.codes).float().mean(1)
     assert (same == 1).sum() >= 31 and same.min() > 0.9  # a close call may fall the other way
@@ -123,7 +123,7 @@ def test_compiled_loops_leave_the_threads_of_torch_alone(threads: int) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        gptq(weight, hessian, bits=4, group_size=GROUP, kernels=COMPILED)
+        gptq(weight, hessian, bits=4, group_size=GROUP, kernels=NUMBA)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -133,7 +133,7 @@ def test_scales_below_what_float16_holds_are_rounded_as_torch_does() -> None:
     weight = torch.randn(64, 32) * torch.logspace(-9, 5, 64)[:, None]
     for sym in (True, False):
         for got, expected in zip(
-            COMPILED.find_scales(weight, torch.ones(32), 4, sym),
+            NUMBA.find_scales(weight, torch.ones(32), 4, sym),
             find_scales(weight, torch.ones(32), 4, sym),
             strict=True,
         ):

@@ -12,7 +12,7 @@ import torch
 
 from mkaq.quantize import gptq_layers
 from mkaq.quantize.gptq import PLAIN, GptqResult, gptq
-from mkaq.quantize.gptq_cpu import COMPILED
+from mkaq.quantize.gptq_cpu import NUMBA
 from tests.pretend import pretended_gpu
 from tests.runs import ROOT
 from tests.test_gptq import awkward_weight, problem
@@ -57,7 +57,7 @@ def both(columns: int, **options: Any) -> tuple[GptqResult, GptqResult]:
         weight[3], weight[:, 7] = 0, 0
         hessian[5] = hessian[:, 5] = 0
     weight, hessian = weight.to(DEVICE), hessian.to(DEVICE)
-    found = [gptq(weight, hessian, **options, kernels=kernels) for kernels in (gptq_cuda.FUSED, PLAIN)]
+    found = [gptq(weight, hessian, **options, kernels=kernels) for kernels in (gptq_cuda.TRITON, PLAIN)]
     return found[0], found[1]
 
 
@@ -172,7 +172,7 @@ def test_where_nothing_can_be_compiled_a_warning_says_so() -> None:
 
 def test_loops_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, fused = torch.device("cuda", 0), object()
-    assert gptq_layers.kernels_for(torch.device("cpu")) is COMPILED
+    assert gptq_layers.kernels_for(torch.device("cpu")) is NUMBA
     with pretended_gpu() as pretended:
         assert gptq_layers.kernels_for(pretended) is PLAIN
     for triton, version, works, expected in (
@@ -181,7 +181,7 @@ def test_loops_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         (False, "13.0", True, PLAIN),
         (True, None, True, PLAIN),
     ):
-        module = SimpleNamespace(FUSED=fused, works_on=lambda _, works=works: works)
+        module = SimpleNamespace(TRITON=fused, works_on=lambda _, works=works: works)
         monkeypatch.setitem(sys.modules, "mkaq.quantize.gptq_cuda", module)
         monkeypatch.setattr("mkaq.quantize.gptq_cuda", module, raising=False)
         monkeypatch.setattr(gptq_layers, "find_spec", lambda _, triton=triton: object() if triton else None)

@@ -52,7 +52,7 @@ def test_held_out_samples_are_the_last_eighth(walk: LayerWalk) -> None:
         states = target.clone()
         states[sample] = 3
         assert held_out_error(walk, samples, states, target) == pytest.approx(2.0 if sample >= 14 else 0)
-        assert held_out_error(walk, samples.held(), states[14:], target[14:]) == held_out_error(
+        assert held_out_error(walk, samples.held_out_only(), states[14:], target[14:]) == held_out_error(
             walk, samples, states, target
         )
     few = hold_out(target[:3, :, 0])
@@ -69,15 +69,15 @@ def test_any_number_of_samples_is_shared_by_any_number_of_processes(count: int, 
     tokens = torch.arange(count)[:, None]
     alone = hold_out(tokens)
     parts = [hold_out(tokens, Ranks(rank, processes)) for rank in range(processes)]
-    learned = torch.cat([part.tokens[: part.learned] for part in parts])
-    held = torch.cat([part.tokens[part.learned :] for part in parts])
+    learned = torch.cat([part.tokens[: part.num_train] for part in parts])
+    held = torch.cat([part.tokens[part.num_train :] for part in parts])
     assert torch.equal(torch.cat([learned, held]), tokens)
     assert len(held) == alone.held_out == held_out_samples(count)
     for part in parts:
-        assert not part.learned or int(part.tokens[0]) == part.first
-        slices = [list(range(len(part.tokens)))[rows] for half in part.halves() for rows in half]
+        assert not part.num_train or int(part.tokens[0]) == part.first
+        slices = [list(range(len(part.tokens)))[rows] for half in part.splits() for rows in half]
         assert [number for rows in slices for number in rows] == list(range(len(part.tokens)))
 
 
 def test_process_without_samples_has_no_batches() -> None:
-    assert Samples(torch.empty(0, 32), 0).halves() == ([], [])
+    assert Samples(torch.empty(0, 32), 0).splits() == ([], [])

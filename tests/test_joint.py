@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 SINGLE = "model.safetensors"
 TOKENS = torch.randint(2, 4096, (16, 32), generator=torch.Generator().manual_seed(1))
 OTHERS = torch.randint(2, 4096, (8, 32), generator=torch.Generator().manual_seed(2))
-WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+OUTPUT_ROLES = ("self_attn.o_proj", "mlp.down_proj")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_eight_bits_of_an_unmerged_model_stay_with_the_source(model: Path, tmp_p
     assert distance(tmp_path / "joint", model) < 1e-3
     first = modules[0].name.rpartition(".self_attn")[0]
     assert first == "model.layers.0" and len(modules) == 4 * len(open_checkpoint(model).arch.linear_names)
-    assert all(module.ridge is None for module in modules if not module.name.endswith(WRITERS))
+    assert all(module.ridge is None for module in modules if not module.name.endswith(OUTPUT_ROLES))
 
 
 def test_few_bits_come_nearer_to_the_source_on_the_calibration_tokens(model: Path, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_few_bits_come_nearer_to_the_source_on_the_calibration_tokens(model: Pat
         modules = quantize(model, tmp_path / str(joint), joint=joint, bits=2)
         solved = [module for module in modules if module.ridge is not None]
         assert bool(solved) == joint
-        assert all(module.name.endswith(WRITERS) and module.ridge > 0 for module in solved)
+        assert all(module.name.endswith(OUTPUT_ROLES) and module.ridge > 0 for module in solved)
     assert distance(tmp_path / "True", model, TOKENS) < 0.6 * distance(tmp_path / "False", model, TOKENS)
 
 
@@ -130,9 +130,9 @@ def test_merged_model_is_mended_while_it_is_rounded(
         scale = step.final_norm.scale if step.final_norm else 1.0
         assert norms[1].equal((norms[0].double() * scale).bfloat16())
         solved = {module.name for module in step.modules if module.ridge is not None}
-        assert all(name.endswith(WRITERS) for name in solved)
+        assert all(name.endswith(OUTPUT_ROLES) for name in solved)
         if fuse == "average":  # fusing has solved the same already
-            solved &= {f"model.layers.1.{writer}" for writer in WRITERS}
+            solved &= {f"model.layers.1.{writer}" for writer in OUTPUT_ROLES}
         assert bool(solved) == (target == "source")
         tokens = load_file(folder / "calibrate" / "calibration.safetensors")["input_ids"]
         seen[target], seen["merge"] = (distance(folder / s, model, tokens) for s in ("artifact", "merge"))

@@ -120,7 +120,7 @@ def test_what_is_let_go_of_comes_back(tmp_path: Path) -> None:
     activations.release()
     assert torch.equal(states, values)
     assert not list(tmp_path.iterdir())  # the file has no name
-    activations.give_back(states)
+    activations.recycle(states)
     assert activations.empty((3, 5, 7), torch.float32) is not states
     assert activations.empty((3, 5, 7), torch.bfloat16) is states
     assert activations.empty((3, 5, 7), torch.bfloat16) is not states

@@ -72,11 +72,11 @@ def run(walk: LayerWalk, tensors: Tensors) -> torch.Tensor:
 def written_from(walk: LayerWalk, tensors: Tensors, parts: Parts) -> torch.Tensor:
     """What a layer hands to `o_proj` or `down_proj`."""
     module = walk.assemble(0, tensors)
-    return input_of(module.get_submodule(parts.writer), partial(walk.run, module, 0, states()))
+    return input_of(module.get_submodule(parts.out_proj), partial(walk.run, module, 0, states()))
 
 
 def readers_of(layer: Tensors, parts: Parts) -> Tensors:
-    return {key: tensor for key, tensor in layer.items() if key.rpartition(".")[0] in parts.readers}
+    return {key: tensor for key, tensor in layer.items() if key.rpartition(".")[0] in parts.in_projs}
 
 
 def shuffled(parts: Parts) -> torch.Tensor:
@@ -94,9 +94,9 @@ def test_all_parts_of_a_layer_are_the_layer(kind: str, walk_of: WalkOf) -> None:
         for index, layer in enumerate(layers):
             origins = everything[index * parts.count : (index + 1) * parts.count]
             taken, expected = take_parts(layers, parts, origins), readers_of(layer, parts)
-            assert taken.keys() == expected.keys() and len(taken) >= len(parts.readers)
+            assert taken.keys() == expected.keys() and len(taken) >= len(parts.in_projs)
             assert all(torch.equal(taken[key], expected[key]) for key in expected)
-            assert torch.equal(take_columns(layers, parts, origins), layer[f"{parts.writer}.weight"])
+            assert torch.equal(take_columns(layers, parts, origins), layer[f"{parts.out_proj}.weight"])
 
 
 @each_kind
@@ -108,7 +108,7 @@ def test_order_of_parts_does_not_matter_to_the_layer(kind: str, walk_of: WalkOf)
     for parts in parts_of(walk):
         moved = take_parts([layer], parts, shuffled(parts))
         assert all(not torch.equal(moved[key], layer[key]) for key in moved)
-        writer = {f"{parts.writer}.weight": take_columns([layer], parts, shuffled(parts))}
+        writer = {f"{parts.out_proj}.weight": take_columns([layer], parts, shuffled(parts))}
         assert torch.allclose(run(walk, layer | moved | writer), before, atol=1e-4)
         assert not torch.allclose(run(walk, layer | moved), before, atol=1e-2)
         assert not torch.allclose(run(walk, layer | writer), before, atol=1e-2)

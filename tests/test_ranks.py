@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mkaq.formats.packing import unpack
 from mkaq.quantize.gptq import gptq
-from mkaq.quantize.gptq_cpu import COMPILED
+from mkaq.quantize.gptq_cpu import NUMBA
 from mkaq.quantize.gptq_layers import _solve
 from mkaq.ranks import Ranks
 from tests.runs import Outcome
@@ -123,7 +123,7 @@ def test_all_rows_are_solved_with_the_damping_that_any_process_needs() -> None:
     weight, x = torch.randn(64, 32, generator=generator), torch.randn(256, 32, generator=generator)
     options = {"bits": 4, "group_size": 32, "damp_percent": 0.01}
     found = _solve(weight, x.T @ x, TwoProcesses(), options)
-    wanted = gptq(weight, x.T @ x, bits=4, group_size=32, damp_percent=0.1, kernels=COMPILED)
+    wanted = gptq(weight, x.T @ x, bits=4, group_size=32, damp_percent=0.1, kernels=NUMBA)
     assert found.damp_percent == 0.1 and torch.equal(found.codes, wanted.codes)
 
 
@@ -145,7 +145,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
         "from mkaq.ranks import joined\n"
         "with joined(torch.device('cpu')) as (ranks, _):\n"
         "    import mkaq.arch.skeleton, transformers.modeling_utils, torch._dynamo\n"
-        "    ranks.wait()\n"
+        "    ranks.barrier()\n"
         "tasks = pathlib.Path('/proc/self/task').glob('*/comm')\n"
         "print(sorted({task.read_text().strip() for task in tasks}), flush=True)\n"
     )
@@ -156,7 +156,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("count", "size"), [(7, 2), (8, 3), (3, 3), (100, 7), (2, 8), (0, 2)])
 def test_shares_hold_everything_once_in_order(count: int, size: int) -> None:
-    shares = [list(range(count))[Ranks(rank, size).share(count)] for rank in range(size)]
+    shares = [list(range(count))[Ranks(rank, size).slice_of(count)] for rank in range(size)]
     assert [number for share in shares for number in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert not count or shares[0]  # the first process has some of what there is

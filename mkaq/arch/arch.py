@@ -18,9 +18,9 @@ class Role(StrEnum):
     DOWN = "down"
 
 
-READ_BY_ATTENTION = (Role.QUERY, Role.KEY, Role.VALUE)
-READ_BY_MLP = (Role.GATE, Role.UP)
-WRITERS = (Role.ATTENTION_OUTPUT, Role.DOWN)
+ATTENTION_INPUT_ROLES = (Role.QUERY, Role.KEY, Role.VALUE)
+MLP_INPUT_ROLES = (Role.GATE, Role.UP)
+OUTPUT_ROLES = (Role.ATTENTION_OUTPUT, Role.DOWN)
 """The roles that write to the residual stream, in the order of the forward pass."""
 
 
@@ -30,7 +30,7 @@ class Linear:
 
     Attributes:
         name: Its name, relative to the decoder layer.
-        roles: Its roles. A fused layer has several; their rows lie one after another.
+        roles: Its roles. A packed layer has several; their rows lie one after another.
     """
 
     name: str
@@ -87,9 +87,9 @@ class Arch:
         return tuple(linear.name for linear in self.linears)
 
     @property
-    def writers(self) -> tuple[str, ...]:
+    def out_projs(self) -> tuple[str, ...]:
         """The linear layers that write to the residual stream: attention output, down."""
-        return tuple(self.linear_of(role).name for role in WRITERS)
+        return tuple(self.linear_of(role).name for role in OUTPUT_ROLES)
 
     @property
     def norm_of(self) -> Mapping[str, str]:

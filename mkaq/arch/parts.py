@@ -7,7 +7,7 @@ the linear layers that read the hidden state and columns of the linear layer tha
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mkaq.arch.arch import READ_BY_ATTENTION, READ_BY_MLP, Arch, Role
+from mkaq.arch.arch import ATTENTION_INPUT_ROLES, MLP_INPUT_ROLES, Arch, Role
 from mkaq.arch.config import Sizes
 
 
@@ -17,16 +17,16 @@ class Parts:
 
     Attributes:
         count: The number of parts.
-        norm: The norm before the readers.
-        readers: For each linear layer that reads, the spans of the parts in it: (first row, rows per part).
-        writer: The linear layer that writes.
-        width: Columns of the writer per part.
+        norm: The norm before the linear layers that read.
+        in_projs: For each linear layer that reads, the spans of the parts in it: (first row, rows per part).
+        out_proj: The linear layer that writes.
+        width: Columns of `out_proj` per part.
     """
 
     count: int
     norm: str
-    readers: Mapping[str, tuple[tuple[int, int], ...]]
-    writer: str
+    in_projs: Mapping[str, tuple[tuple[int, int], ...]]
+    out_proj: str
     width: int
 
 
@@ -34,15 +34,15 @@ def attention_parts(arch: Arch, sizes: Sizes) -> Parts:
     """The KV groups of a layer."""
     query = sizes.heads // sizes.kv_heads * sizes.head_dim
     rows = {Role.QUERY: query, Role.KEY: sizes.head_dim, Role.VALUE: sizes.head_dim}
-    readers = _spans(arch, {role: rows[role] for role in READ_BY_ATTENTION}, sizes.kv_heads)
-    writer = arch.linear_of(Role.ATTENTION_OUTPUT).name
-    return Parts(sizes.kv_heads, arch.attention_norm, readers, writer, query)
+    in_projs = _spans(arch, {role: rows[role] for role in ATTENTION_INPUT_ROLES}, sizes.kv_heads)
+    out_proj = arch.linear_of(Role.ATTENTION_OUTPUT).name
+    return Parts(sizes.kv_heads, arch.attention_norm, in_projs, out_proj, query)
 
 
 def mlp_parts(arch: Arch, sizes: Sizes) -> Parts:
     """The MLP channels of a layer."""
-    readers = _spans(arch, dict.fromkeys(READ_BY_MLP, 1), sizes.intermediate)
-    return Parts(sizes.intermediate, arch.mlp_norm, readers, arch.linear_of(Role.DOWN).name, 1)
+    in_projs = _spans(arch, dict.fromkeys(MLP_INPUT_ROLES, 1), sizes.intermediate)
+    return Parts(sizes.intermediate, arch.mlp_norm, in_projs, arch.linear_of(Role.DOWN).name, 1)
 
 
 def _spans(arch: Arch, rows: Mapping[Role, int], count: int) -> Mapping[str, tuple[tuple[int, int], ...]]:

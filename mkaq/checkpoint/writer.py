@@ -177,4 +177,4 @@ Writer = ShardWriter | NoWriter
 
 def writer_of(ranks: Ranks, folder: Path, shard_size: int, layout: Layout | None = None) -> Writer:
     """The writer of this process: only the first process of a group writes."""
-    return ShardWriter(folder, shard_size, layout) if ranks.main else NoWriter()
+    return ShardWriter(folder, shard_size, layout) if ranks.is_main else NoWriter()

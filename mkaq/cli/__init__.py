@@ -9,7 +9,7 @@ import typer
 
 from mkaq import __version__
 from mkaq.cli import about, artifact, measure, run
-from mkaq.console import print_whatever_it_is
+from mkaq.console import escape_unencodable
 from mkaq.errors import as_mkaq_error
 
 __all__ = ["app", "main"]
@@ -54,7 +54,7 @@ app.command()(about.schema)
 def main() -> None:
     """Runs a command; turns every error into one message and an exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print_whatever_it_is()
+    escape_unencodable()
     try:
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
         if app(arguments or ["--help"], standalone_mode=False) == 130:

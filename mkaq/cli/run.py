@@ -52,11 +52,11 @@ def run(
 
     limit = options.bytes(max_memory)
     with joined(pick_device(device)) as (ranks, torch_device):
-        progress = Progress(quiet=not ranks.main)
+        progress = Progress(quiet=not ranks.is_main)
         result = pipeline.run(
             loaded, folder, torch_device, progress, until=until, fresh=fresh, max_memory=limit, ranks=ranks
         )
-    if not ranks.main:
+    if not ranks.is_main:
         return
     runtime_rows: list[Runtime] = []
     if result.artifact:

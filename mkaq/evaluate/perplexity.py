@@ -45,7 +45,7 @@ def perplexity(
         what: The label of the progress.
     """
     length, total = len(sequences[0]), len(sequences)
-    sequences = sequences[walk.ranks.share(total)]
+    sequences = sequences[walk.ranks.slice_of(total)]
     groups = [[s for s in sequences if len(s) == length], [s for s in sequences if len(s) != length]]
     states = [(torch.tensor(group), walk.embed(torch.tensor(group))) for group in groups if group]
     for index in progress.track(range(walk.num_layers), what):
@@ -56,12 +56,14 @@ def perplexity(
     with walk.head() as head:
         for input_ids, hidden_states in states:
             for row, state in zip(input_ids, hidden_states, strict=True):
-                embeds = walk.fetch(state[None])
+                embeds = walk.to_device(state[None])
                 logits = head(embeds)[0, :-1].float()
                 targets = row[1:].to(logits.device)
                 losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item())
                 counts.append(len(targets))
-    joined = walk.ranks.join(torch.tensor([losses, counts], dtype=torch.float64, device=walk.device).T, total)
+    joined = walk.ranks.gather(
+        torch.tensor([losses, counts], dtype=torch.float64, device=walk.device).T, total
+    )
     losses, counts = joined[:, 0].tolist(), joined[:, 1].long().tolist()
     return summarize(losses, counts)
 

@@ -97,15 +97,15 @@ def _energies(
     """The sums over the tokens to learn from and over the held-out tokens, of all processes."""
     sums = torch.zeros(2, 3, dtype=torch.float64, device=walk.device)
     with source.final_norm() as source_norm, walk.final_norm() as own_norm:
-        for split, batches in zip(sums, samples.halves(), strict=True):
+        for split, batches in zip(sums, samples.splits(), strict=True):
             for rows in batches:
-                target = source_norm(walk.fetch(original[rows])).float()
-                own = own_norm(walk.fetch(compressed[rows])).float()
+                target = source_norm(walk.to_device(original[rows])).float()
+                own = own_norm(walk.to_device(compressed[rows])).float()
                 for number, (a, b) in enumerate(((target, target), (target, own), (own, own))):
                     split[number] += (a * b).sum(-1).double().sum()
                 walk.activations.release()
-    walk.ranks.add(sums)
-    learned, held = walk.ranks.tell(sums.tolist())
+    walk.ranks.all_reduce(sums)
+    learned, held = walk.ranks.broadcast(sums.tolist())
     return _Energies(*learned), _Energies(*held)
 
 

@@ -33,18 +33,18 @@ class Samples:
     first: int = 0
 
     @property
-    def learned(self) -> int:
+    def num_train(self) -> int:
         """The number of samples to learn from."""
         return len(self.tokens) - self.held_out
 
-    def held(self) -> "Samples":
+    def held_out_only(self) -> "Samples":
         """Only the held-out samples."""
-        return Samples(self.tokens[self.learned :], self.held_out)
+        return Samples(self.tokens[self.num_train :], self.held_out)
 
-    def halves(self) -> tuple[list[slice], list[slice]]:
+    def splits(self) -> tuple[list[slice], list[slice]]:
         """The batches to learn from and the held-out batches."""
-        learned, held = self.tokens[: self.learned], self.tokens[self.learned :]
-        moved = [slice(self.learned + rows.start, self.learned + rows.stop) for rows in spans(held)]
+        learned, held = self.tokens[: self.num_train], self.tokens[self.num_train :]
+        moved = [slice(self.num_train + rows.start, self.num_train + rows.stop) for rows in spans(held)]
         return list(spans(learned)), moved
 
 
@@ -56,7 +56,7 @@ def hold_out(tokens: torch.Tensor, ranks: Ranks = ALONE) -> Samples:
         ranks: The processes.
     """
     learned = len(tokens) - held_out_samples(len(tokens))
-    own, held = ranks.share(learned), ranks.share(len(tokens) - learned)
+    own, held = ranks.slice_of(learned), ranks.slice_of(len(tokens) - learned)
     part = tokens if ranks.size == 1 else torch.cat([tokens[own], tokens[learned:][held]])
     return Samples(part, held.stop - held.start, own.start)
 
@@ -104,7 +104,9 @@ def held_out_error(walk: LayerWalk, samples: Samples, states: torch.Tensor, targ
         states: Shape (samples, length, hidden_size).
         target: Of the same shape.
     """
-    return held_out_mean(walk, samples, lambda rows: (walk.fetch(states[rows]), walk.fetch(target[rows])))
+    return held_out_mean(
+        walk, samples, lambda rows: (walk.to_device(states[rows]), walk.to_device(target[rows]))
+    )
 
 
 def held_out_mean(
@@ -118,7 +120,7 @@ def held_out_mean(
         pair_at: Returns states and targets of some samples, on the device.
     """
     total, count = 0.0, 0
-    for rows in samples.halves()[1]:
+    for rows in samples.splits()[1]:
         errors = token_errors(*pair_at(rows))
         total, count = total + float(errors.double().sum()), count + errors.numel()
         walk.activations.release()

@@ -63,14 +63,14 @@ def advance(
     compressed stream, in float32: in a shorter dtype the difference of two streams would be mostly rounding.
     """
     for target, *streams in zip(batches(attended), batches(original), batches(compressed), strict=True):
-        before, now = map(walk.fetch, streams)
+        before, now = map(walk.to_device, streams)
         target.copy_(before.float() - now.float())
         walk.activations.release()
     for index in group:
         with walk.layer(index) as layer, outputs_of(layer.get_submodule(writer)) as seen:
             for states, target in zip(batches(original), batches(attended), strict=True):
                 states.copy_(walk.run(layer, index, states))
-                target.copy_(walk.fetch(target) + seen.pop())
+                target.copy_(walk.to_device(target) + seen.pop())
                 walk.activations.release()
 
 
@@ -78,13 +78,13 @@ def fit_together(
     ranks: Ranks, moments: Moments, held_out: Moments, prior: torch.Tensor, nearly: float
 ) -> Fit:
     """`fit` in the first process, shared with all processes."""
-    if not ranks.main:
-        ridge, error, before = ranks.tell()
+    if not ranks.is_main:
+        ridge, error, before = ranks.broadcast()
         weight = torch.empty(prior.shape, device=prior.device)
-        return Fit(ranks.from_first(weight), ridge, error, before)
+        return Fit(ranks.broadcast_tensor(weight), ridge, error, before)
     own = fit(moments, held_out, prior, nearly)
-    ranks.tell((own.ridge, own.error, own.error_before))
-    return replace(own, weight=ranks.from_first(own.weight.contiguous()))
+    ranks.broadcast((own.ridge, own.error, own.error_before))
+    return replace(own, weight=ranks.broadcast_tensor(own.weight.contiguous()))
 
 
 def moments_of(walk: LayerWalk, features: int) -> Moments:
@@ -101,7 +101,7 @@ def add_up(ranks: Ranks, *moments: Moments) -> None:
     """Sums the moments of all processes, so that each has those of all tokens."""
     for sums in moments:
         energy = torch.tensor([sums.energy], dtype=torch.float64, device=sums.gram.device)
-        ranks.add(sums.gram, sums.cross, energy)
+        ranks.all_reduce(sums.gram, sums.cross, energy)
         sums.energy = float(energy)
 
 

@@ -71,7 +71,7 @@ def fuse(
     heads, channels = attention_parts(arch, sizes), mlp_parts(arch, sizes)
     layers = [walk.layer_tensors(index) for index in group]
     attended = walk.activations.empty(tuple(original.shape), torch.float32)
-    advance(walk, group, heads.writer, original, compressed, attended)
+    advance(walk, group, heads.out_proj, original, compressed, attended)
     folded = [
         fold_norm(layer, heads, layers[0], dtype) | fold_norm(layer, channels, layers[0], dtype)
         for layer in layers
@@ -84,24 +84,24 @@ def fuse(
         return input_of(module.get_submodule(name), partial(walk.run, module, group[0], compressed[rows]))
 
     def heads_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        features = torch.cat([submodule_input(each, heads.writer, rows) for each in candidates], -1)
-        return features, without_bias(walk.fetch(attended[rows]), new, heads.writer)
+        features = torch.cat([submodule_input(each, heads.out_proj, rows) for each in candidates], -1)
+        return features, without_bias(walk.to_device(attended[rows]), new, heads.out_proj)
 
     head_origins, attention = solver.solve(heads, heads_at, new)
-    walk.activations.give_back(attended)
+    walk.activations.recycle(attended)
     module = walk.assemble(group[0], new)
     for rows in spans(compressed):
         compressed[rows] = submodule_input(module, channels.norm, rows)
 
     def channels_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        states = walk.fetch(compressed[rows])
+        states = walk.to_device(compressed[rows])
         normed = module.get_submodule(channels.norm)(states)
         features = [
-            input_of(each.get_submodule(channels.writer), partial(each.get_submodule(arch.mlp), normed))
+            input_of(each.get_submodule(channels.out_proj), partial(each.get_submodule(arch.mlp), normed))
             for each in candidates
         ]
-        target = walk.fetch(original[rows]).float() - states
-        return torch.cat(features, -1), without_bias(target, new, channels.writer)
+        target = walk.to_device(original[rows]).float() - states
+        return torch.cat(features, -1), without_bias(target, new, channels.out_proj)
 
     channel_origins, mlp = solver.solve(channels, channels_at, new)
     return FusedLayer(tuple(group), new, head_origins, channel_origins, attention, mlp)
@@ -128,7 +128,7 @@ def pass_fused(
     module = walk.assemble(first, layer.tensors)
     norm, mlp = module.get_submodule(parts.norm), module.get_submodule(arch.mlp)
     for states in batches(compressed):
-        before = walk.fetch(states)
+        before = walk.to_device(states)
         states.copy_(walk.checked(before + mlp(norm(before)), first))
         walk.activations.release()
     return held_out_error(walk, samples, compressed, original)
@@ -153,9 +153,9 @@ def known_tensors(
         result.update(
             take_parts([fold_norm(layer, kind, layers[0], dtype) for layer in layers], kind, origins)
         )
-        del result[f"{kind.writer}.weight"]
+        del result[f"{kind.out_proj}.weight"]
         if keeps_columns:
-            result[f"{kind.writer}.weight"] = take_columns(layers, kind, origins).to(dtype)
+            result[f"{kind.out_proj}.weight"] = take_columns(layers, kind, origins).to(dtype)
     return result
 
 
@@ -165,6 +165,6 @@ def untouched(
     """The first layer's tensors; biases added to the residual stream are summed over the group."""
     new = {name: tensor.to(dtype) for name, tensor in layers[0].items()}
     for kind in kinds:
-        if (bias := f"{kind.writer}.bias") in new:
+        if (bias := f"{kind.out_proj}.bias") in new:
             new[bias] = torch.stack([layer[bias].double() for layer in layers]).sum(0).to(dtype)
     return new

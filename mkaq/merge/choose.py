@@ -51,7 +51,7 @@ def choose(
         progress: Reports every group whose coefficient is measured.
     """
     if order == "measured":
-        groups = walk.ranks.tell(cheapest_groups(analysis.costs, walk.num_layers, removed))
+        groups = walk.ranks.broadcast(cheapest_groups(analysis.costs, walk.num_layers, removed))
     else:
         assert analysis.similarity is not None
         plan = plan_merge(analysis.similarity, removed, order, coefficient, protect)

@@ -63,15 +63,17 @@ def compare_layers(
     inner = np.flatnonzero(np.arange(tokens.numel()) % length)  # first tokens are outliers
     count = min(points, len(inner))
     chosen = np.sort(np.random.default_rng(seed).choice(inner, count, replace=False))
-    own = chosen[walk.ranks.share(count)]
+    own = chosen[walk.ranks.slice_of(count)]
     samples = np.unique(own // length)
     rows = torch.from_numpy(np.searchsorted(samples, own // length) * length + own % length)
     width = None if bandwidth == "median" else float(bandwidth)
     maps = []
     walked = walk.hidden_states(tokens[torch.from_numpy(samples)])
     for index, hidden_states in progress.track(walked, "compare layers", walk.num_layers):
-        states = walk.fetch(hidden_states.reshape(-1, hidden_states.shape[-1])[rows.to(hidden_states.device)])
-        sampled = walk.ranks.join(states.float(), count).cpu().numpy()
+        states = walk.to_device(
+            hidden_states.reshape(-1, hidden_states.shape[-1])[rows.to(hidden_states.device)]
+        )
+        sampled = walk.ranks.gather(states.float(), count).cpu().numpy()
         try:
             maps.append(diffusion_map(sampled, dimensions, width, alpha, time))
         except ValueError as error:
@@ -81,5 +83,5 @@ def compare_layers(
             ) from None
     cells = [equal_frequency_cells(coordinates, bins) for coordinates in maps]
     matrix = similarity_matrix(cells, bias_correction)
-    matrix = walk.ranks.from_first(torch.from_numpy(matrix).to(walk.device)).cpu().numpy()
+    matrix = walk.ranks.broadcast_tensor(torch.from_numpy(matrix).to(walk.device)).cpu().numpy()
     return LayerSimilarity(matrix, np.stack(maps))

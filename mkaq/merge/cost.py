@@ -53,7 +53,7 @@ def measure_groups(
     """
     sample, probes = split_samples(tokens, walk.ranks.size, len(candidates))
     samples, probes = half_shuffled_samples(walk.ranks, sample, seed), probing_tokens(probes, seed)
-    probes = probes[walk.ranks.share(len(probes))]
+    probes = probes[walk.ranks.slice_of(len(probes))]
     hidden_states, expected = walk.embed(samples.tokens), walk.embed(probes)
     merged: dict[tuple[int, int], torch.Tensor] = {}
     for index in progress.track(range(walk.num_layers), "measure groups"):
@@ -62,7 +62,7 @@ def measure_groups(
                 streams = walk.activations.copy(hidden_states), walk.activations.copy(hidden_states)
                 layer = walk.assemble(start, build(range(start, start + length), *streams, samples))
                 for states in streams:
-                    walk.activations.give_back(states)
+                    walk.activations.recycle(states)
                 merged[start, length] = walk.activations.copy(expected)
                 walk.run_all(layer, start, merged[start, length])
         with walk.layer(index) as layer:
@@ -78,13 +78,13 @@ def measure_groups(
             original, *others = (states[rows].reshape(-1, states.shape[-1]) for states in all_states)
             for start in range(0, len(original), step):
                 part = slice(start, start + step)
-                outputs = (walk.fetch(states[part]) for states in others)
-                nats += divergences(head, outputs, walk.fetch(original[part]))
+                outputs = (walk.to_device(states[part]) for states in others)
+                nats += divergences(head, outputs, walk.to_device(original[part]))
             walk.activations.release()
     count = probes.numel()
     means = (nats / max(1, count)).tolist()
     costs = {group: walk.ranks.mean(mean, count) for group, mean in zip(merged, means, strict=True)}
-    return dict(zip(costs, walk.ranks.tell(list(costs.values())), strict=True))
+    return dict(zip(costs, walk.ranks.broadcast(list(costs.values())), strict=True))
 
 
 def probe_count(samples: int, candidates: int) -> int:
@@ -193,12 +193,12 @@ def best_average(
         module = walk.assemble(group[0], merge_layers(layers, chain_weights(group, c)))
         walk.run_all(module, group[0], tried)
         error = held_out_error(walk, samples, tried, original)
-        if walk.ranks.tell(best is None or error < best[1]):
+        if walk.ranks.broadcast(best is None or error < best[1]):
             best, tried, kept = (c, error), kept, tried
     assert best is not None
     activations.overwrite(compressed, kept)
-    activations.give_back(tried)
-    activations.give_back(kept)
+    activations.recycle(tried)
+    activations.recycle(kept)
     return best
 
 

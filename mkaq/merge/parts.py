@@ -25,7 +25,7 @@ def fold_norm(tensors: Tensors, parts: Parts, kept: Tensors, dtype: torch.dtype)
     own, other = (layer[f"{parts.norm}.weight"].double() for layer in (tensors, kept))
     ratio = torch.where(other == 0, torch.zeros_like(own), own / other)
     result = {}
-    for name in parts.readers:
+    for name in parts.in_projs:
         weight = tensors[f"{name}.weight"]
         same = bool((ratio == 1).all())
         result[f"{name}.weight"] = (weight if same else weight.double() * ratio).to(dtype)
@@ -44,7 +44,7 @@ def take_parts(layers: Sequence[Tensors], parts: Parts, origins: torch.Tensor) -
             (count, 2).
     """
     result = {}
-    for name, spans in parts.readers.items():
+    for name, spans in parts.in_projs.items():
         rows = torch.cat(
             [
                 (first + origins[:, 1:] * size + torch.arange(size)).reshape(-1)
@@ -60,7 +60,7 @@ def take_parts(layers: Sequence[Tensors], parts: Parts, origins: torch.Tensor) -
 
 def take_columns(layers: Sequence[Tensors], parts: Parts, origins: torch.Tensor) -> torch.Tensor:
     """The writers' columns that belong to the given parts, shape (hidden_size, count * width)."""
-    name = f"{parts.writer}.weight"
+    name = f"{parts.out_proj}.weight"
     return torch.cat([layer[name] for layer in layers], 1)[:, part_columns(parts, origins)]
 
 

@@ -57,7 +57,7 @@ class PartSolver:
         Returns:
             Old layer and number of each part, shape (count, 2), int32; and the fit of the writer.
         """
-        ranks, (learned, held) = self.walk.ranks, self.samples.halves()
+        ranks, (learned, held) = self.walk.ranks, self.samples.splits()
         origins = all_parts(len(self.layers), parts)
         if parts.width == 1 and len(self.layers) > 1:
             origins = origins[self._strongest(parts, rows_at)]
@@ -71,23 +71,23 @@ class PartSolver:
         solved = fit_together(ranks, moments, held_out, prior, NEARLY_BEST)
         new.update(take_parts(self.readers, parts, origins))
         rounded = solved.weight.to(self.dtype)
-        new[f"{parts.writer}.weight"] = rounded.cpu()
+        new[f"{parts.out_proj}.weight"] = rounded.cpu()
         origins[:, 0] += self.first
         if solved.ridge is not None:
-            solved = replace(solved, error=ranks.tell(held_out.error(rounded)))
+            solved = replace(solved, error=ranks.broadcast(held_out.error(rounded)))
         return origins.to(torch.int32), solved
 
     def _strongest(self, parts: Parts, rows_at: Rows) -> torch.Tensor:
         """The parts that write most by themselves, measured on the first batch of all samples."""
         rows, ranks = first_batch(self.samples), self.walk.ranks
-        writers = torch.cat([layer[f"{parts.writer}.weight"] for layer in self.layers], 1)
+        writers = torch.cat([layer[f"{parts.out_proj}.weight"] for layer in self.layers], 1)
         sizes = torch.zeros(writers.shape[1], device=self.walk.device)
         if len(self.original[rows]):  # else the batch belongs to other processes
-            features, weights = rows_at(rows)[0], token_weights(self.walk.fetch(self.original[rows]))
+            features, weights = rows_at(rows)[0], token_weights(self.walk.to_device(self.original[rows]))
             sizes += column_sizes(features.flatten(0, -2), weights.reshape(-1), writers)
-        ranks.add(sizes)
+        ranks.all_reduce(sizes)
         strong = sizes.topk(int(CANDIDATES * parts.count)).indices.sort().values
-        return ranks.from_first(strong).cpu()
+        return ranks.broadcast_tensor(strong).cpu()
 
     def _moments(
         self, parts: Parts, origins: torch.Tensor, rows_at: Rows, batches: Sequence[slice]
@@ -97,7 +97,7 @@ class PartSolver:
         for rows in batches:
             features, target = rows_at(rows)
             chosen = features if len(columns) == features.shape[-1] else features[..., columns]
-            add_rows(moments, chosen, target, self.walk.fetch(self.original[rows]))
+            add_rows(moments, chosen, target, self.walk.to_device(self.original[rows]))
             self.walk.activations.release()
         add_up(self.walk.ranks, moments)
         return moments
@@ -106,12 +106,12 @@ class PartSolver:
 def first_batch(samples: Samples) -> slice:
     """This process's part of the first batch; the batch is the same for any number of processes."""
     size = max(1, TOKENS_PER_BATCH // samples.tokens.shape[1])
-    return slice(0, min(max(0, size - samples.first), samples.learned))
+    return slice(0, min(max(0, size - samples.first), samples.num_train))
 
 
 def choose_together(ranks: Ranks, moments: Moments, parts: Parts) -> torch.Tensor:
     """The parts to keep, shape (count,), chosen by the first process."""
-    if ranks.main:
-        return ranks.from_first(keep_columns(moments, parts.count, SELECTION_RIDGE, parts.width))
+    if ranks.is_main:
+        return ranks.broadcast_tensor(keep_columns(moments, parts.count, SELECTION_RIDGE, parts.width))
     device = moments.cross.device
-    return ranks.from_first(torch.empty(parts.count, dtype=torch.int64, device=device))
+    return ranks.broadcast_tensor(torch.empty(parts.count, dtype=torch.int64, device=device))

@@ -15,7 +15,7 @@ from mkaq.errors import UnsupportedError
 from mkaq.files import write_json
 from mkaq.formats.formats import format_of
 from mkaq.heap import return_freed_memory
-from mkaq.quantize.error import relative_error
+from mkaq.quantize.weight_error import relative_error
 
 
 @dataclass(frozen=True)

@@ -260,4 +260,4 @@ def _round_rows(
                 codes[first + row, j], error[first + row, j] = np.uint8(values[j, row]), errors[j, row]
 
 
-COMPILED = Kernels(find_scales, round_block)
+NUMBA = Kernels(find_scales, round_block)

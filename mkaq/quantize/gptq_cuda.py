@@ -300,4 +300,4 @@ def _round_rows(
     tl.store(loss + row, total, mask=row_mask)
 
 
-FUSED = Kernels(find_scales, round_block)
+TRITON = Kernels(find_scales, round_block)

@@ -18,10 +18,10 @@ from mkaq.files import write_json
 from mkaq.fit.final_norm import Rescaled, rescaled
 from mkaq.formats.packing import pack_linear
 from mkaq.quantize import gptq_cpu
-from mkaq.quantize.error import ratio, relative_error
 from mkaq.quantize.gptq import PLAIN, DampingError, GptqResult, Kernels, gptq
 from mkaq.quantize.hessian import HessianSum
 from mkaq.quantize.joint import JointTarget
+from mkaq.quantize.weight_error import ratio, relative_error
 from mkaq.ranks import Ranks
 from mkaq.walk.batches import spans
 from mkaq.walk.piecewise import Piecewise
@@ -176,29 +176,29 @@ def _solve(
     kernels = kernels_for(weight.device)
     fast = ranks.has_fast_bfloat16(weight.device)
     while True:
-        part = gptq(weight[ranks.share(rows)], hessian, **options, kernels=kernels, fast=fast)
-        options["damp_percent"] = ranks.largest(part.damp_percent)
-        if not ranks.largest(part.damp_percent < options["damp_percent"]):
+        part = gptq(weight[ranks.slice_of(rows)], hessian, **options, kernels=kernels, fast=fast)
+        options["damp_percent"] = ranks.maximum(part.damp_percent)
+        if not ranks.maximum(part.damp_percent < options["damp_percent"]):
             break
     return replace(
         part,
-        codes=ranks.join(part.codes, rows),
-        scales=ranks.join(part.scales, rows),
-        zeros=ranks.join(part.zeros, rows),
-        weight=ranks.join(part.weight, rows),
-        errors=ranks.join(part.errors, rows),
-        energies=ranks.join(part.energies, rows),
+        codes=ranks.gather(part.codes, rows),
+        scales=ranks.gather(part.scales, rows),
+        zeros=ranks.gather(part.zeros, rows),
+        weight=ranks.gather(part.weight, rows),
+        errors=ranks.gather(part.errors, rows),
+        energies=ranks.gather(part.energies, rows),
     )
 
 
 def kernels_for(device: torch.device) -> Kernels:
     """The fastest inner loops of GPTQ that run on a device."""
     if device.type == "cpu":
-        return gptq_cpu.COMPILED
+        return gptq_cpu.NUMBA
     if device.type == "cuda" and torch.version.cuda is not None and find_spec("triton") is not None:
         from mkaq.quantize import gptq_cuda  # imports Triton, which only torch for CUDA installs
 
-        return gptq_cuda.FUSED if gptq_cuda.works_on(device) else PLAIN
+        return gptq_cuda.TRITON if gptq_cuda.works_on(device) else PLAIN
     return PLAIN
 
 

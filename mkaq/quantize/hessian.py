@@ -47,12 +47,12 @@ class HessianSum:
 
     def _set_reference(self, rows: torch.Tensor) -> None:
         for start, stop in stripes(rows.shape[1]):
-            self._reference.append(self._ranks.from_first(rows[:, start:stop].T @ rows[:, start:]))
-        self._reference_tokens = int(self._ranks.from_first(torch.tensor(len(rows))))
+            self._reference.append(self._ranks.broadcast_tensor(rows[:, start:stop].T @ rows[:, start:]))
+        self._reference_tokens = int(self._ranks.broadcast_tensor(torch.tensor(len(rows))))
 
     def whole(self) -> torch.Tensor:
         """The sum over all batches of all processes, shape (features, features), float32."""
-        self._ranks.add(self._sum, self._subtracted)
+        self._ranks.all_reduce(self._sum, self._subtracted)
         for (start, stop), reference in zip(stripes(len(self._sum)), self._reference, strict=False):
             self._sum[start:stop, start:].add_(reference, alpha=int(self._subtracted))
         mirror(self._sum)

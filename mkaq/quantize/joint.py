@@ -50,7 +50,7 @@ class JointTarget:
             index: The layer of the model to quantize.
             states: Its input, shape (samples, length, hidden_size).
         """
-        group, writer = self._groups[index], self._heads.writer
+        group, writer = self._groups[index], self._heads.out_proj
         advance(self.source, group, writer, self._original, states, self._attended)
 
     @torch.no_grad()
@@ -62,18 +62,18 @@ class JointTarget:
             layer: The layer.
             name: The linear layer.
         """
-        parts = {kind.writer: kind for kind in (self._heads, self._channels)}.get(name)
+        parts = {kind.out_proj: kind for kind in (self._heads, self._channels)}.get(name)
         if parts is None:
             return None
         linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         width = linear.in_features
         moments = moments_of(self.source, width), moments_of(self.source, width)
-        for split, batches in zip(moments, self._samples.halves(), strict=True):
+        for split, batches in zip(moments, self._samples.splits(), strict=True):
             for rows in batches:
-                inputs, final = pieces.input_of(name, rows), self.source.fetch(self._original[rows])
+                inputs, final = pieces.input_of(name, rows), self.source.to_device(self._original[rows])
                 if parts is self._heads:
-                    target = self.source.fetch(self._attended[rows])
+                    target = self.source.to_device(self._attended[rows])
                 else:
                     target = final.float() - pieces.input_of(parts.norm, rows)
                 if linear.bias is not None:

@@ -157,7 +157,7 @@ def tune(
     """
     parameters = dict(layer.named_parameters())
     before = lowest = layer_error(walk, layer, new, inputs, targets, samples)
-    if walk.ranks.tell(before == 0):
+    if walk.ranks.broadcast(before == 0):
         return RecoveredLayer(new, 0.0, 0.0, 0)
     best, best_step = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
     layer.float().requires_grad_(True)
@@ -165,13 +165,13 @@ def tune(
     learning_rate = 0.25 / inputs.shape[-1] if tuning.learning_rate == "auto" else tuning.learning_rate
     optimizer = torch.optim.AdamW(layer.parameters(), learning_rate, (0.9, 0.95), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, tuning.steps))
-    orders = shuffled(samples.learned, math.ceil(tuning.batch_size / walk.ranks.size), tuning.seed)
+    orders = shuffled(samples.num_train, math.ceil(tuning.batch_size / walk.ranks.size), tuning.seed)
     for step, chosen in zip(range(1, tuning.steps + 1), orders, strict=False):
         parts = torch.split(chosen, batch_size(inputs)) if len(chosen) else ()
         for part in parts:
             with torch.autocast(walk.device.type, torch.bfloat16, enabled=fast):
                 output = walk.run(layer, new, inputs[part])
-            target = walk.fetch(targets[part]).float()
+            target = walk.to_device(targets[part]).float()
             loss = ((output.float() - target).square().mean(-1) * token_weights(target)).mean()
             (loss * (len(part) / len(chosen))).backward()  # type: ignore[no-untyped-call]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters()]
@@ -185,9 +185,9 @@ def tune(
         if step % math.ceil(tuning.steps / CHECKS) == 0 or step == tuning.steps:
             rounded = {name: p.detach().to(dtype).to(walk.dtype) for name, p in layer.named_parameters()}
             error = layer_error(walk, with_weights(layer, rounded), new, inputs, targets, samples)
-            if walk.ranks.tell(error < lowest):
+            if walk.ranks.broadcast(error < lowest):
                 lowest, best, best_step = error, rounded, step
-    best = {name: walk.ranks.from_first(weight.contiguous()) for name, weight in best.items()}
+    best = {name: walk.ranks.broadcast_tensor(weight.contiguous()) for name, weight in best.items()}
     layer.load_state_dict(best, strict=False, assign=True)
     layer.requires_grad_(False)
     return RecoveredLayer(new, before, lowest, best_step)
@@ -204,7 +204,7 @@ def layer_error(
 ) -> float:
     """The mean of |output - target|^2 / |target|^2 over the held-out tokens of all processes."""
     return held_out_mean(
-        walk, samples, lambda rows: (walk.run(layer, new, inputs[rows]), walk.fetch(targets[rows]))
+        walk, samples, lambda rows: (walk.run(layer, new, inputs[rows]), walk.to_device(targets[rows]))
     )
 
 

@@ -56,7 +56,7 @@ class Maker:
 
         def build(scratch: Path) -> Mapping[str, str]:
             facts, digests = stage.run(section, job, scratch)
-            if self._ranks.main:
+            if self._ranks.is_main:
                 settings = {"settings": section.model_dump(mode="json")}
                 after = open_checkpoint(scratch, quantized=True)
                 record = stage.Record.model_validate({**job.sizes_with(after), **settings, **facts})
@@ -127,21 +127,21 @@ class Maker:
         reset_peak()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        if self._ranks.main:
+        if self._ranks.is_main:
 
             def build_with_others(scratch: Path) -> Mapping[str, str]:
-                self._ranks.tell(not alone)
+                self._ranks.broadcast(not alone)
                 return build(scratch)
 
             done = publish(build_with_others)
             if done.reused:
-                self._ranks.tell(False)
-            self._ranks.tell([done.fingerprint, done.digest])
+                self._ranks.broadcast(False)
+            self._ranks.broadcast([done.fingerprint, done.digest])
         else:
-            if self._ranks.tell():
+            if self._ranks.broadcast():
                 with TemporaryDirectory() as scratch:
                     build(Path(scratch))
-            done = find(self._ranks.tell())
+            done = find(self._ranks.broadcast())
         seconds = time.time() - began
         self._progress.say(f"{name}: " + ("unchanged, kept" if done.reused else f"done in {seconds:.1f} s"))
         row: dict[str, Any] = {"stage": name, "started": began, "seconds": seconds, "reused": done.reused}

@@ -203,7 +203,7 @@ def run(section: QuantizeSection, job: Job, folder: Path) -> Made:
     else:
         result = _bitsandbytes(section, job, folder)
     facts = {"method": section.method, "bits": section.bits, **result.facts}
-    if measured(section, job) and job.ranks.main:
+    if measured(section, job) and job.ranks.is_main:
         facts["residuals"] = _residuals(job, folder)
     return Made(facts, result.digests)
 
@@ -234,7 +234,7 @@ def _gptq(section: GptqSection, job: Job, folder: Path) -> Made:
         samples, beside = half_shuffled_samples(job.ranks, tokens, job.seed), job.walk(job.source)
         tokens, target = samples.tokens, JointTarget(beside, job.groups(), samples)
     else:
-        tokens = tokens[job.ranks.share(len(tokens))]
+        tokens = tokens[job.ranks.slice_of(len(tokens))]
     walk = job.walk(job.model, fast=mode(section).fast, beside=beside)
     options = section.model_dump(exclude={"method", "target"})
     config = section.config(job.dtype)
@@ -253,7 +253,7 @@ def _residuals(job: Job, folder: Path) -> list[float]:
     samples = half_shuffled_samples(ALONE, job.tokens(), job.seed)
     source = job.walk(job.source, ranks=ALONE)
     quantized = job.walk(open_checkpoint(folder, quantized=True), beside=source, ranks=ALONE)
-    return residuals(source, quantized, job.groups(), samples.held()).layers
+    return residuals(source, quantized, job.groups(), samples.held_out_only()).layers
 
 
 def describe(record: QuantizeRecord) -> Description:

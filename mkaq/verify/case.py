@@ -14,7 +14,7 @@ from mkaq.fit.hold_out import Samples
 from mkaq.formats.layer import dense_layer
 from mkaq.merge.write import digest_layer
 from mkaq.progress import Progress
-from mkaq.quantize.error import relative_error
+from mkaq.quantize.weight_error import relative_error
 from mkaq.verify.known import KnownLayer, untouched
 from mkaq.walk.walk import LayerWalk
 
@@ -127,7 +127,7 @@ class Case:
                 yield f"{name} is not the source's" + (", rescaled" if expected is not tensor else "")
 
     def _solved_faults(self) -> Iterator[str]:
-        writers = tuple(f".{name}" for name in self.source.arch.writers)
+        writers = tuple(f".{name}" for name in self.source.arch.out_projs)
         for name, module in self.modules.items():
             if not _is_rounded(module) and not name.endswith(writers):
                 yield f"{name} is said to be solved, and writes no hidden state"

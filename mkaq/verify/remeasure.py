@@ -116,32 +116,32 @@ def _solved_errors(
     arch, sizes = walk.checkpoint.arch, walk.checkpoint.sizes
     heads, channels = attention_parts(arch, sizes), mlp_parts(arch, sizes)
     attended = walk.activations.empty(tuple(original.shape), torch.float32)
-    advance(source, group, heads.writer, original, states, attended)
+    advance(source, group, heads.out_proj, original, states, attended)
     with walk.layer(new) as layer:
 
         def submodule_input(name: str, rows: slice) -> torch.Tensor:
             return input_of(layer.get_submodule(name), partial(walk.run, layer, new, states[rows]))
 
         def heads_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            return submodule_input(heads.writer, rows), walk.fetch(attended[rows])
+            return submodule_input(heads.out_proj, rows), walk.to_device(attended[rows])
 
         def channels_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
             before = submodule_input(channels.norm, rows).float()
-            return submodule_input(channels.writer, rows), walk.fetch(original[rows]).float() - before
+            return submodule_input(channels.out_proj, rows), walk.to_device(original[rows]).float() - before
 
         def missed(writer: str, rows_at: Rows) -> float:
             linear, sums = layer.get_submodule(writer), torch.zeros(2, dtype=torch.float64)
             assert isinstance(linear, nn.Linear)
-            for rows in samples.halves()[1]:
+            for rows in samples.splits()[1]:
                 features, target = rows_at(rows)
                 target = target if linear.bias is None else target - linear.bias
                 error = target - nn.functional.linear(features, linear.weight)
-                weights = token_weights(walk.fetch(original[rows]))
+                weights = token_weights(walk.to_device(original[rows]))
                 for number, values in enumerate((error, target)):
                     sums[number] += float((weights * values.float().square().sum(-1)).double().sum())
                 walk.activations.release()
             return float(sums[0] / sums[1]) if sums[1] > 0 else 0.0
 
-        errors = missed(heads.writer, heads_at), missed(channels.writer, channels_at)
-    walk.activations.give_back(attended)
+        errors = missed(heads.out_proj, heads_at), missed(channels.out_proj, channels_at)
+    walk.activations.recycle(attended)
     return errors

@@ -58,7 +58,7 @@ class Activations:
             state.copy_(value)
             self.release()
 
-    def give_back(self, tensor: torch.Tensor) -> None:
+    def recycle(self, tensor: torch.Tensor) -> None:
         """Keeps a tensor that is no longer needed for the next `empty` with its shape and dtype.
 
         The system clears new pages, which takes longer than most of the work on them.

@@ -35,7 +35,7 @@ class Piecewise:
     ) -> None:
         self._walk, self._layer, self._index, self._states = walk, layer, index, hidden_states
         arch = walk.checkpoint.arch
-        self._parts, self._writers = (arch.attention, arch.mlp), arch.writers
+        self._parts, self._writers = (arch.attention, arch.mlp), arch.out_projs
         shared = arch.attention_norm == arch.mlp_norm
         self._norms = {} if shared else arch.norm_of  # norms that only one part reads
         self._originals: dict[str, nn.Module] = {}
@@ -50,7 +50,7 @@ class Piecewise:
         for name, module in self._originals.items():
             self._replace(name, module)
         for values in self._kept.values():
-            self._walk.activations.give_back(values)
+            self._walk.activations.recycle(values)
 
     def input_of(self, name: str, rows: slice) -> torch.Tensor:
         """The input of a submodule for some samples, shape (rows, length, features).
@@ -106,17 +106,17 @@ class Piecewise:
             if inputs.shape[-1] != self._states.shape[-1]:
                 outputs = self._walk.activations.empty(tuple(self._states.shape), inputs.dtype)
             for rows in spans(self._states):
-                outputs[rows] = writer(self._walk.fetch(inputs[rows]))
+                outputs[rows] = writer(self._walk.to_device(inputs[rows]))
                 self._walk.activations.release()
             if outputs is not inputs:
-                self._walk.activations.give_back(inputs)
+                self._walk.activations.recycle(inputs)
             self._replace(part, _Replay(outputs, self._walk, alone=part == self._parts[-1]))
 
     def _replace(self, name: str, module: nn.Module) -> None:
         replaced = self._layer.get_submodule(name)
         self._originals.setdefault(name, replaced)
         if isinstance(replaced, _Replay):
-            self._walk.activations.give_back(replaced.outputs)
+            self._walk.activations.recycle(replaced.outputs)
         self._layer.set_submodule(name, module)
 
 
@@ -128,5 +128,5 @@ class _Replay(nn.Module):
         self.outputs, self.rows, self._walk, self._alone = outputs, slice(0), walk, alone
 
     def forward(self, *_: object, **__: object) -> torch.Tensor | tuple[torch.Tensor, None]:
-        outputs = self._walk.fetch(self.outputs[self.rows])
+        outputs = self._walk.to_device(self.outputs[self.rows])
         return outputs if self._alone else (outputs, None)  # an attention also returns its weights, or None

@@ -108,14 +108,14 @@ class LayerWalk:
         """The model of transformers with every weight in place; the walk cannot be used afterwards."""
         return self._outer.whole([self._layers.place(index) for index in range(self.num_layers)])
 
-    def fetch(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def to_device(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states on the device; not copied if they are there."""
         return hidden_states.to(self.device)
 
     def run(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Runs one layer on one batch: from and to shape (batch, length, hidden_size), on the device."""
         arguments = self._layer_arguments(hidden_states.shape[1])[index]
-        output: torch.Tensor = layer(self.fetch(hidden_states), **arguments)
+        output: torch.Tensor = layer(self.to_device(hidden_states), **arguments)
         self.activations.release()
         return output
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mkaq.calibrate.text import documents, text_digest
-from mkaq.console import print_json, print_whatever_it_is
+from mkaq.console import escape_unencodable, print_json
 from mkaq.recipe import TextSection
 from tests.runs import Mkaq, Outcome, one_message
 from tests.tiny import edit_config
@@ -98,7 +98,7 @@ def test_folder_whose_name_is_not_utf8(
 def test_output_is_escaped_where_it_cannot_be_encoded(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-    print_whatever_it_is()
+    escape_unencodable()
     said = {"path": NOT_UTF8, "text": "± \U0001f600"}
     print_json(said)
     print("34.40 ± 1.85", NOT_UTF8)
