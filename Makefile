@@ -1,12 +1,16 @@
-# make run: the first run, set-up included.   make test: the test suite.   make test-long: what takes longer.
+# make run: the first run, set-up included.   make quick: the tests of a minute.   make test: all tests.
+# make test-long: what takes longer.
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test test-long lint clean
+.PHONY: run quick test test-long lint clean
 
 run: .venv/ready
 	$(BIN)/mkaq run recipes/tiny_llama_int4.yaml
+
+quick: .venv/ready-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m quick
 
 test: .venv/ready-dev lint
 	@$(MAKE) --no-print-directory .venv-loader/ready || echo "no GPTQModel here (it needs a C compiler): its tests skip"

@@ -17,6 +17,19 @@ from tests import runs
 from tests.runs import Mkaq, Outcome, run_quietly
 from tests.tiny import make_model, write_recipe, write_text
 
+QUICK = (  # the pure functions, and one run through the command line
+    "arch budget end_to_end finite gptq gram groups hessian hold_out layers least_squares lock manifold "
+    "measure packing progress publish recipe_keys recipe_rules runtimes segment shuffle similarity text"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what `make quick` runs."""
+    quick = {f"test_{name}.py" for name in QUICK.split()}
+    for item in items:
+        if item.path.name in quick:
+            item.add_marker("quick")
+
 
 @pytest.fixture
 def mkaq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Mkaq:

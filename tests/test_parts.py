@@ -10,17 +10,9 @@ import torch
 
 from mkaq.arch.config import Sizes
 from mkaq.arch.families import FAMILIES
+from mkaq.arch.parts import Parts, attention_parts, mlp_parts
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.merge.parts import (
-    Parts,
-    all_parts,
-    attention_parts,
-    fold_norm,
-    mlp_parts,
-    part_columns,
-    take_columns,
-    take_parts,
-)
+from mkaq.merge.parts import all_parts, fold_norm, part_columns, take_columns, take_parts
 from mkaq.walk.hooks import input_of
 from mkaq.walk.walk import LayerWalk
 from tests.tiny import make_model
