@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mkaq.checkpoint.output import cast
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.checkpoint.writer import ShardWriter
 from mkaq.files import write_json
 from mkaq.merge.average import merge_layers
-from mkaq.merge.stage import cast, merged_config
+from mkaq.merge.write import merged_config
 from mkaq.progress import Progress
 from mkaq.walk.batches import batches
 from mkaq.walk.walk import LayerWalk

@@ -16,8 +16,8 @@ from mkaq.fit.hold_out import token_weights
 from mkaq.formats.layer import dense_layer
 from mkaq.formats.packing import unpack
 from mkaq.progress import Progress
-from mkaq.recipe import PerplexitySection
-from mkaq.verify.verify import verify
+from mkaq.run.job import RECORD
+from mkaq.verification import verify
 from mkaq.walk.walk import LayerWalk
 
 CPU = torch.device("cpu")
@@ -52,10 +52,14 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 
 def groups(run: Path) -> list[list[int]] | None:
     """The layers of the source that each new layer stands for."""
-    file = run / "merge" / "merge_plan.json"
-    if not file.is_file():
-        return None
-    return [sorted(map(int, layer["from"])) for layer in json.loads(file.read_text())["layers"]]
+    record = record_of(run, "merge")
+    return record and [sorted(map(int, layer["from"])) for layer in record["layers"]]
+
+
+def record_of(run: Path, stage: str) -> dict[str, Any] | None:
+    """What a stage did, as the manifest has it; None if the run has no such stage."""
+    file = run / stage / RECORD
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def measured(run: Path) -> dict[str, float]:
@@ -69,14 +73,13 @@ def measured(run: Path) -> dict[str, float]:
 def errors(run: Path) -> dict[str, float]:
     """Means of the errors that a run records: of hidden states, and of what linear layers give."""
     found: dict[str, list[float]] = {}
-    if (file := run / "merge" / "merge_plan.json").is_file():
-        layers = json.loads(file.read_text())["layers"]
-        found["merge"] = [layer["fused"]["residual"] for layer in layers if layer.get("fused")]
-    if (file := run / "recover" / "recovery.json").is_file():
-        found["recover"] = [layer["error"] for layer in json.loads(file.read_text())["layers"]]
-    if (file := run / "quantize" / "quantization.json").is_file():
-        modules = json.loads(file.read_text())["modules"]
-        found["quantize"] = [module.get("error", module["weight_error"]) for module in modules]
+    if record := record_of(run, "merge"):
+        found["merge"] = [layer["fused"]["residual"] for layer in record["layers"] if layer["fused"]]
+    if record := record_of(run, "recover"):
+        found["recover"] = [layer["error"] for layer in record["layers"]]
+    if record := record_of(run, "quantize"):
+        told = [(module["error"], module["weight_error"]) for module in record["modules"]]
+        found["quantize"] = [of_weight if error is None else error for error, of_weight in told]
     return {stage: sum(values) / len(values) for stage, values in found.items() if values}
 
 
@@ -114,7 +117,7 @@ def dense_of(model: Checkpoint, index: int) -> dict[str, torch.Tensor]:
 
 def hidden_difference(first: Checkpoint, second: Checkpoint) -> float:
     """Mean over tokens of |a - b|^2 / |b|^2 of the last hidden states, both computed on the CPU."""
-    texts = documents(PerplexitySection(), "evaluate")
+    texts = documents("builtin", None, "evaluate")
     sequences = evaluation_sequences(texts, load_tokenizer(second.path), 32, 4)
     walks = [LayerWalk(model, CPU).hidden_states(torch.tensor(sequences)) for model in (first, second)]
     (*_, (_, own)), (*_, (_, other)) = walks

@@ -16,10 +16,9 @@ from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.fit.hold_out import hold_out
 from mkaq.merge.channels import fuse
 from mkaq.quantize.gptq import gptq
-from mkaq.quantize.gptq_stage import kernels_for
+from mkaq.quantize.gptq_layers import kernels_for
 from mkaq.quantize.hessian import HessianSum
-from mkaq.recipe import CalibrationSection, LayerwiseSection
-from mkaq.recover.layerwise import tune
+from mkaq.recover.layerwise import Tuning, tune
 from mkaq.walk.batches import spans
 from mkaq.walk.device import compute_dtype
 from mkaq.walk.piecewise import Piecewise
@@ -48,7 +47,7 @@ def product_shares(
         device, and of those that are matrix products.
     """
     source = open_checkpoint(model)
-    texts = documents(CalibrationSection(), "calibrate")
+    texts = documents("builtin", None, "calibrate")
     tokens = calibration_tokens(texts, load_tokenizer(model), samples, length, 0)
     walk = LayerWalk(source, device, compute_dtype(source.dtype, device))
     kept = hold_out(tokens)
@@ -86,11 +85,11 @@ def product_shares(
     pair = [LAYER, LAYER + 1]
     streams = states.clone(), states.clone()
     add("fuse", "merge by channels", lambda: fuse(walk, pair, *streams, kept, source.dtype))
-    section = LayerwiseSection(method="layerwise", steps=4, batch_size=4)
+    tuning = Tuning(steps=4, learning_rate="auto", batch_size=4, seed=0)
     targets = states.clone()
     walk.pass_layer(LAYER + 1, targets)
     with walk.layer(LAYER) as layer:
-        work = lambda: tune(walk, layer, LAYER, states, targets, kept, section, 0, source.dtype)  # noqa: E731
+        work = lambda: tune(walk, layer, LAYER, states, targets, kept, tuning, source.dtype)  # noqa: E731
         add("tune", "recover, 4 steps", work)
     return found
 

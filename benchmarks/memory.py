@@ -34,7 +34,11 @@ LOAD = (
     "import sys, torch; from transformers import AutoModelForCausalLM;"
     "AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32);"
 )
-NOTHING = "import torch, transformers, mkaq.stages; from transformers import AutoModelForCausalLM; "
+NOTHING = (
+    "import torch, transformers, mkaq.plan, mkaq.merge.fused, mkaq.quantize.gptq_layers;"
+    "import mkaq.quantize.bnb_layers, mkaq.recover.layerwise;"
+    "from transformers import AutoModelForCausalLM; "
+)
 
 
 def main() -> None:

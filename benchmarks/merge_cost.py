@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.memory import RESULTS, write_model
+from benchmarks.stages import merged
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens
@@ -28,9 +29,6 @@ from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import library_versions
 from mkaq.heap import arrange_heap
-from mkaq.merge.stage import merge
-from mkaq.progress import Progress
-from mkaq.recipe import CalibrationSection, MergeSection
 from mkaq.walk.device import compute_dtype
 from mkaq.walk.walk import LayerWalk
 
@@ -74,20 +72,15 @@ def row(model: str, name: str, ratio: float) -> dict[str, Any]:
 def measure(model: str, ratio: float) -> dict[str, Any]:
     """Seconds of forward passes and of the merge, and peak memory in bytes."""
     source = open_checkpoint(resolve_model(model))
-    texts = documents(CalibrationSection(), "calibrate")
+    texts = documents("builtin", None, "calibrate")
     tokens = calibration_tokens(texts, load_tokenizer(source.path), SAMPLES, LENGTH, 0)
     device = torch.device("cpu")
     walk = LayerWalk(source, device, compute_dtype(source.dtype, device))
     before = [forward_pass(walk, tokens) for _ in range(2)]
-    section = MergeSection(ratio=ratio, order="measured", fuse="channels")
-    output: dict[str, Any] = {
-        "dtype": source.dtype,
-        "shard_size": 4 * 10**9,
-        "progress": Progress(quiet=True),
-    }
+    settings = {"ratio": ratio, "order": "measured", "fuse": "channels"}
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        merge(source, tokens, section, 0, Path(folder), walk=walk, **output)
+        merged(source, tokens, settings, Path(folder, "merged"), device)
         seconds = time.perf_counter() - began
     passes = before + [forward_pass(walk, tokens) for _ in range(2)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +39,22 @@ from safetensors.torch import load_file, save_file
 from benchmarks.machine import machine
 from benchmarks.memory import RESULTS
 from benchmarks.shapes import CONFIGS, write_checkpoint
+from benchmarks.stages import merged
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens
+from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import library_versions
 from mkaq.heap import arrange_heap
-from mkaq.merge.groups import MergePlan, plan_merge
-from mkaq.merge.stage import averaged_layers, merge, write_merged
+from mkaq.merge.averaged import averaged_layers
+from mkaq.merge.groups import MergePlan, layers_to_remove, plan_merge
+from mkaq.merge.write import write_merged
 from mkaq.peak import peak_bytes, reset_peak
 from mkaq.progress import Progress
-from mkaq.recipe import CalibrationSection, MergeSection
-from mkaq.run.publish import publish
-from mkaq.walk.device import compute_dtype, pick_device
-from mkaq.walk.walk import LayerWalk
+from mkaq.run.publish import fingerprint_of, publish
+from mkaq.walk.device import pick_device
 
 SHARD_SIZE = 4 * 10**9
 FREE_BYTES = 8 * 10**9  # used just before each run
@@ -112,7 +113,7 @@ def compare_whole(
 ) -> dict[str, Any]:
     """Analysis and merge: mkaq and the paper's script."""
     source = open_checkpoint(resolve_model(model))
-    texts = documents(CalibrationSection(), "calibrate")
+    texts = documents("builtin", None, "calibrate")
     tokens = calibration_tokens(texts, load_tokenizer(source.path), prompts, length, 0)
     removed = round(PAPER_RATIO * source.num_layers)
     with tempfile.TemporaryDirectory() as scratch:
@@ -207,8 +208,8 @@ def hashed(source: Path) -> dict[str, Any]:
 
 def fixed_plan(layers: int) -> MergePlan:
     """The paper's order, from the last pair on, so that its ratio of the layers becomes one."""
-    section = MergeSection(ratio=PAPER_RATIO, order="back_to_front", coefficient=0.6)
-    return plan_merge(section, np.ones((layers, layers)))
+    removed = layers_to_remove(layers, PAPER_RATIO, None, (1, 1))
+    return plan_merge(np.ones((layers, layers)), removed, "back_to_front", 0.6, (1, 1))
 
 
 def apply(model: str, out: str) -> dict[str, Any]:
@@ -218,11 +219,12 @@ def apply(model: str, out: str) -> dict[str, Any]:
 
     def build(folder: Path) -> dict[str, str]:
         layers = averaged_layers(source, plan, source.dtype)
-        return write_merged(source, layers, plan.kept, folder, source.dtype, SHARD_SIZE).digests
+        output = Output(source.dtype, SHARD_SIZE, Progress(quiet=True))
+        return write_merged(source, layers, plan.kept, folder, output).digests
 
     prepare(source.path)
     began = time.perf_counter()
-    publish(Path(out), "merge", None, {}, build)
+    publish(Path(out), "merge", fingerprint_of("merge", None, {}), {}, build)
     return taken(began)
 
 
@@ -252,14 +254,12 @@ def whole(model: str, out: str) -> dict[str, Any]:
     tokens = load_file(Path(out).with_name("tokens.safetensors"))["input_ids"]
     began = time.perf_counter()
     source, device = open_checkpoint(Path(model)), pick_device("auto")
-    section = MergeSection(ratio=PAPER_RATIO, order="similarity", fuse="average")
-    output: dict[str, Any] = {"dtype": source.dtype, "shard_size": SHARD_SIZE}
+    settings = {"ratio": PAPER_RATIO, "order": "similarity", "fuse": "average"}
 
-    def build(folder: Path) -> dict[str, str]:
-        walk = LayerWalk(source, device, compute_dtype(source.dtype, device, fast=True))
-        return merge(source, tokens, section, 0, folder, walk=walk, progress=Progress(quiet=True), **output)
+    def build(folder: Path) -> Mapping[str, str]:
+        return merged(source, tokens, settings, folder, device).digests
 
-    publish(Path(out), "merge", None, {}, build)
+    publish(Path(out), "merge", fingerprint_of("merge", settings, {}), {}, build)
     return taken(began)
 
 

@@ -22,13 +22,14 @@ from safetensors.torch import save_file
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences
+from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import library_versions
 from mkaq.evaluate.perplexity import Perplexity, perplexity
 from mkaq.progress import Progress
-from mkaq.quantize.gptq_stage import quantize_gptq
-from mkaq.recipe import GptqSection, TextSection
+from mkaq.quantize.gptq_layers import quantize_gptq
+from mkaq.stages.quantize import GptqSection
 from mkaq.walk.walk import LayerWalk
 
 CPU = torch.device("cpu")
@@ -51,9 +52,9 @@ def main() -> None:
 
     source = open_checkpoint(resolve_model(options.model))
     tokenizer, progress = load_tokenizer(source.path), Progress(quiet=True)
-    texts = documents(section_of(options.calibration_text), "calibrate")
+    texts = documents(*text_of(options.calibration_text), "calibrate")
     tokens = calibration_tokens(texts, tokenizer, options.num_samples, LENGTH, 0)
-    sequences = evaluation_sequences(documents(section_of(options.text), "evaluate"), tokenizer, LENGTH)
+    sequences = evaluation_sequences(documents(*text_of(options.text), "evaluate"), tokenizer, LENGTH)
 
     def measure(path: Path) -> Perplexity:
         return perplexity(LayerWalk(open_checkpoint(path, quantized=True), CPU), sequences, progress)
@@ -68,9 +69,10 @@ def main() -> None:
             save_file({"input_ids": tokens}, Path(scratch, "tokens.safetensors"))
             began = time.perf_counter()
             section = GptqSection(method="gptq", bits=bits, group_size=options.group_size)
-            walk = LayerWalk(source, CPU)
-            output = {"dtype": source.dtype, "shard_size": 10**10, "progress": progress}
-            quantize_gptq(source, tokens, section, ours, walk=walk, **output)
+            settings = section.model_dump(exclude={"method", "target"})
+            output = Output(source.dtype, 10**10, progress)
+            walk, config = LayerWalk(source, CPU), section.config(source.dtype)
+            quantize_gptq(walk, tokens, settings, config, ours, output)
             seconds = time.perf_counter() - began
             worker = [
                 str(Path(options.gptqmodel_python).absolute()),
@@ -109,8 +111,9 @@ def main() -> None:
     print(table(dense, rows, options))
 
 
-def section_of(path: str | None) -> TextSection:
-    return TextSection(dataset="text", path=path) if path else TextSection()
+def text_of(path: str | None) -> tuple[str, str | None]:
+    """Data set and path."""
+    return ("text", path) if path else ("builtin", None)
 
 
 def table(dense: Perplexity, rows: list[dict[str, Any]], options: argparse.Namespace) -> str:

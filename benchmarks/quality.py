@@ -28,27 +28,28 @@ import torch
 
 from benchmarks import baselines
 from benchmarks.quality_report import describe, write_report
-from benchmarks.quality_text import Text, load_text, measure, section_of, windows
+from benchmarks.quality_text import Text, load_text, measure, text_of, windows
+from benchmarks.stages import merged
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens
+from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import describe_files, digest_of, library_versions
 from mkaq.errors import MkaqError
 from mkaq.files import write_json
-from mkaq.fit.hold_out import learning_samples
+from mkaq.fit.hold_out import half_shuffled_samples
 from mkaq.heap import arrange_heap
 from mkaq.merge.groups import layers_to_remove
 from mkaq.merge.segment import groups_of
-from mkaq.merge.stage import merge
 from mkaq.progress import Progress
-from mkaq.quantize.gptq_stage import quantize_gptq
+from mkaq.quantize.gptq_layers import quantize_gptq
 from mkaq.quantize.joint import JointTarget
 from mkaq.ranks import ALONE
-from mkaq.recipe import GptqSection, LayerwiseSection, MergeSection
-from mkaq.recover.layerwise import recover
+from mkaq.recover.layerwise import Tuning, recover
+from mkaq.stages.quantize import GptqSection
 from mkaq.walk.device import compute_dtype, pick_device
 from mkaq.walk.walk import LayerWalk
 
@@ -121,10 +122,10 @@ class Bench:
         self.source, self.tokens, self.texts = source, tokens, texts
         self.search, self.device = tokens[: options.search_sequences], pick_device(options.device)
         self.walk, self.gptq_samples = self._walk(source), options.gptq_samples
-        removals = (layers_to_remove(MergeSection(ratio=r), source.num_layers) for r in options.ratios)
+        removals = (layers_to_remove(source.num_layers, r, None, (1, 1)) for r in options.ratios)
         self.removals = sorted(set(removals))
-        self.recovery = LayerwiseSection(method="layerwise", steps=options.recover_steps)
-        self.output = {"dtype": source.dtype, "shard_size": baselines.SHARD_SIZE, "progress": Progress()}
+        self.recovery = Tuning(options.recover_steps, "auto", batch_size=32, seed=0)
+        self.output = Output(source.dtype, baselines.SHARD_SIZE, Progress())
         made_of = describe_files(source.path, source.files), tokens.tolist()
         made_of += options.search_sequences, options.gptq_samples
         self.folder = Path(options.work, options.name, digest_of(made_of)[:12])
@@ -187,10 +188,9 @@ class Bench:
             step(job, base, folder)
             return base.groups
         if job.method in MERGES:
-            section = MergeSection(layers=job.removed, **MERGES[job.method])
-            merge(self.source, self.tokens, section, 0, folder, walk=self.walk, **self.output)
-            layers = json.loads((folder / "merge_plan.json").read_text())["layers"]
-            return [sorted(map(int, layer["from"])) for layer in layers]
+            settings = {"layers": job.removed, **MERGES[job.method]}
+            made = merged(self.source, self.tokens, settings, folder, self.device, self.output.progress)
+            return [sorted(map(int, layer["from"])) for layer in made.facts["layers"]]
         baselines.write_checkpoint(self.source, self._layers(job), folder, self.source.dtype)
         if job.method != "sleb":
             return None
@@ -217,20 +217,20 @@ class Bench:
 
     def _recover(self, job: Job, base: Made, folder: Path) -> None:
         walk = self._walk(open_checkpoint(base.path))
-        samples = learning_samples(ALONE, self.tokens, 0)
-        recover(self._walk(self.source), walk, base.groups, samples, self.recovery, 0, folder, **self.output)
+        samples = half_shuffled_samples(ALONE, self.tokens, 0)
+        recover(self._walk(self.source), walk, base.groups, samples, self.recovery, folder, self.output)
 
     def _quantize(self, job: Job, base: Made, folder: Path) -> None:
         model, tokens, target = open_checkpoint(base.path), self.tokens[: self.gptq_samples], None
         if job.joint:
-            samples = learning_samples(ALONE, tokens, 0)
+            samples = half_shuffled_samples(ALONE, tokens, 0)
             tokens, target = samples.tokens, JointTarget(self.walk, base.groups, samples)
         names = model.arch.linear_names
         widths = [model.tensors[model.arch.in_layer(0, f"{name}.weight")].shape[1] for name in names]
         size = 32 if any(width % 128 for width in widths) else 128
         section = GptqSection(method="gptq", bits=job.bits, group_size=size)
-        walk = self._walk(model)
-        quantize_gptq(model, tokens, section, folder, walk=walk, target=target, **self.output)
+        settings, config = section.model_dump(exclude={"method", "target"}), section.config(model.dtype)
+        quantize_gptq(self._walk(model), tokens, settings, config, folder, self.output, target)
 
     def _walk(self, model: Checkpoint) -> LayerWalk:
         return LayerWalk(model, self.device, compute_dtype(self.source.dtype, self.device))
@@ -243,7 +243,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     source = open_checkpoint(resolve_model(options.model))
     tokenizer, count, length = load_tokenizer(source.path), options.num_samples, options.max_seq_length
-    texts = documents(section_of(options.calibration), "calibrate")
+    texts = documents(*text_of(options.calibration), "calibrate")
     tokens = calibration_tokens(texts, tokenizer, count, length, 0)
     seen = windows(tokens.tolist())
     evaluated = {}

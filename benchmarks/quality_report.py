@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mkaq.files import write_json
-from mkaq.run.report import with_error
+from mkaq.report import with_error
 
 RESULTS = Path(__file__).parent / "results"
 LABELS = {

@@ -11,7 +11,6 @@ from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import evaluation_sequences
 from mkaq.errors import UsageError
 from mkaq.evaluate.perplexity import summarize
-from mkaq.recipe import TextSection
 from mkaq.walk.walk import LayerWalk
 
 WINDOW, DOCUMENT = 32, 20_000
@@ -30,8 +29,9 @@ class Text:
     left_out: int
 
 
-def section_of(path: str | None) -> TextSection:
-    return TextSection(dataset="text", path=path) if path else TextSection()
+def text_of(path: str | None) -> tuple[str, str | None]:
+    """Data set and path."""
+    return ("text", path) if path else ("builtin", None)
 
 
 def load_text(path: str | None, tokenizer: Any, seen: set[int], length: int, limit: int | None) -> Text:
@@ -40,7 +40,7 @@ def load_text(path: str | None, tokenizer: Any, seen: set[int], length: int, lim
     A file's documents are its pieces of `DOCUMENT` characters. What is too short for one sequence is
     left out.
     """
-    found = documents(section_of(path), "evaluate")
+    found = documents(*text_of(path), "evaluate")
     if path:
         found = [text[at : at + DOCUMENT] for text in found for at in range(0, len(text), DOCUMENT)]
     sequences = []

@@ -50,7 +50,6 @@ from mkaq.calibrate.tokens import calibration_tokens
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import library_versions
-from mkaq.recipe import CalibrationSection
 from mkaq.walk.walk import LayerWalk
 
 CPU = torch.device("cpu")
@@ -109,7 +108,7 @@ def main() -> None:
     options = parse()
     source = open_checkpoint(resolve_model(options.model))
     tokenizer, count, length = load_tokenizer(source.path), options.num_samples, options.max_seq_length
-    found = documents(CalibrationSection(), "calibrate")
+    found = documents("builtin", None, "calibrate")
     tokens = calibration_tokens(found, tokenizer, count, length, 0)
     seen = windows(tokens.tolist())
     texts = {

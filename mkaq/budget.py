@@ -1,4 +1,4 @@
-"""A budget instead of a ratio: the run that meets a size or a perplexity, merging and bits together."""
+"""Budgets: the search for the removed layers and bits that meet a target size or perplexity."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +15,12 @@ from mkaq.units import human, parse_size
 
 @dataclass(frozen=True)
 class Option:
-    """A run that could be the answer.
+    """A candidate run of the search.
 
     Attributes:
-        removed: Layers that go; 0: nothing is merged.
-        bits: Of GPTQ; None if the recipe does not use it.
-        bytes: Of the weights that come out.
+        removed: Layers removed; 0 if nothing is merged.
+        bits: Bits of GPTQ; None if the recipe does not use it.
+        bytes: Size of the resulting weights.
     """
 
     removed: int
@@ -29,12 +29,12 @@ class Option:
 
 
 def options_of(recipe: Recipe, num_layers: int, size_of: Callable[[Recipe], int]) -> list[Option]:
-    """Every run that a recipe with a budget allows, by bits, then by layers removed.
+    """Every run that a recipe with a budget allows, ordered by bits, then by removed layers.
 
     Args:
-        recipe: With a budget.
-        num_layers: Of the source.
-        size_of: Bytes of the weights that a recipe without a budget makes.
+        recipe: A recipe with a budget.
+        num_layers: Layers of the source.
+        size_of: The size in bytes of the weights that a recipe without a budget makes.
     """
     assert recipe.budget is not None
     widths: Sequence[int | None] = (None,)
@@ -49,7 +49,7 @@ def options_of(recipe: Recipe, num_layers: int, size_of: Callable[[Recipe], int]
 
 
 def most_trials(recipe: Recipe, options: Sequence[Option]) -> int:
-    """How many options are run at most."""
+    """The largest number of options that the search runs."""
     by_bits = _by_bits(options)
     if recipe.budget is not None and recipe.budget.bytes is not None:
         return len(by_bits)
@@ -57,7 +57,7 @@ def most_trials(recipe: Recipe, options: Sequence[Option]) -> int:
 
 
 def settle(recipe: Recipe, option: Option) -> Recipe:
-    """The recipe with an option in the place of its budget."""
+    """The recipe with its budget replaced by an option."""
     update: dict[str, Any] = {"budget": None}
     if not option.removed:
         update |= {"merge": None, "recover": None}
@@ -76,58 +76,60 @@ def meet_budget(
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe that meets its budget, and the record of the search.
 
-    A size is met by the fewest removed layers for each number of bits; where there are several such
-    runs, all are tried and the lowest perplexity wins. A rise of perplexity is met by the smallest
-    model: for each number of bits the most removed layers are found by bisection, since perplexity
-    rises with them; runs that are no smaller than the best so far are not tried.
+    A target size is met by the fewest removed layers for each number of bits; if there are several such
+    options, all are tried and the lowest perplexity wins. A target perplexity is met by the smallest model:
+    for each number of bits, bisection finds the most layers that can be removed, since perplexity rises with
+    them. Options no smaller than the best so far are not tried.
 
     Args:
-        recipe: With a budget.
+        recipe: A recipe with a budget.
         options: Its options.
-        make: Makes and measures the models of a recipe without a budget; what was made before is found.
-        progress: Told of every trial.
+        make: Makes and measures the models of a recipe without a budget; models made before are reused.
+        progress: Reports every trial.
 
     Raises:
-        UsageError: If no option meets the budget; it says what comes nearest.
+        UsageError: If no option meets the budget; the message names the closest.
     """
     budget, tried = recipe.budget, list[dict[str, Any]]()
     assert budget is not None
 
     def rise(option: Option) -> float:
-        progress.say(f"budget: trying {_tell(option)}")
+        progress.say(f"budget: trying {_summary(option)}")
         job = make(settle(recipe, option))
-        made, source = (float(job.evaluation[of]["perplexity"]["perplexity"]) for of in (job.last, "source"))
-        tried.append(asdict(option) | {"perplexity": made})
-        progress.say(f"budget: perplexity {made:.2f}, the source's {source:.2f}")
-        return made / source - 1 if math.isfinite(made) else math.inf
+        perplexity, source_perplexity = (
+            float(job.evaluation[of]["perplexity"]["perplexity"]) for of in (job.last, "source")
+        )
+        tried.append(asdict(option) | {"perplexity": perplexity})
+        progress.say(f"budget: perplexity {perplexity:.2f}, the source's {source_perplexity:.2f}")
+        return perplexity / source_perplexity - 1 if math.isfinite(perplexity) else math.inf
 
     by_bits = _by_bits(options)
     if budget.bytes is not None:
         chosen = fit_size(parse_size(budget.bytes), by_bits, rise)
     else:
         chosen = fit_rise(budget.increase, by_bits, rise)
-    progress.say(f"budget: {_tell(chosen)}")
+    progress.say(f"budget: {_summary(chosen)}")
     record = {"target": budget.model_dump(mode="json"), "tried": tried, "chosen": asdict(chosen)}
     return settle(recipe, chosen), record
 
 
 def fit_size(limit: int, by_bits: Sequence[Sequence[Option]], rise: Callable[[Option], float]) -> Option:
-    """The option of the least rise of perplexity whose weights have at most `limit` bytes.
+    """The option with the least rise of perplexity among those of at most `limit` bytes.
 
     Args:
-        limit: Bytes.
-        by_bits: Options for each number of bits, by rising number of removed layers.
-        rise: Of perplexity over the source's, as a share; asked only where there is a choice.
+        limit: Size in bytes.
+        by_bits: Options for each number of bits, fewest removed layers first.
+        rise: Relative rise of perplexity over the source's; called only if there is a choice.
 
     Raises:
-        UsageError: If none is so small.
+        UsageError: If no option is small enough.
     """
     fitting = [next((o for o in row if o.bytes <= limit), None) for row in by_bits]
     chosen = [option for option in fitting if option is not None]
     if not chosen:
         least = min((option for row in by_bits for option in row), key=lambda option: option.bytes)
         raise UsageError(
-            f"nothing fits into {limit:,} bytes: the smallest has {least.bytes:,} ({_tell(least)})",
+            f"nothing fits into {limit:,} bytes: the smallest has {least.bytes:,} ({_summary(least)})",
             where="budget.bytes",
             fix="allow more bytes, fewer bits or fewer protected layers",
         )
@@ -138,31 +140,33 @@ def fit_rise(limit: float, by_bits: Sequence[Sequence[Option]], rise: Callable[[
     """The smallest option whose rise of perplexity is at most `limit`.
 
     Args:
-        limit: As a share of the source's perplexity.
-        by_bits: Options for each number of bits, by rising number of removed layers.
-        rise: Of perplexity over the source's, as a share; taken to rise with the layers removed.
+        limit: Largest relative rise over the source's perplexity.
+        by_bits: Options for each number of bits, fewest removed layers first.
+        rise: Relative rise of perplexity over the source's; assumed to grow with the removed layers.
 
     Raises:
-        UsageError: If none rises so little.
+        UsageError: If no option rises that little.
     """
     best: Option | None = None
-    nearest: tuple[float, Option] | None = None
+    closest: tuple[float, Option] | None = None
     for row in by_bits:
         smaller = [option for option in row if best is None or option.bytes < best.bytes]
         low, high = -1, len(smaller)
         while high - low > 1:
-            at = (low + high) // 2
-            found = rise(smaller[at])
-            nearest = min(nearest or (found, smaller[at]), (found, smaller[at]), key=lambda pair: pair[0])
-            if found <= limit:
-                low, best = at, smaller[at]
+            middle = (low + high) // 2
+            increase = rise(smaller[middle])
+            closest = min(
+                closest or (increase, smaller[middle]), (increase, smaller[middle]), key=lambda pair: pair[0]
+            )
+            if increase <= limit:
+                low, best = middle, smaller[middle]
             else:
-                high = at
+                high = middle
     if best is None:
-        assert nearest is not None
+        assert closest is not None
         raise UsageError(
             f"nothing keeps the rise of perplexity at {limit:.2%} or less: the best that was tried is "
-            f"{nearest[0]:.2%} ({_tell(nearest[1])})",
+            f"{closest[0]:.2%} ({_summary(closest[1])})",
             where="budget.perplexity_increase",
             fix="allow more, or more bits, or give more calibration text",
         )
@@ -170,11 +174,11 @@ def fit_rise(limit: float, by_bits: Sequence[Sequence[Option]], rise: Callable[[
 
 
 def describe(record: dict[str, Any]) -> Iterator[str]:
-    """What was tried, and the choice, in lines for a person."""
+    """The trials and the choice, in readable lines."""
     for row in record["tried"]:
         option = Option(row["removed"], row["bits"], row["bytes"])
-        yield f"tried {_tell(option)}: perplexity {row['perplexity']:.2f}"
-    yield f"chosen: {_tell(Option(**record['chosen']))}"
+        yield f"tried {_summary(option)}: perplexity {row['perplexity']:.2f}"
+    yield f"chosen: {_summary(Option(**record['chosen']))}"
 
 
 def _by_bits(options: Sequence[Option]) -> list[list[Option]]:
@@ -182,8 +186,8 @@ def _by_bits(options: Sequence[Option]) -> list[list[Option]]:
     return [[option for option in options if option.bits == bits] for bits in widths]
 
 
-def _tell(option: Option) -> str:
-    told = f"{option.removed} layer{'s' * (option.removed != 1)} removed"
+def _summary(option: Option) -> str:
+    summary = f"{option.removed} layer{'s' * (option.removed != 1)} removed"
     if option.bits is not None:
-        told += f", {option.bits} bits"
-    return f"{told}, {human(option.bytes)}"
+        summary += f", {option.bits} bits"
+    return f"{summary}, {human(option.bytes)}"

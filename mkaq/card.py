@@ -1,4 +1,4 @@
-"""README.md of the artifact: a model card that hubs understand and a person can read."""
+"""README.md of the artifact: a model card for hubs and for people."""
 
 from pathlib import PurePath
 from typing import Any
@@ -12,7 +12,7 @@ from mkaq.stages.quantize import QuantizeRecord
 
 
 def model_card(manifest: Manifest) -> str:
-    """The card, the same for the same manifest."""
+    """The text of the card; it depends only on the manifest."""
     quantized = next((step for step in manifest.steps if isinstance(step, QuantizeRecord)), None)
     front: dict[str, Any] = {}
     if base := manifest.source.base_model:
@@ -53,7 +53,7 @@ def model_card(manifest: Manifest) -> str:
 
 
 def _origin(manifest: Manifest) -> str:
-    """The source as anybody may know it: where a folder lies is the user's own business."""
+    """The name of the source without its local path, which is private."""
     source = manifest.source
     if source.base_model or source.path.startswith("builtin:"):
         return f"`{source.base_model or source.path}`"

@@ -1,4 +1,4 @@
-"""What commands print on stdout: tables for a person, JSON for a program."""
+"""What commands print on stdout: tables for people, JSON for programs."""
 
 import io
 import json
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def print_whatever_it_is() -> None:
-    """Lets stdout and stderr escape what their encoding cannot hold, such as a name that is not UTF-8."""
+    """Makes stdout and stderr escape characters that their encoding cannot represent."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def print_json(data: Any) -> None:
-    """JSON in the form in which mkaq writes it; in ASCII where stdout cannot hold its text."""
+    """Prints JSON in mkaq's form, in ASCII if stdout's encoding cannot represent the text."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -25,7 +25,7 @@ def print_json(data: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns as wide as they need, the first one flush left and the others flush right."""
+    """Prints columns of the necessary width, the first one left-aligned and the others right-aligned."""
     table = [header, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     for row in table:

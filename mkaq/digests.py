@@ -1,4 +1,4 @@
-"""Digests of files and of plain data, and the versions of the libraries that change numbers."""
+"""Digests of files and plain data, and the versions of the libraries that influence numbers."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "nu
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that change numbers, as far as they are installed."""
-    found = {name: version for name in _LIBRARIES if (version := _version(name))}
-    return {"python": platform.python_version(), **found}
+    """The versions of Python and of the installed libraries that influence numbers."""
+    installed = {name: version for name in _LIBRARIES if (version := _version(name))}
+    return {"python": platform.python_version(), **installed}
 
 
 def _version(library: str) -> str | None:
@@ -25,12 +25,12 @@ def _version(library: str) -> str | None:
 
 
 def digest_of(data: Any) -> str:
-    """sha256 of plain data in canonical JSON."""
+    """The sha256 of plain data in canonical JSON."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file."""
+    """The sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -38,7 +38,7 @@ def sha256_file(path: Path) -> str:
 def describe_files(
     folder: Path, names: list[str], known: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Path, bytes and sha256 of files of a folder; what is `known` of the sha256 is not computed again."""
+    """Path, bytes and sha256 of files in a folder; digests in `known` are not computed again."""
     digests = known or {}
     return [
         {"path": n, "bytes": (folder / n).stat().st_size, "sha256": digests.get(n) or sha256_file(folder / n)}

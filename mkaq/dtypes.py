@@ -1,4 +1,4 @@
-"""Types of numbers: as safetensors names them, and where products in bfloat16 are the faster ones."""
+"""Floating-point dtypes by their names in safetensors, and devices with fast bfloat16."""
 
 from collections.abc import Mapping
 
@@ -10,9 +10,16 @@ FLOATS: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "F64": torch.float64,
 }
-"""The floating-point types that weights may have."""
+"""The floating-point dtypes that weights may have."""
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name such as `bfloat16`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16, with float32 sums: every GPU, and some CPUs."""
+    """Whether a device multiplies bfloat16 natively, with float32 sums: every GPU, and some CPUs."""
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,14 +1,14 @@
-"""The errors that a user can meet: one clear message each, and the exit code that goes with it."""
+"""The errors that users see: one clear message each, with its exit code."""
 
 import errno
 
 
 class MkaqError(Exception):
-    """An error with a place and a remedy.
+    """An error with its location and a remedy.
 
     Args:
         what: What is wrong, in one sentence without a full stop.
-        where: The file, recipe key or tensor that it concerns.
+        where: The file, recipe key or tensor concerned.
         fix: What the user can do about it.
     """
 
@@ -19,8 +19,8 @@ class MkaqError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        return f"{place}{self.what}" + (f"\n  fix: {self.fix}" if self.fix else "")
+        prefix = f"{self.where}: " if self.where else ""
+        return f"{prefix}{self.what}" + (f"\n  fix: {self.fix}" if self.fix else "")
 
 
 class UsageError(MkaqError):
@@ -30,7 +30,7 @@ class UsageError(MkaqError):
 
 
 class UnsupportedError(MkaqError):
-    """This model family or option is not supported."""
+    """The model family or option is not supported."""
 
     exit_code = 3
 
@@ -42,7 +42,7 @@ class CheckpointError(MkaqError):
 
 
 class VerificationError(MkaqError):
-    """Files do not match what their manifest or handoff says."""
+    """Files do not match their manifest or handoff."""
 
     exit_code = 5
 
@@ -60,7 +60,7 @@ class Interrupted(MkaqError):
 
 
 def as_mkaq_error(error: BaseException) -> MkaqError:
-    """Any error as the one message that the user is shown."""
+    """Converts any error to the one that the user is shown."""
     match error:
         case MkaqError():
             return error
@@ -70,9 +70,9 @@ def as_mkaq_error(error: BaseException) -> MkaqError:
             return _os_error(error)
         case MemoryError():
             return ResourceError("out of memory", fix="fewer or shorter samples, or a larger machine")
-    if hasattr(error, "format_message"):  # what typer raises for a wrong command line
+    if hasattr(error, "format_message"):  # raised by typer for a wrong command line
         return UsageError(error.format_message(), fix="see --help")
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; torch is not imported here
         return ResourceError(f"out of memory on the device: {error}", fix="fewer or shorter samples")
     message = f"a fault of mkaq itself: {type(error).__name__}: {error}"
     return MkaqError(message, fix="please report it, with what --debug shows")

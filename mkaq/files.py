@@ -1,4 +1,4 @@
-"""JSON as mkaq writes it, and files that are whole after a power cut: synced before they have their names."""
+"""JSON files, and writes that survive a power cut: a file is synced before it gets its name."""
 
 import json
 import os
@@ -7,16 +7,16 @@ from typing import Any
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON in the one form that mkaq writes: two spaces, UTF-8, a final newline.
+    """Writes JSON with an indent of two spaces, in UTF-8, with a final newline.
 
-    Half a surrogate pair, which a config can hold and UTF-8 cannot, is written as JSON's escape of it.
+    A lone surrogate, which JSON can hold and UTF-8 cannot, is written as a JSON escape.
     """
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def replace_json(path: Path, data: Any) -> None:
-    """Writes JSON in the place of another file: after a power cut either the old one or the new is there."""
+    """Replaces a JSON file; after a power cut either the old or the new one is there, complete."""
     fresh = path.with_name(f".{path.name.removeprefix('.')}.new")
     write_json(fresh, data)
     sync(fresh)
@@ -25,7 +25,7 @@ def replace_json(path: Path, data: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file's data or a folder's entries are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -34,8 +34,6 @@ def sync(path: Path) -> None:
 
 
 def is_blank(path: Path) -> bool:
-    """Whether a file holds nothing but zeros, as one may that was renamed and not synced before the power
-    failed.
-    """
+    """Whether a file begins with nothing but zeros, as after a power cut between its rename and its sync."""
     with path.open("rb") as file:
         return not file.read(65536).strip(b"\0")

@@ -1,4 +1,4 @@
-"""glibc's heap, which keeps what is freed unless told otherwise. Elsewhere nothing happens."""
+"""glibc's heap, which keeps freed memory by default. On other systems these functions do nothing."""
 
 import ctypes
 
@@ -7,24 +7,24 @@ MIB = 1024 * 1024
 
 
 def return_freed_memory() -> None:
-    """Gives freed heap back to the system.
+    """Returns freed heap memory to the system.
 
-    The allocator keeps it otherwise, in holes between the small tensors of one layer and the large
-    ones of the next, and a walk's memory grows by about a layer a layer.
+    Otherwise the allocator keeps it, in holes between the small tensors of one layer and the large ones of
+    the next, and a walk's memory grows by about one layer per layer.
     """
     _glibc("malloc_trim", 0)
 
 
 def arrange_heap(*, sparing: bool) -> None:
-    """Chooses between less memory and less time.
+    """Trades time for memory.
 
     Args:
-        sparing: Every tensor of 1 MiB or more lies in pages of its own, which go back when it is freed.
-            The allocator raises this limit by itself, to 32 MiB, and how many holes its heap then has
-            depends on how threads run. On a Llama 1024 wide the peak of quantizing a layer varied by
-            12 % between layers and runs (by 8 % with a limit of 4 MiB), and varies by 1 % with this, in
-            about 15 % more time, since the system clears new pages. Otherwise the heap keeps what is
-            freed for what comes next, until `return_freed_memory`.
+        sparing: Every tensor of 1 MiB or more gets pages of its own, which are returned when it is freed. By
+            default the allocator raises this threshold by itself, up to 32 MiB, and the holes in its heap
+            depend on thread timing. On a Llama of width 1024 the peak memory of quantizing a layer varied by
+            12 % between layers and runs (8 % with a threshold of 4 MiB); with `sparing` it varies by 1 %, in
+            about 15 % more time, because the system clears new pages. If false, the heap keeps freed memory
+            for later use, until `return_freed_memory`.
     """
     _glibc("mallopt", M_MMAP_THRESHOLD, (1 if sparing else 32) * MIB)
     _glibc("mallopt", M_TRIM_THRESHOLD, (1 if sparing else 128) * MIB)

@@ -1,7 +1,7 @@
-"""mkaq-manifest.json: what was done to every layer, in a form that can be checked.
+"""mkaq-manifest.json: a verifiable record of what was done to every layer.
 
-The file is written in one canonical form and carries a digest of itself, so that no byte of it
-can change unnoticed; `files` covers every other file of the artifact.
+The file has one canonical form and contains its own digest, so any changed byte is detected; `files` covers
+every other file of the artifact.
 """
 
 import json
@@ -35,24 +35,24 @@ class FileEntry(Part):
     """A file and its digest."""
 
     path: str
-    """Relative to the folder."""
+    """Path relative to the folder."""
     bytes: int
-    """Its size."""
+    """Size in bytes."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """Its digest."""
+    """sha256 of the file."""
 
 
 class Source(Part):
     """The model that was compressed."""
 
     path: str
-    """As the recipe names it."""
+    """Path or id given in the recipe."""
     revision: str | None
-    """The hub commit, where it came from the hub."""
+    """Hub commit, if it came from the hub."""
     base_model: str | None = None
-    """Its hub id, where that is known."""
+    """Hub id, if known."""
     model_type: str
-    """Family."""
+    """Model family."""
     parameters: int
     """Number of weights."""
     bytes: int
@@ -67,102 +67,102 @@ class Calibration(Part):
     """The calibration tokens."""
 
     dataset: str
-    """Where the text came from."""
+    """Dataset of the text."""
     num_samples: int
-    """Sequences."""
+    """Number of sequences."""
     max_seq_length: int
-    """Tokens of each."""
+    """Tokens per sequence."""
     seed: int
-    """Of the choice."""
+    """Seed of the choice of sequences."""
     tokens_sha256: str
     """Digest of the token ids as little-endian int32, sample after sample."""
 
 
 class RanOn(Part):
-    """What a stage has run on: it decides the last bits of sums, and so choices that are made from them."""
+    """The environment of a stage: it determines the last bits of sums, and so the choices based on them."""
 
     device: str
     """`cpu`, or the GPU's name."""
     compute_dtype: str
     """Type of the hidden states."""
     fast_bfloat16: bool
-    """Whether matrix products that bear it were taken in bfloat16."""
+    """Whether matrix products that tolerate it used bfloat16."""
     threads: int
-    """Of torch."""
+    """Number of torch threads."""
     processes: int
-    """That shared the samples."""
+    """Number of processes that shared the samples."""
 
 
 class BudgetOption(Part):
-    """How much could be merged, and with how many bits."""
+    """An option of a budget: removed layers and bits."""
 
     removed: int
-    """Layers that go."""
+    """Number of layers removed."""
     bits: int | None
-    """Of GPTQ, if it is used."""
+    """Bits of GPTQ, if it is used."""
     bytes: int
-    """Of the weights that come out."""
+    """Size of the resulting weights."""
 
 
 class BudgetTrial(BudgetOption):
     """An option that was run."""
 
     perplexity: float
-    """What came out, by the recipe's evaluate.perplexity."""
+    """Perplexity of the result, from the recipe's evaluate.perplexity."""
 
 
 class Budget(Part):
     """The search for the layers and bits that meet a budget."""
 
     target: dict[str, Any]
-    """The recipe's section, in the place of which `recipe` holds the choice."""
+    """The recipe's budget section; `recipe` holds the choice in its place."""
     tried: list[BudgetTrial]
-    """In order."""
+    """Trials in order."""
     chosen: BudgetOption
-    """The answer."""
+    """The chosen option."""
 
 
 class Manifest(Part):
-    """The whole record of an artifact."""
+    """The record of an artifact."""
 
     schema_: Literal["mkaq-manifest/1"] = Field(default=SCHEMA, alias="schema")
     """Version of this format."""
     name: str
-    """Of the run."""
+    """Name of the run."""
     mkaq_version: str
-    """Of mkaq."""
+    """Version of mkaq."""
     libraries: dict[str, str]
-    """Versions of the libraries that change numbers."""
+    """Versions of the libraries that affect numerical results."""
     recipe: dict[str, Any]
-    """Resolved."""
+    """The resolved recipe."""
     source: Source
-    """What went in."""
+    """The source model."""
     calibration: Calibration | None
-    """What layers were compared and errors measured on."""
+    """The calibration tokens, on which layers were compared and errors measured."""
     budget: Budget | None = None
-    """The search that settled the recipe, if it had a budget."""
+    """The search of a budget, if the recipe had one."""
     steps: list[AnyStep]
-    """What was done, in order."""
+    """The steps in order."""
     ran_on: dict[str, RanOn]
-    """What each stage that computes has run on."""
+    """The environment of each stage that computes."""
     evaluation: dict[str, dict[str, Any]]
-    """What was measured, by stage."""
+    """Measurements by stage."""
     files: list[FileEntry]
-    """Every file of the artifact but this one."""
+    """Every file of the artifact except this one."""
     digest: str = ""
-    """sha256 of all the above in canonical JSON."""
+    """sha256 of all fields above in canonical JSON."""
 
 
 def build_manifest(
     recipe: "Recipe", job: "Job", source_files: list[dict[str, Any]], budget: dict[str, Any] | None
 ) -> Manifest:
-    """The manifest of a run, complete but for the artifact's own files.
+    """The manifest of a run, complete except for the artifact's own files.
 
     Args:
-        recipe: Resolved.
-        job: With all its models made.
-        source_files: Path, bytes and sha256 of what was read.
-        budget: What the search for a budget tried and chose.
+        recipe: The resolved recipe.
+        job: Its job, with all models made.
+        source_files: Path, bytes and sha256 of each file of the source.
+        budget: The record of the search for a budget.
     """
     from mkaq.calibrate.tokens import tokens_digest
     from mkaq.checkpoint.hub_id import hub_id_of
@@ -191,21 +191,21 @@ def build_manifest(
         calibration=calibration,
         budget=None if budget is None else Budget(**budget),
         steps=job.steps,
-        ran_on={stage: RanOn(**told) for stage, told in job.ran_on.items()},
+        ran_on={stage: RanOn(**environment) for stage, environment in job.ran_on.items()},
         evaluation=job.evaluation,
         files=[],
     )
 
 
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes a manifest with its digest."""
-    data = _data(manifest)
+def write_manifest(folder: Path, manifest: Manifest, files: list[dict[str, Any]]) -> None:
+    """Writes the manifest of an artifact: with its files, and with a digest of itself."""
+    data = _data(manifest.model_copy(update={"files": [FileEntry(**entry) for entry in files]}))
     data["digest"] = digest_of(data)
-    path.write_bytes(_canonical(data))
+    (folder / MANIFEST).write_bytes(_canonical(data))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an artifact, checked to be whole.
+    """Reads the manifest of an artifact and checks its integrity.
 
     Raises:
         VerificationError: If it is missing, altered or of another schema.
@@ -215,8 +215,8 @@ def read_manifest(folder: Path) -> Manifest:
         raw = where.read_bytes()
         data = json.loads(raw)
         manifest = Manifest.model_validate(data)
-        claimed = data.pop("digest", None)
-        whole = claimed == digest_of(data) and _canonical({**data, "digest": claimed}) == raw
+        recorded = data.pop("digest", None)
+        intact = recorded == digest_of(data) and _canonical({**data, "digest": recorded}) == raw
     except FileNotFoundError:
         raise VerificationError("no manifest: this is no artifact of mkaq", where=where) from None
     except ValidationError as error:
@@ -225,7 +225,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise VerificationError(f"is altered: {key}: {first['msg']}", where=where) from None
     except (OSError, ValueError, RecursionError) as error:
         raise VerificationError(f"is damaged: {error}", where=where) from None
-    if not whole:
+    if not intact:
         raise VerificationError("is altered: its digest does not match its content", where=where)
     return manifest
 

@@ -6,10 +6,10 @@ from mkaq.errors import UsageError
 
 
 def utf8_path(path: Path) -> Path:
-    """The same path, for files that safetensors opens.
+    """Returns the path unchanged if safetensors can open files below it.
 
     Raises:
-        UsageError: If its name is not UTF-8: safetensors takes no other.
+        UsageError: If it is not UTF-8, which safetensors requires.
     """
     try:
         str(path).encode()

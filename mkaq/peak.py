@@ -1,4 +1,4 @@
-"""The most memory that a process has used, since its start or since `reset_peak`."""
+"""The peak memory of a process, since its start or since `reset_peak`."""
 
 import re
 import resource
@@ -9,21 +9,21 @@ from typing import Literal
 
 
 def reset_peak() -> None:
-    """Begins anew, where the system can (Linux)."""
+    """Resets the peak, on Linux only."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def high_water(process: int | Literal["self"]) -> int:
-    """The largest resident set that Linux has seen of a process, in bytes; 0 where it does not tell."""
+    """The peak resident set of a process in bytes, according to Linux; 0 if it is unknown."""
     with suppress(OSError):
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process}/status").read_text())
-        return int(found[1]) * 1024 if found else 0
+        match = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process}/status").read_text())
+        return int(match[1]) * 1024 if match else 0
     return 0
 
 
 def peak_bytes() -> int:
-    """The largest resident set of this process, in bytes."""
-    if found := high_water("self"):
-        return found
+    """The peak resident set of this process in bytes."""
+    if peak := high_water("self"):
+        return peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

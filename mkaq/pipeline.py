@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mkaq.errors import UsageError
 from mkaq.stages import analyze, calibrate, evaluate, export, merge, quantize, recover
 from mkaq.stages.base import ModelStage, Stage, makes_model
 
@@ -33,70 +34,83 @@ def run(
     max_memory: int | None = None,
     ranks: Ranks | None = None,
 ) -> RunResult:
-    """Runs a recipe; stages that are there already are used.
+    """Runs a recipe; published stages are reused.
 
     Args:
-        recipe: What to do.
-        folder: Of the run.
+        recipe: The recipe.
+        folder: The run's folder.
         device: Where layers run.
-        progress: Told what happens.
+        progress: Progress output.
         until: The last stage to run.
         fresh: Make every stage again.
-        max_memory: Bytes that it may use; all that the device has if None.
-        ranks: The processes that share the calibration samples; None: this one alone.
+        max_memory: Memory limit in bytes; the device's memory if None.
+        ranks: The processes that share the calibration samples; None: only this one.
 
     Raises:
-        MkaqError: Of the kind that fits; earlier stages and artifacts stay as they were.
+        MkaqError: Of the matching kind; earlier stages and artifacts are unchanged.
     """
     from mkaq.budget import meet_budget
     from mkaq.session import session
 
     budget = None
-    with session(recipe, folder, device, progress, fresh, max_memory, ranks) as own:
+    _check_until(recipe, until)
+    with session(recipe, folder, device, progress, fresh, max_memory, ranks) as active:
         if recipe.budget is not None:
-            recipe, budget = meet_budget(recipe, own.options, lambda tried: make(tried, own), progress)
-        own.begin(recipe)
-        job = make(recipe, own, until)
-        return own.end(job, ship(recipe, job, own, budget) if until == LAST else None)
+            recipe, budget = meet_budget(recipe, active.options, lambda tried: make(tried, active), progress)
+        active.begin(recipe)
+        job = make(recipe, active, until)
+        return active.end(job, ship(recipe, job, active, budget) if until == LAST else None)
 
 
-def make(recipe: Recipe, own: Session, until: str = LAST) -> Job:
-    """Makes the models of a recipe, one stage after another, each measured on request."""
-    job = own.job(recipe)
-    _measure(recipe, job, own)
+def _check_until(recipe: Recipe, until: str) -> None:
+    asked = {calibrate.NAME: recipe.needs_calibration, analyze.NAME: recipe.merge, LAST: True}
+    if not asked.get(until, getattr(recipe, until, None)):
+        raise UsageError(
+            f"the recipe has no {until}", where="--until", fix="leave it out, or name another stage"
+        )
+
+
+def make(recipe: Recipe, session: Session, until: str = LAST) -> Job:
+    """Makes the models of a recipe, one stage after another, each evaluated if the recipe asks for it."""
+    job = session.job(recipe)
+    _measure(recipe, job, session)
     for stage in STAGES:
         section = stage.section(recipe, job.source)
         if section is not None and makes_model(stage):
-            own.maker.make_model(stage, section, job)
-            _measure(recipe, job, own)
+            session.maker.make_model(stage, section, job)
+            _measure(recipe, job, session)
         elif section is not None:
-            own.maker.make(stage, section, job)
+            session.maker.make(stage, section, job)
         if until == stage.NAME:
             break
     return job
 
 
-def _measure(recipe: Recipe, job: Job, own: Session) -> None:
+def _measure(recipe: Recipe, job: Job, session: Session) -> None:
     section = evaluate.section(recipe, job.source)
     if section is not None:
-        name = own.maker.make(evaluate, section, job, of=job.last)
+        name = session.maker.make(evaluate, section, job, of=job.last)
         job.note(name, evaluate.mode(section))
         job.evaluation[job.last] = evaluate.load(job.path(name))
 
 
-def ship(recipe: Recipe, job: Job, own: Session, budget: dict[str, Any] | None) -> Path:
-    """Writes the artifact: the last model, its card and its manifest."""
+def ship(recipe: Recipe, job: Job, session: Session, budget: dict[str, Any] | None) -> Path:
+    """Publishes the artifact: the last model, its card and its manifest."""
     from mkaq.card import model_card
-    from mkaq.manifest import build_manifest
+    from mkaq.manifest import build_manifest, write_manifest
 
-    manifest = build_manifest(recipe, job, own.source_files, budget)
+    manifest = build_manifest(recipe, job, session.source_files, budget)
     card, inputs = model_card(manifest), job.digests(job.last)
+
+    def build(folder: Path) -> dict[str, str]:
+        files = export.run(job, card, folder)
+        write_manifest(folder, manifest, files)
+        return {file["path"]: file["sha256"] for file in files}
+
     settings = manifest.model_dump(mode="json", by_alias=True)
-    return own.maker.publish_artifact(
-        settings, inputs, lambda folder: export.run(job, manifest, card, folder)
-    )
+    return session.maker.publish_artifact(settings, inputs, build)
 
 
 def stage_of(name: str) -> ModelStage:
-    """The stage that makes a step of a manifest."""
+    """The stage that made a step of a manifest."""
     return next(stage for stage in STAGES if makes_model(stage) and name == stage.NAME)

@@ -1,8 +1,8 @@
-"""What a run would do, from the headers alone: sizes after each stage, memory and disk needed."""
+"""The plan of a run, from headers alone: sizes after each stage, memory and disk space."""
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,33 @@ from mkaq.errors import ResourceError, UsageError
 from mkaq.pipeline import STAGES
 from mkaq.progress import Progress
 from mkaq.recipe import Recipe
-from mkaq.run.estimate import ModelSize, Need, Task
+from mkaq.run.estimate import ModelSize, Need, Task, Work
 from mkaq.run.memory import INTERPRETER
+from mkaq.run.work import measure_rates
 from mkaq.stages import evaluate
 from mkaq.stages.quantize import BitsandbytesSection
 from mkaq.units import human, parse_size
 from mkaq.walk.activations import Place
 
 _CPU = torch.device("cpu")
-_ROOM = 0.8  # of the host's memory that hidden states may take
-_BESIDE = 20_000_000  # bytes of tokenizers, records and reports
+_HOST_FRACTION = 0.8  # of the host's memory that hidden states may take
+_SMALL_FILES = 20_000_000  # bytes of tokenizers, records and reports
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run would do.
+    """The plan of a run.
 
     Attributes:
-        sizes: The model as it comes and after each stage.
-        memory: Expected peak of each stage, in bytes, on the device where layers run (on a CPU, of the
+        sizes: Size of the source and of the model after each stage.
+        memory: Expected peak of each stage, in bytes, on the device that runs layers (on a CPU, of the
             process).
-        disk_bytes: Needed in the run's folder, scratch included.
-        place: Where the hidden states of all samples lie: on the device if it has room, else in its
-            host's memory, else in files.
-        host_bytes: Of hidden states in the host's memory.
-        options: What a budget may choose among, for which all of the above has room.
+        disk_bytes: Disk space needed in the run's folder, scratch files included.
+        place: Where the hidden states of all samples are stored: on the device if they fit, else in host
+            memory, else in files.
+        host_bytes: Bytes of hidden states in host memory.
+        options: The options of a budget; all of the above has room for each of them.
+        work: Operations of each stage.
     """
 
     sizes: tuple[ModelSize, ...]
@@ -49,6 +51,12 @@ class RunPlan:
     place: Place = "device"
     host_bytes: int = 0
     options: tuple[Option, ...] = ()
+    work: Mapping[str, Work] = field(default_factory=dict)
+
+    def seconds(self, source: Checkpoint, device: torch.device) -> dict[str, float]:
+        """How long each stage is expected to take here; of a budget, in its longest trial."""
+        rates = measure_rates(source, device)
+        return {stage: rates.seconds(work) for stage, work in self.work.items()}
 
     @property
     def memory_bytes(self) -> int:
@@ -57,7 +65,7 @@ class RunPlan:
 
 
 def output_of(recipe: Recipe, source: Checkpoint, progress: Progress) -> Output:
-    """How the recipe has checkpoints written."""
+    """How a recipe's checkpoints are written."""
     named = recipe.model.dtype
     dtype: torch.dtype = source.dtype if named == "auto" else getattr(torch, named)
     return Output(dtype, parse_size(recipe.export.shard_size), progress)
@@ -66,18 +74,18 @@ def output_of(recipe: Recipe, source: Checkpoint, progress: Progress) -> Output:
 def plan_recipe(
     recipe: Recipe, source: Checkpoint, device: torch.device, limit: int | None = None, processes: int = 1
 ) -> RunPlan:
-    """Plans a run; one with a budget has room for each of its options.
+    """Plans a run; with a budget, the plan has room for each of its options.
 
     Args:
-        recipe: What is to be done.
-        source: The model.
+        recipe: The recipe.
+        source: The source model.
         device: Where layers run.
-        limit: Bytes of memory that the run may use; all that the device has if None.
-        processes: That share the samples.
+        limit: Memory limit in bytes; the device's memory if None.
+        processes: Processes that share the samples.
 
     Raises:
         UsageError: If there is nothing to do, or a setting does not fit the model.
-        UnsupportedError: If the model or the format does not allow it.
+        UnsupportedError: If the model or the format is not supported.
     """
     if recipe.budget is None:
         return plan_run(recipe, source, device, limit, processes)
@@ -96,6 +104,7 @@ def plan_recipe(
         place=max((plan.place for plan in plans), key=("device", "host", "files").index),
         host_bytes=max(plan.host_bytes for plan in plans),
         options=tuple(options),
+        work={stage: max((p.work[stage] for p in plans if stage in p.work), key=sum) for stage in stages},
     )
 
 
@@ -110,40 +119,44 @@ def plan_run(
     task = Task(source, device, dtype, samples, length, processes)
     sizes = [ModelSize("source", source.num_layers, source.parameters, source.nbytes)]
     needs: dict[str, Need] = {}
+    works: dict[str, Work] = {}
     for stage in (*STAGES, evaluate):
         section = stage.section(recipe, source)
         if section is not None:
-            need, after = stage.estimate(section, sizes[-1], task)
-            needs[stage.NAME] = need
+            need, after, work = stage.estimate(section, sizes[-1], task)
+            needs[stage.NAME], works[stage.NAME] = need, work
             sizes += [after] if after else []
+    if evaluate.NAME in works:  # of every model
+        exact, fast = works[evaluate.NAME]
+        works[evaluate.NAME] = Work(len(sizes) * exact, len(sizes) * fast)
     base = INTERPRETER[device.type]
     needs = {stage: replace(need, device=need.device + base) for stage, need in needs.items()}
     states, allowed = max(need.states for need in needs.values()), limit or memory_of(device, processes)
     place: Place = "device"
     if max(need.at("device") for need in needs.values()) > allowed:
-        roomy = device.type != "cpu" and states <= _ROOM * memory_of(_CPU, processes)
-        place = "host" if roomy else "files"
-    made = [size.bytes for size in sizes[1:]]
-    shard = min(parse_size(recipe.export.shard_size), max(made))
-    disk = sum(made) + made[-1] + shard + _BESIDE + samples * length * 4
+        fits_host = device.type != "cpu" and states <= _HOST_FRACTION * memory_of(_CPU, processes)
+        place = "host" if fits_host else "files"
+    stage_bytes = [size.bytes for size in sizes[1:]]
+    shard = min(parse_size(recipe.export.shard_size), max(stage_bytes))
+    disk = sum(stage_bytes) + stage_bytes[-1] + shard + _SMALL_FILES + samples * length * 4
     if place == "files":
         disk += processes * states
     memory = {stage: need.at(place) for stage, need in needs.items()}
-    return RunPlan(tuple(sizes), memory, disk, place, states if place == "host" else 0)
+    return RunPlan(tuple(sizes), memory, disk, place, states if place == "host" else 0, work=works)
 
 
 def quantizations(recipe: Recipe, source: Checkpoint, plan: RunPlan) -> list[dict[str, Any] | None]:
-    """The quantization_config of what a run may make; None: it is not quantized."""
+    """The quantization_config of each model that a run may make; None if it is not quantized."""
     dtype = output_of(recipe, source, Progress(quiet=True)).dtype
     settled = [settle(recipe, option) for option in plan.options] or [recipe]
-    return [one.quantize.config(dtype) if one.quantize else None for one in settled]
+    return [each.quantize.config(dtype) if each.quantize else None for each in settled]
 
 
 def remarks(recipe: Recipe, processes: int) -> Iterator[str]:
-    """What a user should know of a run of several processes before it starts, in lines.
+    """Yields the notes for a user who runs several processes.
 
     Raises:
-        UsageError: If there is something that several cannot do.
+        UsageError: If the recipe cannot run in several processes.
     """
     if processes == 1:
         return
@@ -159,35 +172,44 @@ def remarks(recipe: Recipe, processes: int) -> Iterator[str]:
 def check_resources(
     plan: RunPlan, folder: Path, device: torch.device, limit: int | None = None, processes: int = 1
 ) -> None:
-    """Refuses a run that cannot end well; of several processes on this machine each needs its part.
+    """Refuses a run that cannot finish; each process on this machine gets an equal part of the memory.
 
     Raises:
         ResourceError: If the disk or the memory is too small.
     """
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     names = [*(stage.NAME for stage in STAGES), "artifact"]
-    there = sum(p.stat().st_size for name in names for p in (folder / name).glob("*") if p.is_file())
-    free = shutil.disk_usage(place).free
-    if plan.disk_bytes - there > free:
+    present = sum(p.stat().st_size for name in names for p in (folder / name).glob("*") if p.is_file())
+    free = shutil.disk_usage(existing).free
+    if plan.disk_bytes - present > free:
         raise ResourceError(
-            f"the run needs {human(plan.disk_bytes - there)} of disk, {human(free)} are free",
+            f"the run needs {human(plan.disk_bytes - present)} of disk, {human(free)} are free",
             where=folder,
             fix="choose another folder with --output",
         )
     allowed = limit or memory_of(device, processes)
     if plan.memory_bytes > allowed:
         stage = max(plan.memory, key=lambda name: plan.memory[name])
-        has = f"--max-memory allows {human(allowed)}" if limit else f"{device} has {human(allowed)}"
-        less = next(each.LESS for each in (*STAGES, evaluate) if stage == each.NAME)
-        enough = f"--max-memory {-(-plan.memory_bytes // 10**7) / 100:.2f}GB would do; or "
+        available = f"--max-memory allows {human(allowed)}" if limit else f"{device} has {human(allowed)}"
+        advice = next(each.LESS for each in (*STAGES, evaluate) if stage == each.NAME)
+        raise_limit = f"--max-memory {-(-plan.memory_bytes // 10**7) / 100:.2f}GB would do; or "
         raise ResourceError(
-            f"the run is expected to need {human(plan.memory_bytes)} of memory ({stage}), {has}",
-            fix=(enough if plan.memory_bytes < memory_of(device) else "") + less,
+            f"the run is expected to need {human(plan.memory_bytes)} of memory ({stage}), {available}",
+            fix=(raise_limit if plan.memory_bytes < memory_of(device) else "") + advice,
         )
 
 
+def refusal(plan: RunPlan, folder: Path, device: torch.device, limit: int | None = None) -> str | None:
+    """Why `check_resources` would refuse a run; None if it would not."""
+    try:
+        check_resources(plan, folder, device, limit)
+    except ResourceError as error:
+        return error.what
+    return None
+
+
 def memory_of(device: torch.device, processes: int = 1) -> int:
-    """Bytes of memory that a device has for each of the processes of this machine: a GPU is one's alone."""
+    """Bytes of memory per process: an equal part of the host's, or a whole GPU's."""
     if device.type == "cpu":
         return int(psutil.virtual_memory().total) // processes
     return int(torch.cuda.get_device_properties(device).total_memory)

@@ -10,14 +10,14 @@ from typing import TypeVar
 import psutil
 
 T = TypeVar("T")
-STILL = 600.0  # seconds without a step after which a user is told
+STILL = 600.0  # seconds without a step before a message is printed
 
 
 class Progress:
-    """Tells the user what happens. stdout is left to results.
+    """Shows progress on stderr; stdout is for results.
 
     Args:
-        quiet: Say nothing.
+        quiet: Print nothing.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -26,12 +26,12 @@ class Progress:
         self.peak_bytes = 0
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Prints one line."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
     def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-        """Yields the items, showing how far it is."""
+        """Yields the items and shows progress."""
         total = len(items) if total is None and isinstance(items, Sized) else total
         with self._watched(what) as steps:
             for item in self._bar(items, what, total) if self.terminal else self._lines(items, what, total):
@@ -40,14 +40,14 @@ class Progress:
 
     @contextmanager
     def _watched(self, what: str) -> Iterator[list[float]]:
-        """Says so when no step has ended for long, once and again after each doubling."""
+        """Prints a message when a step takes longer than `STILL`, and after each doubling of that time."""
         steps, over = [time.monotonic()], Event()
 
         def watch() -> None:
-            told, wait = 0, STILL
+            seen, wait = 0, STILL
             while not over.wait(min(STILL, 60) / 10):
-                if len(steps) > told:
-                    told, wait = len(steps), STILL
+                if len(steps) > seen:
+                    seen, wait = len(steps), STILL
                 elif time.monotonic() - steps[-1] > wait:
                     self.say(f"  {what}: step {len(steps) - 1} has taken {wait / 60:.0f} minutes so far")
                     wait *= 2

@@ -1,9 +1,8 @@
-"""Several processes that share the calibration samples: one on each GPU, as `torchrun` starts them.
+"""Several processes that share the calibration samples: one per GPU, as `torchrun` starts them.
 
-Every process walks the same layers with its share of the samples. Sums over tokens (Hessians, Gram
-matrices, losses) are added up over all of them, so each comes to the same weights; whatever is chosen is
-the choice of the first one, and the first one alone writes. One process is the case of a group of one, in
-which nothing is exchanged.
+Every process walks the same layers with its share of the samples. Sums over tokens (Hessians, Gram matrices,
+losses) are reduced over all processes, so all of them compute the same weights. Only the first process makes
+choices and writes files. A single process is a group of one and exchanges nothing.
 """
 
 import json
@@ -24,13 +23,13 @@ from mkaq.errors import UsageError
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process's place in the group.
+    """A process's rank in the group.
 
     Attributes:
-        rank: Its number; 0 writes.
+        rank: Its number; rank 0 writes.
         size: The number of processes.
-        local_size: The number of those on this machine.
-        fast_bfloat16: Whether the processors of all of them multiply in bfloat16; None: not asked yet.
+        local_size: The number of processes on this machine.
+        fast_bfloat16: Whether bfloat16 is fast on the devices of all processes; None if not yet known.
     """
 
     rank: int = 0
@@ -40,17 +39,18 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process makes the choices and writes."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's part of `count` things, in their order; parts differ by one at most, and with
-        fewer things than processes the last processes have none.
+        """This process's slice of `count` items.
+
+        Shares differ by at most one item; with fewer items than processes, the last processes have none.
         """
         return slice(-(-count * self.rank // self.size), -(-count * (self.rank + 1) // self.size))
 
     def has_fast_bfloat16(self, device: torch.device) -> bool:
-        """Whether the processors of all processes multiply in bfloat16 the faster."""
+        """Whether bfloat16 is fast on the devices of all processes."""
         return has_fast_bfloat16(device) if self.fast_bfloat16 is None else self.fast_bfloat16
 
     def add(self, *tensors: torch.Tensor) -> None:
@@ -60,14 +60,14 @@ class Ranks:
                 dist.all_reduce(tensor)
 
     def average(self, count: int, *tensors: torch.Tensor) -> None:
-        """Replaces means over `count` things of each process by those over all things, in place."""
+        """Replaces means over this process's `count` items by means over all items, in place."""
         if self.size > 1:
             total = torch.tensor(count, dtype=torch.float64, device=_device())
             dist.all_reduce(total)
             self.add(*(tensor.mul_(count / float(total)) for tensor in tensors))
 
     def mean(self, value: float, count: int) -> float:
-        """The mean over all processes of what each has found the mean of on `count` tokens of its own."""
+        """The mean over the tokens of all processes, from each one's mean `value` over `count` tokens."""
         if self.size == 1:
             return value
         sums = [value * count if count else 0.0, float(count)]
@@ -76,22 +76,22 @@ class Ranks:
         return float(total[0] / total[1].clamp(min=1))
 
     def largest(self, value: float) -> float:
-        """The largest of a number of each process."""
+        """The maximum of `value` over all processes."""
         if self.size == 1:
             return value
-        found = torch.tensor(value, dtype=torch.float64, device=_device())
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return float(found)
+        largest = torch.tensor(value, dtype=torch.float64, device=_device())
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
 
     def join(self, part: torch.Tensor, count: int) -> torch.Tensor:
-        """Puts together what each process has made of its `share` of `count` rows.
+        """Concatenates what each process computed for its `share` of `count` rows.
 
         Args:
-            part: Shape (rows of the share, ...).
-            count: Rows in all.
+            part: This process's rows, shape (rows, ...).
+            count: The number of rows of all processes.
 
         Returns:
-            Shape (count, ...), the same for every process.
+            Shape (count, ...), the same in every process.
         """
         if self.size == 1:
             return part
@@ -101,14 +101,16 @@ class Ranks:
         return whole
 
     def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Replaces a tensor by that of the first process, in place, and returns it."""
+        """Replaces a tensor by the first process's, in place, and returns it."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
         return tensor
 
     def tell(self, data: Any = None) -> Any:
-        """What the first process says, as plain data: what others compute alike may differ in a last bit,
-        and a choice made from it may then be another one.
+        """The first process's `data` (plain JSON data), returned by every process.
+
+        Values that processes compute separately can differ in the last bit, and so could choices made from
+        them.
         """
         if self.size == 1:
             return data
@@ -119,7 +121,7 @@ class Ranks:
         return json.loads(bytes(self.from_first(raw).tolist()))
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits until every process has called this."""
         self.tell()
 
 
@@ -132,10 +134,10 @@ def _device() -> torch.device:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
-    """The group that `torchrun` started, for a `with` block, and this process's device in it.
+    """The process group that `torchrun` started, for a `with` block, and this process's device in it.
 
     Args:
-        device: What was asked for; of several GPUs each process takes the one of its local rank.
+        device: The device requested; with several GPUs each process takes that of its local rank.
 
     Raises:
         UsageError: If there are more processes than GPUs on this machine.
@@ -155,7 +157,7 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=7))  # the first one may write for long
+    dist.init_process_group(backend, timeout=timedelta(days=7))  # the first process may write for a long time
     try:
         ranks = Ranks(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
         slowest = -ranks.largest(-float(has_fast_bfloat16(device)))

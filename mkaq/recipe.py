@@ -1,7 +1,7 @@
-"""What a recipe may say: frozen models that forbid unknown keys; their docstrings are the help.
+"""The recipe: frozen models that forbid unknown keys; the docstrings of fields are the help text.
 
-`recipe_file.load_recipe` reads one. The resolved recipe (defaults filled in) is what a run records;
-reading it again gives the same recipe.
+`recipe_file.load_recipe` reads one. A run records the resolved recipe (defaults filled in); reading that
+gives the same recipe again.
 """
 
 from typing import Annotated, Any, Literal
@@ -31,12 +31,12 @@ class ModelSection(Section):
     path: str = Field(min_length=1)
     """A local folder in Hugging Face format, a hub id (`org/name`), or `builtin:tiny-llama`."""
     revision: Annotated[str, Field(min_length=1)] | None = None
-    """The hub commit to take; pin it to make a run repeatable. A local folder has none."""
+    """Hub commit; pin it to make a run repeatable. A local folder has none."""
     dtype: Literal["auto"] | Dtype = "auto"
-    """The type in which weights that are not quantized are written; `auto` keeps the source's."""
+    """Type in which weights that are not quantized are written; `auto` keeps the source's."""
     base_model: str | None = None
-    """The hub id (`org/name`) of this model for the model card, where `path` is a folder; null leaves it to
-    what the folder says of itself."""
+    """Hub id (`org/name`) of the model, for the model card, if `path` is a folder; null uses the id that the
+    folder itself names."""
 
     @field_validator("base_model")
     @classmethod
@@ -47,16 +47,16 @@ class ModelSection(Section):
 
 
 class BudgetSection(Section):
-    """A target instead of a ratio: the run tries how many layers can go, and with how many bits."""
+    """A target instead of a ratio: the run tries how many layers to remove, and how many bits to use."""
 
     bytes: str | None = None
-    """Size of the weights, e.g. `4GB`: the run with the lowest perplexity that fits; or give
-    `perplexity_increase`."""
+    """Largest size of the weights, e.g. `4GB`; of the runs that fit, the one with the lowest perplexity is
+    chosen. Or give `perplexity_increase`."""
     perplexity_increase: Annotated[str, Field(pattern=r"^\d{1,6}(\.\d{1,6})?\s*%$")] | None = None
-    """How much `evaluate.perplexity` may rise over the source's, e.g. `5%`: the smallest such model."""
+    """Largest rise of `evaluate.perplexity` over the source's, e.g. `5%`; the smallest model within it is
+    chosen. Or give `bytes`."""
     bits: Annotated[list[GptqBits], Field(min_length=1)] | None = None
-    """The bits among which GPTQ may choose, in the place of `quantize.bits`: 8, 4 and 3 unless either key
-    says otherwise."""
+    """The bits that GPTQ may use, instead of `quantize.bits`; 8, 4 and 3 if neither is given."""
 
     @model_validator(mode="after")
     def _one_target(self) -> "BudgetSection":
@@ -71,12 +71,12 @@ class BudgetSection(Section):
 
     @property
     def increase(self) -> float:
-        """The allowed rise of perplexity as a share of the source's."""
+        """The allowed rise of perplexity as a fraction of the source's."""
         return float((self.perplexity_increase or "0%").rstrip("% ")) / 100
 
 
 class Recipe(Section):
-    """A whole run: what goes in, what is done to it, what comes out.
+    """A whole run: the model, what is done to it, and the output.
 
     A setting that nothing would read is refused.
     """
@@ -92,25 +92,25 @@ class Recipe(Section):
     merge: MergeSection | None = None
     """Layer merging, or null."""
     budget: BudgetSection | None = None
-    """A size or a perplexity to meet, in the place of `merge.ratio` and `quantize.bits`, or null."""
+    """A target size or perplexity instead of `merge.ratio` and `quantize.bits`, or null."""
     recover: LayerwiseSection | None = None
-    """Tuning of the merged model, layer by layer, or null."""
+    """Layer-by-layer tuning of the merged model, or null."""
     quantize: Annotated[QuantizeSection, Field(discriminator="method")] | None = None
     """Quantization, or null."""
     export: ExportSection = ExportSection()
-    """The artifact's files."""
+    """The files of the artifact."""
     evaluate: EvaluateSection | None = None
     """Measurements, or null."""
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any stage of this recipe looks at calibration tokens."""
+        """Whether any stage of this recipe reads calibration tokens."""
         return self.merge is not None or isinstance(self.quantize, GptqSection)
 
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, data: Any) -> Any:
-        """Fills in the bits that a budget tries; a null that stands for a default goes."""
+        """Fills in the bits that a budget tries; drops a null that stands for a default."""
         if not isinstance(data, dict):
             return data
         data = {key: value for key, value in data.items() if (key, value) != ("calibration", None)}
@@ -158,7 +158,7 @@ class Recipe(Section):
         return self
 
     def dump(self) -> dict[str, Any]:
-        """The resolved recipe as plain data: defaults filled in, what nothing reads left out."""
+        """The resolved recipe as plain data: defaults filled in, unread settings left out."""
         data = self.model_dump(mode="json")
         if not self.needs_calibration:
             del data["calibration"]

@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML, overrides, and every fault at once with its line, key and a suggestion."""
+"""Reading a recipe: YAML, overrides, and all faults at once, each with its line, key and a suggestion."""
 
 import difflib
 import re
@@ -17,13 +17,13 @@ from mkaq.stages.base import NO_TEXT
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file, applies `KEY=VALUE` overrides, and checks the whole.
+    """Reads a recipe file, applies `KEY=VALUE` overrides, and validates it.
 
     Args:
         path: The YAML file.
-        overrides: Dotted keys with values, such as `merge.ratio=0.25`. Where the recipe has a text (a path, a
-            name, a size) the value is taken as it stands, but for `null` where there may be none; elsewhere
-            it is YAML.
+        overrides: Dotted keys with values, such as `merge.ratio=0.25`. For a key that holds text (a path,
+            name or size) the value is taken literally, except `null` if the key may be null; for other keys
+            it is parsed as YAML.
 
     Raises:
         UsageError: With every fault of the file, each with its line and key.
@@ -39,34 +39,34 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     data, lines = _parse_yaml(text, path)
     for override in overrides:
         _apply(data, lines, override)
-    faults, later = _faults(data)
-    if not faults and not later:
+    faults, unsupported = _faults(data)
+    if not faults and not unsupported:
         return Recipe.model_validate(data)
-    raise _report(path, lines, faults, later)
+    raise _report(path, lines, faults, unsupported)
 
 
 def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
-    """The file's data, and for each key path the place (`line N`) that sets it."""
+    """The file's data, and for each key path its position (`line N`)."""
     lines: dict[tuple[str, ...], str] = {}
     repeated: list[str] = []
 
-    def visit(node: yaml.Node, at: tuple[str, ...]) -> None:
+    def visit(node: yaml.Node, keys: tuple[str, ...]) -> None:
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, value in node.value:
                 if not isinstance(key, yaml.ScalarNode):
                     raise yaml.YAMLError(f"a key that is no text in line {key.start_mark.line + 1}")
-                here = (*at, str(key.value))
-                place = f"line {key.start_mark.line + 1}"
+                key_path = (*keys, str(key.value))
+                line = f"line {key.start_mark.line + 1}"
                 if key.value in seen:
-                    repeated.append(f"  {place}, {'.'.join(here)}: given twice")
+                    repeated.append(f"  {line}, {'.'.join(key_path)}: given twice")
                 seen.add(key.value)
-                lines[here] = place
-                visit(value, here)
+                lines[key_path] = line
+                visit(value, key_path)
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
-                lines[(*at, str(index))] = f"line {value.start_mark.line + 1}"
-                visit(value, (*at, str(index)))
+                lines[(*keys, str(index))] = f"line {value.start_mark.line + 1}"
+                visit(value, (*keys, str(index)))
 
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
@@ -105,7 +105,7 @@ def _apply(data: dict[str, Any], lines: dict[tuple[str, ...], str], override: st
 
 
 def _value(keys: tuple[str, ...], text: str, where: str) -> Any:
-    """What `--set KEY=TEXT` means: the text itself where the key is one, else YAML."""
+    """The value of `--set KEY=TEXT`: the text itself if the key holds text, else parsed as YAML."""
     kinds = scalars_of(keys)
     if kinds == {str} or (kinds == {str, NoneType} and text != "null"):
         return text
@@ -118,30 +118,30 @@ def _value(keys: tuple[str, ...], text: str, where: str) -> Any:
 
 
 def _faults(data: dict[str, Any]) -> tuple[dict[tuple[str, ...], str], dict[tuple[str, ...], str]]:
-    """Faults by key path, and apart from them options that only a later version has."""
-    later: dict[tuple[str, ...], str] = {}
+    """Faults by key path, and separately the options that this version does not support."""
+    unsupported: dict[tuple[str, ...], str] = {}
     formats = data["export"].get("formats") if isinstance(data.get("export"), dict) else None
     if isinstance(formats, list) and (others := [f for f in formats if f in ("gguf", "mlx", "onnx")]):
-        later["export", "formats"] = f"{', '.join(others)} not in this version; only safetensors"
+        unsupported["export", "formats"] = f"{', '.join(others)} not in this version; only safetensors"
     faults: dict[tuple[str, ...], str] = {}
     try:
         Recipe.model_validate(data)
     except ValidationError as error:
         for item in error.errors(include_url=False):
             keys = _key_path(item["loc"], data, item["type"] in ("missing", "extra_forbidden"))
-            if any(keys[: len(known)] == known for known in later):
+            if any(keys[: len(prefix)] == prefix for prefix in unsupported):
                 continue
             message = _message(item, keys)
-            known_message = faults.get(keys)
-            if known_message is None:
+            earlier = faults.get(keys)
+            if earlier is None:
                 faults[keys] = message
-            elif message not in known_message:
-                faults[keys] = f"{known_message}, or {message.partition(' (')[0]}"
-    return faults, later
+            elif message not in earlier:
+                faults[keys] = f"{earlier}, or {message.partition(' (')[0]}"
+    return faults, unsupported
 
 
 def _key_path(loc: tuple[int | str, ...], data: Any, last_is_key: bool) -> tuple[str, ...]:
-    """pydantic's location without the union tags that it adds: the keys that the user wrote."""
+    """pydantic's location without its union tags: the keys that the user wrote."""
     keys: list[str] = []
     for index, part in enumerate(loc):
         inside = dict(enumerate(data)) if isinstance(data, list) else data
@@ -157,16 +157,16 @@ def _message(item: Any, keys: tuple[str, ...]) -> str:
     kind, given = item["type"], item.get("input")
     if kind == "extra_forbidden":
         known = sorted(known_keys(keys[:-1]))
-        near = difflib.get_close_matches(keys[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        matches = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"did you mean {matches[0]!r}?" if matches else f"known here: {', '.join(known)}"
         return f"unknown key ({hint})"
     if kind == "missing":
         return "is required"
     if kind == "literal_error":
         expected = item["ctx"]["expected"]
         options = re.findall(r"'([^']*)'", expected)
-        near = difflib.get_close_matches(str(given), options, n=1)
-        return f"must be {expected}, not {given!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+        matches = difflib.get_close_matches(str(given), options, n=1)
+        return f"must be {expected}, not {given!r}" + (f" (did you mean {matches[0]!r}?)" if matches else "")
     if kind == "value_error":
         return str(item["ctx"]["error"])
     if kind == "union_tag_invalid":
@@ -189,16 +189,16 @@ def _report(
     path: Path,
     lines: dict[tuple[str, ...], str],
     faults: dict[tuple[str, ...], str],
-    later: dict[tuple[str, ...], str],
+    unsupported: dict[tuple[str, ...], str],
 ) -> MkaqError:
-    def place(keys: tuple[str, ...]) -> str:
+    def line_of(keys: tuple[str, ...]) -> str:
         for end in range(len(keys), 0, -1):
             if keys[:end] in lines:
                 return lines[keys[:end]]
-        return next((at for inner, at in lines.items() if inner[: len(keys)] == keys), "line 1")
+        return next((line for inner, line in lines.items() if inner[: len(keys)] == keys), "line 1")
 
-    everything = {**faults, **later}
-    listed = sorted((place(keys), keys, text) for keys, text in everything.items())
+    everything = {**faults, **unsupported}
+    listed = sorted((line_of(keys), keys, text) for keys, text in everything.items())
     listed.sort(key=lambda row: int(row[0].split()[1]) if row[0].startswith("line") else 10**9)
     rows = [f"  {where}, {'.'.join(keys) or 'recipe'}: {text}" for where, keys, text in listed]
     count = f"{len(rows)} fault{'s' if len(rows) > 1 else ''}"

@@ -1,4 +1,4 @@
-"""What may stand at a key of a recipe, read off the recipe's models."""
+"""The allowed keys and types of a recipe, read from its models."""
 
 from collections.abc import Iterator
 from types import UnionType
@@ -10,18 +10,18 @@ from mkaq.recipe import Recipe
 
 
 def known_keys(path: tuple[str, ...]) -> set[str]:
-    """The names of the keys of a section; none if it is not one."""
+    """The key names of a section; empty if the path is not a section."""
     return {name for model in _sections_at(path) for name in model.model_fields}
 
 
 def scalars_of(keys: tuple[str, ...]) -> set[Any]:
-    """The types and literals that a key may hold, without their constraints; none if it is unknown."""
+    """The types and literals that a key may hold, without constraints; empty if the key is unknown."""
     fields = [model.model_fields.get(keys[-1]) for model in _sections_at(keys[:-1])]
     return {kind for field in fields if field for kind in _alternatives(field.annotation)}
 
 
 def _sections_at(path: tuple[str, ...]) -> list[type[BaseModel]]:
-    """The models that may stand at a place: several where a key is a union."""
+    """The possible models at a path: several if a key is a union."""
     models: list[type[BaseModel]] = [Recipe]
     for part in path:
         fields = [model.model_fields[part] for model in models if part in model.model_fields]

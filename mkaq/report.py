@@ -1,4 +1,4 @@
-"""report.html of a run, the heatmap of layer similarity, and the closing table."""
+"""A run's report.html, the heatmap of layer similarity, and the summary table."""
 
 import base64
 import io
@@ -55,24 +55,24 @@ def table_rows(sizes: list[ModelSize], evaluation: dict[str, Any]) -> list[tuple
     rows = []
     for size in sizes:
         measured = evaluation.get(size.stage, {}).get("perplexity")
-        told = with_error(measured["perplexity"], measured["standard_error"], 2) if measured else "-"
-        rows.append((size.stage, str(size.layers), f"{size.parameters:,}", human(size.bytes), told))
+        perplexity = with_error(measured["perplexity"], measured["standard_error"], 2) if measured else "-"
+        rows.append((size.stage, str(size.layers), f"{size.parameters:,}", human(size.bytes), perplexity))
     return rows
 
 
 def with_error(value: float, error: float | None, digits: int) -> str:
-    """A measured value and its standard error, where there is one."""
+    """A measured value with its standard error, if there is one."""
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
 def write_report(result: RunResult, log: list[dict[str, Any]], similarity: Path | None) -> None:
-    """Writes report.html into the run's folder: one file, nothing loaded from elsewhere.
+    """Writes report.html into the run's folder: a single file that loads nothing else.
 
     Without matplotlib it has no heatmap.
 
     Args:
-        result: Of the run.
-        log: What was made, and how long it took.
+        result: The result of the run.
+        log: The stages made, and their times.
         similarity: The file with the similarity of layers, if there is one.
     """
     assert result.artifact is not None

@@ -1,4 +1,4 @@
-"""What a run comes to, and its log."""
+"""The result of a run, and its log."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ from mkaq.run.estimate import ModelSize
 
 @dataclass
 class RunResult:
-    """What a run made.
+    """The result of a run.
 
     Attributes:
-        folder: Of the run.
-        sizes: The model as it came and after each stage.
-        evaluation: What was measured, by stage.
-        artifact: What the user ships, once exported.
+        folder: The run's folder.
+        sizes: Size of the source and of the model after each stage.
+        evaluation: Measurements by stage.
+        artifact: The artifact's folder, once exported.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class RunResult:
 def write_log(
     folder: Path, stages: list[dict[str, Any]], plan: RunPlan, device: torch.device, ranks: Ranks
 ) -> None:
-    """run.json: clocks and memory, which no digest covers."""
+    """Writes run.json: times and memory, which no digest covers."""
     log: dict[str, Any] = {
         "processes": ranks.size,
         "stages": stages,

@@ -1,4 +1,4 @@
-"""A run's folder, held and watched: what is checked before the first stage, and told after the last."""
+"""A run's session: the checks before the first stage, and the report and log after the last."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,16 +28,16 @@ from mkaq.stages import analyze
 
 @dataclass(frozen=True)
 class Session:
-    """A run under way.
+    """A run in progress.
 
     Attributes:
-        folder: Of the run.
-        source: The model that goes in.
-        source_files: Path, bytes and sha256 of its files; only the first process has them.
-        plan: What the run is expected to need.
+        folder: The run's folder.
+        source: The model to compress.
+        source_files: Path, bytes and sha256 of its files; empty except in the first process.
+        plan: The expected sizes, memory and disk space.
         device: Where layers run.
         ranks: The processes.
-        progress: Told what happens.
+        progress: Progress output.
         maker: Makes stages.
     """
 
@@ -52,23 +52,23 @@ class Session:
 
     @property
     def options(self) -> Sequence[Option]:
-        """What a budget may choose among."""
+        """The options of a budget."""
         return self.plan.options
 
     def job(self, recipe: Recipe) -> Job:
-        """A recipe with nothing made yet."""
+        """A new job for a recipe."""
         output, seed = output_of(recipe, self.source, self.progress), recipe.calibration.seed
         digest, place = digest_of(self.source_files), self.plan.place
         return Job(self.source, digest, output, seed, self.device, self.ranks, place, self.folder)
 
     def begin(self, recipe: Recipe) -> None:
-        """Notes the recipe whose stages the folder will show: the resolved one, in recipe.yaml."""
+        """Writes the resolved recipe to recipe.yaml and prepares the folder for its stages."""
         if self.ranks.main:
             self.maker.begin()
             (self.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
     def end(self, job: Job, artifact: Path | None) -> RunResult:
-        """What the run came to; of one that made an artifact there is a report."""
+        """The result of the run; writes the report if there is an artifact."""
         result = RunResult(self.folder, job.sizes, job.evaluation, artifact)
         if artifact and self.ranks.main:
             similarity = job.path(analyze.NAME) / analyze.SIMILARITY if job.has(analyze.NAME) else None
@@ -86,10 +86,10 @@ def session(
     max_memory: int | None,
     ranks: Ranks | None,
 ) -> Iterator[Session]:
-    """Holds a run's folder for a `with` block, once all is checked; arguments as for `pipeline.run`.
+    """Checks everything, then holds the run's folder for a `with` block; arguments as for `pipeline.run`.
 
     Raises:
-        MkaqError: If the recipe does not fit the model or the machine, or the folder is not free.
+        MkaqError: If the recipe does not fit the model or the machine, or the folder is in use.
     """
     ranks = ranks or ALONE
     source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))

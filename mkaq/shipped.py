@@ -1,21 +1,22 @@
-"""The recipes that ship: inside an installed package, or beside it in a checkout."""
+"""The shipped recipes: in an installed package, or beside it in a checkout."""
 
 from pathlib import Path
 
 from mkaq.errors import UsageError
 
-_PLACES = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
+_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
 
 
 def shipped_recipes() -> list[tuple[Path, str]]:
-    """Every shipped recipe's file and the first line of its comment."""
-    folder = next(place for place in _PLACES if place.is_dir())
+    """The file of every shipped recipe, and the first line of its comment."""
+    folder = next(path for path in _FOLDERS if path.is_dir())
     files = sorted(folder.glob("*.yaml"))
     return [(file, file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in files]
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe: a path, or the name of a shipped one (with or without `recipes/` and `.yaml`).
+    """The file of a recipe, given its path or the name of a shipped one (with or without `recipes/` and
+    `.yaml`).
 
     Raises:
         UsageError: If there is neither.

@@ -4,7 +4,7 @@ import re
 
 
 def human(size: float) -> str:
-    """A size for a person, decimal units."""
+    """Formats a size in decimal units."""
     if size < 999.5:
         return f"{size:.0f} B"
     for unit in ("KB", "MB", "GB"):
@@ -14,14 +14,21 @@ def human(size: float) -> str:
     return f"{size / 1000:.2f} TB"
 
 
+def duration(seconds: float) -> str:
+    """A time for a person, to two digits at most."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def parse_size(text: str) -> int:
-    """Bytes meant by a size such as `4GB` (decimal) or `4GiB` (binary).
+    """The number of bytes in a size such as `4GB` (decimal) or `4GiB` (binary).
 
     Raises:
-        ValueError: If `text` is no size.
+        ValueError: If `text` is not a size.
     """
     units = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1024, "MI": 1024**2, "GI": 1024**3}
-    found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([KMG]I?)?B?\s*", text.upper())
-    if not found or (size := int(float(found[1]) * units[found[2] or ""])) < 1:
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([KMG]I?)?B?\s*", text.upper())
+    if not match or (size := int(float(match[1]) * units[match[2] or ""])) < 1:
         raise ValueError(f"{text!r} is not a size such as 500MB or 4GB")
     return size

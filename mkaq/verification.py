@@ -1,4 +1,4 @@
-"""Verification: every claim of a manifest checked against the files, and against the source."""
+"""Verification: every claim of a manifest checked against the files and against the source."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,39 +29,41 @@ from mkaq.walk.whole_model import generate, whole_model
 
 
 def verify(artifact: Path, source: Path | None, device: torch.device, progress: Progress) -> list[str]:
-    """Checks an artifact.
+    """Verifies an artifact.
 
     Args:
         artifact: Its folder.
-        source: The folder of the model that it was made from, to recompute the merge.
-        device: Where the model is run.
-        progress: Told what happens.
+        source: Folder of the source model, to recompute the merge; None skips that.
+        device: The device that runs the model.
+        progress: Progress output.
 
     Returns:
-        What was checked, a sentence for each.
+        One sentence for each check.
 
     Raises:
         VerificationError: With every file or claim that does not hold.
     """
     manifest = read_manifest(artifact)
-    done = ["the manifest is whole"]
+    checks = ["the manifest is whole"]
     raise_faults(artifact, check_files(artifact, manifest.files, beside=MANIFEST))
-    done.append(f"{len(manifest.files)} files have their sizes and digests")
+    checks.append(f"{len(manifest.files)} files have their sizes and digests")
     try:
         checkpoint = open_checkpoint(artifact, quantized=True)
     except MkaqError as error:
         raise VerificationError(error.what, where=error.where) from None
-    done.append(f"{len(checkpoint.tensors)} tensors are all that config.json implies, with the right shapes")
+    checks.append(
+        f"{len(checkpoint.tensors)} tensors are all that config.json implies, with the right shapes"
+    )
     raise_faults(artifact, [*_size_claims(manifest, checkpoint), *_budget_claims(manifest)])
-    done.append("layers, parameters and bytes are as the manifest says")
-    done.append(_check_runs(checkpoint, device))
+    checks.append("layers, parameters and bytes are as the manifest says")
+    checks.append(_check_runs(checkpoint, device))
     if source is not None:
         original = open_checkpoint(source)
         raise_faults(source, check_files(source, manifest.source.files))
         raise_faults(artifact, list(_source_claims(manifest, original)))
-        done.append(f"{len(manifest.source.files)} files of the source have their digests")
-        done += _check_against(manifest, checkpoint, original, device, progress)
-    return done
+        checks.append(f"{len(manifest.source.files)} files of the source have their digests")
+        checks += _check_against(manifest, checkpoint, original, device, progress)
+    return checks
 
 
 def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
@@ -70,9 +72,9 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         if (step.layers_before, step.parameters_before, step.bytes_before) != before:
             yield f"step {step.step} does not begin where the one before it ended"
         before = (step.layers_after, step.parameters_after, step.bytes_after)
-    found = (checkpoint.num_layers, checkpoint.parameters, checkpoint.nbytes)
-    if before != found:
-        yield f"layers, parameters, bytes: the manifest ends with {before}, the model has {found}"
+    actual = (checkpoint.num_layers, checkpoint.parameters, checkpoint.nbytes)
+    if before != actual:
+        yield f"layers, parameters, bytes: the manifest ends with {before}, the model has {actual}"
     quantized = next((step for step in manifest.steps if isinstance(step, QuantizeRecord)), None)
     config = checkpoint.quantization or {}
     bits = format_of(checkpoint.quantization).bits(config)
@@ -90,7 +92,7 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _budget_claims(manifest: Manifest) -> Iterator[str]:
-    """Whether what a budget chose is what was done."""
+    """Yields a fault if the steps differ from the choice of the budget."""
     if manifest.budget is None or not manifest.steps:
         return
     merged = next((step for step in manifest.steps if step.step == "merge"), None)
@@ -99,27 +101,27 @@ def _budget_claims(manifest: Manifest) -> Iterator[str]:
     bits = quantized.bits if quantized and quantized.method == "gptq" else None
     chosen = manifest.budget.chosen
     if (chosen.removed, chosen.bits) != (removed, bits):
-        told = f"the budget chose {chosen.removed} layers and {chosen.bits} bits"
-        yield f"{told}, the steps have {removed} and {bits}"
+        choice = f"the budget chose {chosen.removed} layers and {chosen.bits} bits"
+        yield f"{choice}, the steps have {removed} and {bits}"
 
 
 def _source_claims(manifest: Manifest, source: Checkpoint) -> Iterator[str]:
-    told = manifest.source
-    claims = (told.model_type, told.layers, told.parameters, told.bytes)
-    found = (source.config["model_type"], source.num_layers, source.parameters, source.nbytes)
-    if claims != found:
-        yield f"family, layers, parameters, bytes of the source: the manifest says {claims}, it has {found}"
+    recorded = manifest.source
+    claims = (recorded.model_type, recorded.layers, recorded.parameters, recorded.bytes)
+    actual = (source.config["model_type"], source.num_layers, source.parameters, source.nbytes)
+    if claims != actual:
+        yield f"family, layers, parameters, bytes of the source: the manifest says {claims}, it has {actual}"
 
 
 def _check_against(
     manifest: Manifest, artifact: Checkpoint, source: Checkpoint, device: torch.device, progress: Progress
 ) -> list[str]:
-    """What follows from the source is demanded bit for bit; recorded errors are measured again.
+    """Recomputes what follows from the source, bit for bit, and measures recorded errors again.
 
-    Choices that were made from such errors are not made again.
+    Choices based on measured errors are not repeated.
 
     Returns:
-        What was checked, a sentence for each.
+        One sentence for each check.
 
     Raises:
         VerificationError: With every claim that does not hold.
@@ -127,23 +129,26 @@ def _check_against(
     case = Case(artifact, source)
     for step in manifest.steps:
         stage_of(step.step).check(step, case)
-    done = case.compare(progress)
+    checks = case.compare(progress)
     if case.measure is None:
-        return done
+        return checks
     tokens = _calibration_again(manifest, source)
     if tokens is None:
-        return [*done, "errors of hidden states not measured again: the calibration text is not here"]
+        return [*checks, "errors of hidden states not measured again: the calibration text is not here"]
     dtype, last = compute_dtype(source.dtype, device), manifest.steps[-1].step
     samples = half_shuffled_samples(ALONE, tokens, manifest.recipe["calibration"]["seed"]).held()
-    told = manifest.ran_on.get("residuals") or manifest.ran_on.get(last)
-    near = tolerance(told.compute_dtype if told else None, dtype)
+    ran_on = manifest.ran_on.get("residuals") or manifest.ran_on.get(last)
+    allowed = tolerance(ran_on.compute_dtype if ran_on else None, dtype)
     walks = LayerWalk(source, device, dtype), LayerWalk(artifact, device, dtype)
-    raise_faults(artifact.path, list(case.measure(*walks, samples, near)))
-    return [*done, f"the weights leave the errors of hidden states that the manifest says ({last}; {near})"]
+    raise_faults(artifact.path, list(case.measure(*walks, samples, allowed)))
+    return [
+        *checks,
+        f"the weights leave the errors of hidden states that the manifest says ({last}; {allowed})",
+    ]
 
 
 def _calibration_again(manifest: Manifest, source: Checkpoint) -> torch.Tensor | None:
-    """The calibration tokens of the run, or None if the text is not here or is another one."""
+    """The calibration tokens of the run, or None if the text is missing or has changed."""
     try:
         section = CalibrationSection.model_validate(manifest.recipe["calibration"])
     except (ValidationError, KeyError):
@@ -159,7 +164,7 @@ def _calibration_again(manifest: Manifest, source: Checkpoint) -> torch.Tensor |
 
 
 def _check_runs(checkpoint: Checkpoint, device: torch.device) -> str:
-    """Runs the model: generation if it fits into memory, else one walk."""
+    """Runs the model: generates text if it fits into memory, else walks it once."""
     dtype = compute_dtype(checkpoint.dtype, device)
     prompt = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], device=device) % checkpoint.sizes.vocabulary
     try:

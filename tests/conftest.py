@@ -73,7 +73,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Path:
 @pytest.fixture
 def copy(done: Path, tmp_path: Path) -> Path:
     """A finished run to change; the artifact below it."""
-    return shutil.copytree(done, tmp_path / "run")
+    return shutil.copytree(done, tmp_path / "run", symlinks=True)
 
 
 @pytest.fixture

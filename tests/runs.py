@@ -12,7 +12,7 @@ import torch
 
 from mkaq import pipeline
 from mkaq.digests import digest_of
-from mkaq.export.manifest import MANIFEST
+from mkaq.manifest import MANIFEST
 from mkaq.progress import Progress
 from mkaq.recipe_file import load_recipe
 
@@ -28,7 +28,7 @@ class Outcome:
 
 Mkaq = Callable[..., Outcome]
 ROOT = Path(__file__).parent.parent
-STAGES = ["evaluate/source", "calibrate", "merge", "evaluate/merge"]
+STAGES = ["evaluate/source", "calibrate", "analyze", "merge", "evaluate/merge"]
 STAGES += ["quantize", "evaluate/quantize", "artifact"]
 MAIN = "from mkaq.cli import main; main()"
 ONE_THREAD = "import torch; torch.set_num_threads(1)"
@@ -75,13 +75,20 @@ def told(outcome: Outcome) -> dict[str, bool]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Every file below a folder; of a link to a folder, where it leads."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink() and path.is_dir():
+            found[str(path.relative_to(folder))] = bytes(path.readlink())
+        elif path.is_file():
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    """Every file of a run's folder but its logs."""
-    return {name: data for name, data in tree(folder).items() if name not in LOGS}
+    """Every file of a run's folder, those of the store too, but its logs and its links to stages."""
+    links = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink()}
+    return {name: data for name, data in tree(folder).items() if name not in {*LOGS, *links}}
 
 
 def forge(artifact: Path, edit: Callable[[Any], Any]) -> None:

@@ -131,7 +131,7 @@ def test_limit_that_would_do_can_be_typed(recipe: Callable[..., Path], mkaq: Mka
 def test_no_limit_is_advised_that_the_machine_has_not(
     recipe: Callable[..., Path], mkaq: Mkaq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mkaq.run.plan.memory_of", lambda device, processes=1: 100_000_000)
+    monkeypatch.setattr("mkaq.plan.memory_of", lambda device, processes=1: 100_000_000)
     one_message(outcome := mkaq("run", recipe(), "--output", tmp_path / "run"), 6, "cpu has 100.00 MB")
     assert "--max-memory" not in outcome.err and fix_of(outcome.err)
 

@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from mkaq.checkpoint import reader
+from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import CheckpointError
 from mkaq.merge.average import merge_layers, weighted_sum
+from mkaq.merge.averaged import averaged_blocks, averaged_layers, merged_layers
 from mkaq.merge.groups import MergePlan
-from mkaq.merge.stage import averaged_blocks, averaged_layers, digest_layer, merged_layers, write_merged
+from mkaq.merge.write import digest_layer, write_merged
+from mkaq.progress import Progress
 from tests.tiny import make_model
 
 WEIGHTS = (0.83 * 0.41, 0.17 * 0.41, 0.59)
@@ -104,11 +107,12 @@ def test_checkpoint_merges_norms_and_biases_and_keeps_lone_layers(
 
 
 def merged(source: Checkpoint, weights: list[dict[int, float]], folder: Path) -> list[dict[str, object]]:
-    """Writes the average that `weights` say; returns the rows of merge_plan.json."""
+    """Writes the average that `weights` say; returns the rows of its record."""
     folder.mkdir()
     plan = MergePlan((), tuple(weights))
     layers = averaged_layers(source, plan, source.dtype)
-    return write_merged(source, layers, plan.kept, folder, source.dtype, 200_000).rows
+    output = Output(source.dtype, 200_000, Progress(quiet=True))
+    return write_merged(source, layers, plan.kept, folder, output).rows
 
 
 def test_pieces_of_a_group_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

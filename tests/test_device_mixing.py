@@ -11,7 +11,9 @@ from benchmarks.gpu_compare import compare, verified
 from benchmarks.gpu_parts import small_recipes
 from mkaq import pipeline
 from mkaq.fit.hold_out import token_weights
-from mkaq.fit.ridge import Moments, column_sizes, fit, keep_columns
+from mkaq.fit.moments import Moments
+from mkaq.fit.ridge import fit
+from mkaq.fit.select import column_sizes, keep_columns
 from mkaq.formats.packing import pack_linear
 from mkaq.progress import Progress
 from mkaq.quantize.gptq import find_scales, gptq

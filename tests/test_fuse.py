@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.fit.hold_out import hold_out
-from mkaq.merge.channels import FusedLayer, advance, first_batch, fuse, pass_fused
+from mkaq.fit.targets import advance
+from mkaq.merge.channels import FusedLayer, fuse, pass_fused
 from mkaq.merge.cost import best_average
-from mkaq.merge.stage import digest_layer
+from mkaq.merge.solve import first_batch
+from mkaq.merge.write import digest_layer
 from mkaq.ranks import Ranks
 from mkaq.walk.hooks import outputs_of
 from mkaq.walk.walk import LayerWalk

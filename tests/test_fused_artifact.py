@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import digest_of
-from mkaq.export.manifest import MANIFEST, MergeStep, manifest_schema, read_manifest
+from mkaq.manifest import MANIFEST, manifest_schema, read_manifest
 from mkaq.merge.cost import COEFFICIENTS
 from mkaq.merge.origins import ORIGINS
-from mkaq.merge.stage import digest_layer
+from mkaq.merge.write import digest_layer
+from mkaq.stages.merge import MergeRecord
 from tests.runs import Mkaq, forge, run_quietly, tree
 from tests.test_families import IDS, walk_logits
 from tests.tiny import CHANNELS, FAMILIES, make_model, write_recipe
@@ -67,9 +68,9 @@ def artifact(fused: Path, tmp_path: Path) -> Path:
     return shutil.copytree(fused / "run" / "artifact", tmp_path / "artifact")
 
 
-def merge_step(artifact: Path) -> MergeStep:
+def merge_step(artifact: Path) -> MergeRecord:
     step = read_manifest(artifact).steps[0]
-    assert isinstance(step, MergeStep)
+    assert isinstance(step, MergeRecord)
     return step
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mkaq.quantize import gptq_stage
+from mkaq.quantize import gptq_layers
 from mkaq.quantize.gptq import PLAIN, GptqResult, gptq
 from mkaq.quantize.gptq_cpu import COMPILED
 from tests.pretend import pretended_gpu
@@ -172,9 +172,9 @@ def test_where_nothing_can_be_compiled_a_warning_says_so() -> None:
 
 def test_loops_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, fused = torch.device("cuda", 0), object()
-    assert gptq_stage.kernels_for(torch.device("cpu")) is COMPILED
+    assert gptq_layers.kernels_for(torch.device("cpu")) is COMPILED
     with pretended_gpu() as pretended:
-        assert gptq_stage.kernels_for(pretended) is PLAIN
+        assert gptq_layers.kernels_for(pretended) is PLAIN
     for triton, version, works, expected in (
         (True, "13.0", True, fused),
         (True, "13.0", False, PLAIN),
@@ -184,6 +184,6 @@ def test_loops_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         module = SimpleNamespace(FUSED=fused, works_on=lambda _, works=works: works)
         monkeypatch.setitem(sys.modules, "mkaq.quantize.gptq_cuda", module)
         monkeypatch.setattr("mkaq.quantize.gptq_cuda", module, raising=False)
-        monkeypatch.setattr(gptq_stage, "find_spec", lambda _, triton=triton: object() if triton else None)
+        monkeypatch.setattr(gptq_layers, "find_spec", lambda _, triton=triton: object() if triton else None)
         monkeypatch.setattr("torch.version.cuda", version)
-        assert gptq_stage.kernels_for(cuda) is expected
+        assert gptq_layers.kernels_for(cuda) is expected

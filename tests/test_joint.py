@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.export.manifest import MANIFEST, QuantizeStep, read_manifest
 from mkaq.fit.hold_out import hold_out
+from mkaq.manifest import MANIFEST, read_manifest
 from mkaq.progress import Progress
-from mkaq.quantize.gptq_stage import GptqModule, quantize_gptq
+from mkaq.quantize.gptq_layers import GptqModule, quantize_gptq
 from mkaq.quantize.joint import JointTarget
-from mkaq.recipe import GptqSection
+from mkaq.stages.quantize import GptqSection, QuantizeRecord
 from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq, one_message
 from tests.tiny import make_model, write_recipe
@@ -58,9 +59,9 @@ def quantize(model: Path, folder: Path, *, joint: bool, **settings: Any) -> list
         JointTarget(LayerWalk(checkpoint, CPU), [[i] for i in range(4)], hold_out(TOKENS)) if joint else None
     )
     section = GptqSection(method="gptq", group_size=32, **settings)
-    output: dict[str, Any] = {"dtype": torch.bfloat16, "shard_size": 10**9, "progress": Progress(quiet=True)}
-    walk = LayerWalk(checkpoint, CPU)
-    return quantize_gptq(checkpoint, TOKENS, section, folder, walk=walk, target=target, **output).modules
+    options, config = section.model_dump(exclude={"method", "target"}), section.config(torch.bfloat16)
+    output = Output(torch.bfloat16, 10**9, Progress(quiet=True))
+    return quantize_gptq(LayerWalk(checkpoint, CPU), TOKENS, options, config, folder, output, target).modules
 
 
 def test_eight_bits_of_an_unmerged_model_stay_with_the_source(model: Path, tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_merged_model_is_mended_while_it_is_rounded(
         assert "quantized modules have the weight error" in verified.out
 
         step = read_manifest(folder / "artifact").steps[-1]
-        assert isinstance(step, QuantizeStep) and step.settings["target"] == target
+        assert isinstance(step, QuantizeRecord) and step.settings["target"] == target
         raw = json.loads((folder / "artifact" / MANIFEST).read_text())["steps"][-1]["modules"]
         assert all("ridge" in module for module in raw)
         norms = [load_file(folder / s / SINGLE)["model.norm.weight"] for s in ("merge", "artifact")]
@@ -156,5 +157,5 @@ def test_family_that_normalizes_what_it_writes_has_no_joint_target(
     outcome = mkaq("run", recipe, "--output", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     step = read_manifest(tmp_path / "run" / "artifact").steps[-1]
-    assert isinstance(step, QuantizeStep) and all(module.ridge is None for module in step.modules)
+    assert isinstance(step, QuantizeRecord) and all(module.ridge is None for module in step.modules)
     assert mkaq("verify", tmp_path / "run" / "artifact", "--source", model).code == 0

@@ -5,15 +5,9 @@ import itertools
 import pytest
 import torch
 
-from mkaq.fit.ridge import (
-    RIDGES,
-    Moments,
-    column_sizes,
-    columns_of,
-    fit,
-    keep_columns,
-    solve_ridge,
-)
+from mkaq.fit.moments import Moments
+from mkaq.fit.ridge import RIDGES, fit, solve_ridge
+from mkaq.fit.select import column_sizes, columns_of, keep_columns
 
 NEARLY_BEST = 0.95
 CPU = torch.device("cpu")

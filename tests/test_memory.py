@@ -45,7 +45,7 @@ def stage_peaks(log: dict[str, Any]) -> dict[str, int]:
     return {row["stage"]: row["peak_memory_bytes"] for row in log["stages"]}
 
 
-@pytest.mark.parametrize("stage", ["merge", "quantize", "evaluate/source"])
+@pytest.mark.parametrize("stage", ["analyze", "merge", "quantize", "evaluate/source"])
 def test_peak_does_not_grow_with_depth(logs: dict[int, dict[str, Any]], stage: str) -> None:
     peaks = [stage_peaks(logs[layers])[stage] for layers in DEPTHS]
     print(stage, peaks)

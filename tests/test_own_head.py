@@ -83,9 +83,11 @@ def test_every_stage_keeps_a_head_of_its_own(step: str, tmp_path: Path, text: Pa
     recipe = write_recipe(tmp_path / "r.yaml", path, text, merge={"layers": 1, **PROTECT}, **sections)
     outcome = mkaq("run", recipe, "--output", tmp_path / "run")
     assert outcome.code == 0 and outcome.err.count("lm_head.weight is not the embedding") == 1, outcome.err
-    for folder in (tmp_path / "run").glob("*/config.json"):
-        assert json.loads(folder.read_text())["tie_word_embeddings"] is False
-        stored = load_file(folder.parent / SINGLE)[HEAD]
+    configs = list((tmp_path / "run").glob("*/config.json"))
+    assert {"merge", "artifact"} <= {config.parent.name for config in configs}
+    for config in configs:
+        assert json.loads(config.read_text())["tie_word_embeddings"] is False
+        stored = load_file(config.parent / SINGLE)[HEAD]
         assert torch.equal(stored, load_file(path / SINGLE)[HEAD])
     assert mkaq("verify", tmp_path / "run" / "artifact", "--source", path).code == 0
     if step == "merge":

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.merge.channels import advance
+from mkaq.fit.targets import advance
+from mkaq.plan import plan_run
 from mkaq.recipe_file import load_recipe
-from mkaq.run import plan
-from mkaq.run.memory import Need
-from mkaq.run.plan import plan_run
+from mkaq.run.estimate import Estimate, Need
+from mkaq.stages import merge
 from mkaq.walk.activations import Activations
 from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq
@@ -122,10 +122,14 @@ def test_plan_of_a_gpu_says_where_hidden_states_go(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sizes = {"cuda": device_bytes, "cpu": host_bytes}
-    monkeypatch.setattr(plan, "memory_of", lambda device, processes=1: sizes[device.type])
-    needs = {"merge": Need(10**9, 5 * 10**9)}
-    monkeypatch.setattr(plan, "peaks", lambda *_: needs)
+    sizes, estimate = {"cuda": device_bytes, "cpu": host_bytes}, merge.estimate
+
+    def much(*arguments: Any) -> Estimate:
+        return estimate(*arguments)._replace(need=Need(10**9, 5 * 10**9))
+
+    monkeypatch.setattr("mkaq.plan.memory_of", lambda device, processes=1: sizes[device.type])
+    monkeypatch.setattr("mkaq.plan.INTERPRETER", {"cuda": 0})
+    monkeypatch.setattr(merge, "estimate", much)
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, text, merge=CHANNELS))
     planned = plan_run(recipe, open_checkpoint(tiny), CUDA)
     assert planned.place == place

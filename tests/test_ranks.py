@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mkaq.formats.packing import unpack
 from mkaq.quantize.gptq import gptq
 from mkaq.quantize.gptq_cpu import COMPILED
-from mkaq.quantize.gptq_stage import _solve
+from mkaq.quantize.gptq_layers import _solve
 from mkaq.ranks import Ranks
 from tests.runs import Outcome
 
@@ -75,7 +75,7 @@ def test_two_processes_do_what_one_does(
     told = json.loads(done.stdout)  # printed once
     assert told["artifact"] == str(two / "artifact")
 
-    plans = [json.loads((folder / "merge" / "merge_plan.json").read_text()) for folder in (one, two)]
+    plans = [json.loads((folder / "merge" / "record.json").read_text()) for folder in (one, two)]
     groups = [[list(layer["from"]) for layer in plan["layers"]] for plan in plans]
     assert groups[0] == groups[1]
     share = float((codes(one) != codes(two)).float().mean())
@@ -134,7 +134,7 @@ def test_a_run_of_two_processes_is_kept_and_goes_on(recipe: Callable[..., Path],
     done = torchrun("run", written, "--output", tmp_path / "r")
     assert done.returncode == 0, done.stderr
     log = json.loads((tmp_path / "r" / "run.json").read_text())
-    assert [row["stage"] for row in log["stages"] if row["reused"]] == ["calibrate", "merge"]
+    assert [row["stage"] for row in log["stages"] if row["reused"]] == ["calibrate", "analyze", "merge"]
 
 
 def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mkaq.export.manifest import read_manifest
+from mkaq.manifest import read_manifest
 
 MODEL = os.environ.get("MKAQ_REAL_MODEL")
 pytestmark = [

@@ -9,8 +9,10 @@ import yaml
 
 from mkaq.checkpoint.resolve import BUILTIN, resolve_model
 from mkaq.errors import UsageError
-from mkaq.recipe import GptqSection, ManifoldSection, Recipe
+from mkaq.recipe import Recipe
 from mkaq.recipe_file import load_recipe
+from mkaq.stages.analyze import ManifoldSection
+from mkaq.stages.quantize import GptqSection
 from tests.runs import Mkaq, one_message
 
 BUDGET = {"bytes": "1GB"}

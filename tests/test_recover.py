@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.export.manifest import MANIFEST, RecoverStep, manifest_schema, read_manifest
 from mkaq.fit.hold_out import hold_out
+from mkaq.manifest import MANIFEST, manifest_schema, read_manifest
 from mkaq.merge.average import merge_layers
-from mkaq.recipe import LayerwiseSection
-from mkaq.recover.layerwise import RecoveredLayer, layer_error, schedule, shuffled, tune
+from mkaq.recover.layerwise import RecoveredLayer, Tuning, layer_error, schedule, shuffled, tune
+from mkaq.stages.recover import RecoverRecord
 from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq, Outcome, forge, tree
 from tests.tiny import make_model, write_recipe
@@ -27,7 +27,7 @@ FINAL_NORM = "model.norm.weight"
 SINGLE = "model.safetensors"
 TOKENS = torch.randint(2, 4096, (16, 32), generator=torch.Generator().manual_seed(1))
 SAMPLES = hold_out(TOKENS)
-STAGES = ["calibrate", "merge", "recover", "quantize", "artifact"]
+STAGES = ["calibrate", "analyze", "merge", "recover", "quantize", "artifact"]
 
 
 # --- one layer ---------------------------------------------------------------------------------
@@ -53,8 +53,8 @@ class Bench:
         return layer_error(self.walk, layer, 1, self.inputs, self.targets, SAMPLES)
 
     def tune(self, layer: torch.nn.Module, seed: int = 0, **settings: Any) -> RecoveredLayer:
-        section = LayerwiseSection(method="layerwise", **{"batch_size": 4, **settings})
-        return tune(self.walk, layer, 1, self.inputs, self.targets, SAMPLES, section, seed, torch.bfloat16)
+        tuning = Tuning(**{"learning_rate": "auto", "batch_size": 4, "seed": seed, **settings})
+        return tune(self.walk, layer, 1, self.inputs, self.targets, SAMPLES, tuning, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +157,8 @@ def told(outcome: Outcome) -> dict[str, bool]:
     return {stage: text == "unchanged, kept" for stage, _, text in lines if stage in STAGES}
 
 
-def recover_step(artifact: Path) -> RecoverStep:
-    return next(step for step in read_manifest(artifact).steps if isinstance(step, RecoverStep))
+def recover_step(artifact: Path) -> RecoverRecord:
+    return next(step for step in read_manifest(artifact).steps if isinstance(step, RecoverRecord))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -167,7 +167,8 @@ def test_recovered_run(family: str, text: Path, mkaq: Mkaq, tmp_path: Path) -> N
     artifact = folder / "artifact"
     recipe = tuned_recipe(tmp_path / "r.yaml", model, text)
     outcome = mkaq("run", recipe, "--output", folder)
-    assert told(outcome) == dict.fromkeys(("calibrate", "merge", "recover", "artifact"), False)
+    stages = [stage for stage in STAGES if stage != "quantize"]
+    assert told(outcome) == dict.fromkeys(stages, False)
     assert [line.split()[0] for line in outcome.out.splitlines()[1:4]] == ["source", "merge", "recover"]
 
     step = recover_step(artifact)
@@ -190,7 +191,7 @@ def test_recovered_run(family: str, text: Path, mkaq: Mkaq, tmp_path: Path) -> N
 
     before = tree(artifact)
     again = mkaq("run", recipe, "--output", folder)
-    assert told(again) == dict.fromkeys(("calibrate", "merge", "recover", "artifact"), True)
+    assert told(again) == dict.fromkeys(stages, True)
     assert tree(artifact) == before
     verified = mkaq("verify", artifact, "--source", model)
     assert verified.code == 0, verified.err
@@ -212,13 +213,13 @@ def test_changed_settings_redo_the_recovery_and_what_follows(
     quantize = {"method": "gptq", "bits": 4, "group_size": 32}
     recipe = tuned_recipe(tmp_path / "r.yaml", tiny, text, quantize=quantize)
     outcome = mkaq("run", recipe, "--output", folder, "--until", "recover")
-    assert told(outcome) == dict.fromkeys(STAGES[:3], False)
+    assert told(outcome) == dict.fromkeys(STAGES[:4], False)
     assert outcome.out.splitlines()[-1] == f"stopped after recover: {folder}"
     outcome = mkaq("run", recipe, "--output", folder)
-    assert told(outcome) == {stage: n < 3 for n, stage in enumerate(STAGES)}
+    assert told(outcome) == {stage: n < 4 for n, stage in enumerate(STAGES)}
     change = ("--set", "recover.steps=10")
     outcome = mkaq("run", recipe, "--output", folder, *change)
-    assert told(outcome) == {stage: n < 2 for n, stage in enumerate(STAGES)}
+    assert told(outcome) == {stage: n < 3 for n, stage in enumerate(STAGES)}
     assert told(mkaq("run", recipe, "--output", fresh, *change)) == dict.fromkeys(STAGES, False)
     assert tree(folder / "artifact") == tree(fresh / "artifact")
     assert [step.step for step in read_manifest(fresh / "artifact").steps] == ["merge", "recover", "quantize"]

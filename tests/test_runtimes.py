@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mkaq.formats.runtimes import Quantize, describe, runtimes
-from mkaq.recipe import BitsandbytesSection, GptqSection
+from mkaq.formats.runtimes import describe, runtimes
+from mkaq.stages.quantize import BitsandbytesSection, GptqSection
 from tests.runs import Mkaq
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,8 +18,13 @@ ONNX = "ONNX Runtime GenAI"
 EVERY = {HERE, VLLM, VLLM_CPU, ONNX}
 
 
-def running(section: Quantize) -> set[str]:
-    found = runtimes(section)
+def gptq(**options: Any) -> dict[str, Any]:
+    """The configuration of what a recipe's section makes."""
+    return GptqSection(method="gptq", **options).config(torch.bfloat16)
+
+
+def running(config: dict[str, Any] | None) -> set[str]:
+    found = runtimes(config)
     assert all(row.runs == (row.reason == "") for row in found)
     return {row.runtime for row in found if row.runs}
 
@@ -43,26 +49,28 @@ def running(section: Quantize) -> set[str]:
     ],
 )
 def test_gptq(options: dict[str, Any], expected: set[str]) -> None:
-    assert running(GptqSection(method="gptq", **options)) == expected
+    assert running(gptq(**options)) == expected
 
 
 def test_bitsandbytes_runs_in_transformers_and_what_is_only_merged_nearly_everywhere() -> None:
-    assert running(BitsandbytesSection(method="bitsandbytes")) == {HERE}
+    for bits in (4, 8):
+        section = BitsandbytesSection(method="bitsandbytes", bits=bits)
+        assert running(section.config(torch.bfloat16)) == {HERE}
     assert running(None) == EVERY | {"MLX", "OpenVINO"}
 
 
 def test_lines_name_the_setting_and_what_would_do() -> None:
-    lines = list(describe(runtimes(GptqSection(method="gptq", bits=3))))
+    lines = list(describe(runtimes(gptq(bits=3))))
     assert lines[:2] == [
         "runs in: transformers on a CPU",
         "vLLM, vLLM on a CPU: no, because 3 bits are not among its GPTQ kernels (4, 8)",
     ]
-    nowhere = GptqSection(method="gptq", bits=4, sym=False, group_size=16, desc_act=True)
+    nowhere = gptq(bits=4, sym=False, group_size=16, desc_act=True)
     assert next(describe(runtimes(nowhere))) == "runs in: none that is known"
 
 
 def test_several_choices_run_where_each_of_them_does() -> None:
-    lines = list(describe(runtimes(*(GptqSection(method="gptq", bits=bits) for bits in (8, 4, 3)))))
+    lines = list(describe(runtimes(*(gptq(bits=bits) for bits in (8, 4, 3)))))
     assert lines[0] == "runs in: transformers on a CPU"
     assert "vLLM on a CPU: no, because 8 bits are not among its GPTQ kernels (4)" in lines
     assert sum("GGUF" in line for line in lines) == 1

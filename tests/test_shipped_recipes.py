@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mkaq.export.manifest import read_manifest
+from mkaq.manifest import read_manifest
 from mkaq.shipped import shipped_recipes
 from tests.recipes_worker import DEPTHS, settings_of, toy_of
 from tests.runs import ROOT, Mkaq
@@ -51,7 +51,7 @@ def run_all(folder: Path, processes: int, recipes: list[str]) -> None:
 
 def same_groups(folder: Path, processes: int, recipe: str) -> bool:
     plans = [
-        json.loads((folder / f"runs-{size}" / recipe / "merge" / "merge_plan.json").read_text())
+        json.loads((folder / f"runs-{size}" / recipe / "merge" / "record.json").read_text())
         for size in (1, processes)
     ]
     return [list(layer["from"]) for layer in plans[0]["layers"]] == [

@@ -16,7 +16,7 @@ from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences
 from mkaq.checkpoint.resolve import BUILTIN
 from mkaq.errors import UsageError
-from mkaq.recipe import Dataset, TextSection
+from mkaq.stages.base import Dataset
 
 PROSE = "\n".join(f"Line {i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs." for i in range(400))
 
@@ -45,7 +45,7 @@ def larger_texts() -> Path:
 
 
 def read(dataset: Dataset, path: Path, split: Split = "calibrate") -> list[str]:
-    return documents(TextSection(dataset=dataset, path=str(path)), split)
+    return documents(dataset, str(path), split)
 
 
 def mmlu(folder: Path) -> Path:
@@ -177,8 +177,7 @@ def test_file_without_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_builtin_calibration_and_evaluation_share_no_document() -> None:
-    section = TextSection()
-    calibrate, evaluate = documents(section, "calibrate"), documents(section, "evaluate")
+    calibrate, evaluate = documents("builtin", None, "calibrate"), documents("builtin", None, "evaluate")
     assert len(evaluate) > 20 and len(calibrate) > 3 * len(evaluate)
     assert not set(calibrate) & set(evaluate)
     assert set(calibrate) | set(evaluate) == set(builtin_documents())
@@ -187,16 +186,15 @@ def test_builtin_calibration_and_evaluation_share_no_document() -> None:
 def test_digest_follows_names_and_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("two")
-    section = TextSection(dataset="text", path=str(tmp_path))
-    digests = [text_digest(section)]
-    assert text_digest(section) == digests[0]
+    digests = [text_digest("text", str(tmp_path))]
+    assert text_digest("text", str(tmp_path)) == digests[0]
     (tmp_path / "b.txt").write_text("2wo")
-    digests.append(text_digest(section))
+    digests.append(text_digest("text", str(tmp_path)))
     (tmp_path / "b.txt").rename(tmp_path / "c.txt")
-    digests.append(text_digest(section))
+    digests.append(text_digest("text", str(tmp_path)))
     assert len(set(digests)) == 3
     with pytest.raises(UsageError, match="no such file"):
-        text_digest(TextSection(dataset="text", path=str(tmp_path / "nowhere")))
+        text_digest("text", str(tmp_path / "nowhere"))
 
 
 def test_samples_are_chosen_by_the_seed(tokenizer: Any) -> None:

@@ -16,7 +16,8 @@ from tests.tiny import CHANNELS, write_recipe
 
 SOLVE = """
 import torch
-from mkaq.fit.ridge import Moments, keep_columns
+from mkaq.fit.moments import Moments
+from mkaq.fit.select import keep_columns
 torch.manual_seed(0)
 for threads in (1, 2):
     torch.set_num_threads(threads)

@@ -7,9 +7,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from mkaq import stages
-from mkaq.export.manifest import read_manifest
-from mkaq.merge import channels
+from mkaq.manifest import read_manifest
 from tests.runs import Mkaq, forge
 from tests.tiny import CHANNELS, write_recipe
 
@@ -48,7 +46,7 @@ def test_streams_of_bfloat16_are_verified_in_float32(
 ) -> None:
     """As an artifact that a GPU made is on a CPU."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(stages, "compute_dtype", lambda *_, **__: torch.bfloat16)
+    monkeypatch.setattr("mkaq.run.job.compute_dtype", lambda *_, **__: torch.bfloat16)
     artifact = made(case, model, text, mkaq, tmp_path)
     monkeypatch.undo()
     ran = read_manifest(artifact).ran_on
@@ -69,8 +67,9 @@ def test_nothing_is_chosen_again(
         raise AssertionError("chosen again")
 
     artifact = made(case, model, text, mkaq, tmp_path)
-    for name in ("keep_columns", "fit", "fuse"):
-        monkeypatch.setattr(channels, name, refuse)
+    for name in ("solve.keep_columns", "fused.fuse", "cost.fuse", "choose.cheapest_groups"):
+        monkeypatch.setattr(f"mkaq.merge.{name}", refuse)
+    monkeypatch.setattr("mkaq.fit.targets.fit", refuse)
     verified = mkaq("verify", artifact, "--source", model)
     assert verified.code == 0, verified.err
 

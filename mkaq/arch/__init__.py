@@ -1,1 +1,1 @@
-"""Model families: the names and roles of a model's modules, what a configuration says of its layers."""
+"""Model families: the names and roles of modules, and what a model configuration says about layers."""

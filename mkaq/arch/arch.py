@@ -1,4 +1,4 @@
-"""What mkaq must know of a model family: the names of its modules, and what each of them is for."""
+"""The names and roles of the modules of a model family."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a linear layer of a decoder layer does."""
+    """The role of a linear layer in a decoder layer."""
 
     QUERY = "query"
     KEY = "key"
@@ -21,7 +21,7 @@ class Role(StrEnum):
 READ_BY_ATTENTION = (Role.QUERY, Role.KEY, Role.VALUE)
 READ_BY_MLP = (Role.GATE, Role.UP)
 WRITERS = (Role.ATTENTION_OUTPUT, Role.DOWN)
-"""What writes to the residual stream, in the order of the forward pass."""
+"""The roles that write to the residual stream, in the order of the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Linear:
     """A linear layer of a decoder layer.
 
     Attributes:
-        name: Below the layer.
-        roles: Of a fused one several, whose rows lie one after another.
+        name: Its name, relative to the decoder layer.
+        roles: Its roles. A fused layer has several; their rows lie one after another.
     """
 
     name: str
@@ -39,26 +39,26 @@ class Linear:
 
 @dataclass(frozen=True)
 class Arch:
-    """The names and roles of a family's modules.
+    """The module names and roles of a model family.
 
-    Tensors on disk are named after the modules of transformers, but for `renamed`.
+    Tensors on disk are named after the modules of transformers, except for those in `renamed`.
 
     Attributes:
-        inputs: The linear layers of a decoder layer, grouped by the input that they share, in the order in
-            which the forward pass reaches them.
-        attention: The attention, below the layer.
-        mlp: The MLP, below the layer.
-        attention_norm: What the attention reads comes from it.
-        mlp_norm: What the MLP reads comes from it.
-        written_norms: Norms between what a layer writes and the residual stream.
+        inputs: The linear layers of a decoder layer, grouped by shared input, in the order of the forward
+            pass.
+        attention: The attention, relative to the layer.
+        mlp: The MLP, relative to the layer.
+        attention_norm: The norm before the attention.
+        mlp_norm: The norm before the MLP.
+        written_norms: Norms between a linear layer that writes and the residual stream.
         parallel: Whether attention and MLP read the same hidden state, and their outputs are added.
-        norm_offset: Its norms multiply by this plus their weight.
+        norm_offset: The norms multiply by norm_offset + weight.
         base: The model without its head.
-        embed: The token embedding, below the base.
-        layers: The decoder layers, below the base.
-        final_norm: The norm after the last layer, below the base.
+        embed: The token embedding, relative to the base.
+        layers: The decoder layers, relative to the base.
+        final_norm: The norm after the last layer, relative to the base.
         head: The output layer.
-        renamed: Modules that have another name on disk, `""` for none: (module, name on disk).
+        renamed: Modules with another name on disk: (module, name on disk); `""` if the name is left out.
     """
 
     inputs: tuple[tuple[Linear, ...], ...]
@@ -83,63 +83,67 @@ class Arch:
 
     @property
     def linear_names(self) -> tuple[str, ...]:
-        """Their names."""
+        """The names of all linear layers of a decoder layer."""
         return tuple(linear.name for linear in self.linears)
 
     @property
     def writers(self) -> tuple[str, ...]:
-        """The names of those that write to the residual stream: attention output, down."""
+        """The linear layers that write to the residual stream: attention output, down."""
         return tuple(self.linear_of(role).name for role in WRITERS)
 
     @property
     def norm_of(self) -> Mapping[str, str]:
-        """For the attention and for the MLP the norm from which it reads."""
+        """The norm before the attention and the norm before the MLP, by the name of the module."""
         return {self.attention: self.attention_norm, self.mlp: self.mlp_norm}
 
     @property
     def embed_weight(self) -> str:
-        """The embedding's tensor on disk."""
+        """The embedding's weight on disk."""
         return self.on_disk(f"{self.base}.{self.embed}.weight")
 
     @property
     def final_norm_weight(self) -> str:
-        """The final norm's tensor on disk."""
+        """The final norm's weight on disk."""
         return self.on_disk(f"{self.base}.{self.final_norm}.weight")
 
     @property
     def head_weight(self) -> str:
-        """The output layer's tensor on disk."""
+        """The output layer's weight on disk."""
         return self.on_disk(f"{self.head}.weight")
 
     def linear_of(self, role: Role) -> Linear:
-        """The linear layer that has a role."""
+        """The linear layer with a role."""
         return next(linear for linear in self.linears if role in linear.roles)
 
     def layer_name(self, index: int) -> str:
-        """A decoder layer, as its tensors on disk name it."""
+        """The name of a decoder layer on disk."""
         return self.on_disk(f"{self.base}.{self.layers}.{index}")
 
     def in_layer(self, index: int, name: str) -> str:
-        """A tensor or a module of a decoder layer, as it is named on disk."""
+        """The name on disk of a tensor or module of a decoder layer."""
         return f"{self.layer_name(index)}.{name}"
 
     def split(self, name: str) -> tuple[int, str] | None:
-        """The decoder layer of a tensor on disk, and its name below it; None if it is of no layer."""
-        number, _, below = name.removeprefix(self.on_disk(f"{self.base}.{self.layers}.")).partition(".")
-        if not below or not re.fullmatch("[0-9]{1,9}", number) or self.in_layer(int(number), below) != name:
+        """Splits a tensor's name on disk into layer number and name in the layer; None outside the layers."""
+        number, _, relative = name.removeprefix(self.on_disk(f"{self.base}.{self.layers}.")).partition(".")
+        if (
+            not relative
+            or not re.fullmatch("[0-9]{1,9}", number)
+            or self.in_layer(int(number), relative) != name
+        ):
             return None
-        return int(number), below
+        return int(number), relative
 
     def on_disk(self, name: str) -> str:
         """The name on disk of a tensor of the module."""
-        for module, other in self.renamed:
+        for module, stored in self.renamed:
             if name.startswith(f"{module}."):
-                return f"{other}.{name.removeprefix(f'{module}.')}".removeprefix(".")
+                return f"{stored}.{name.removeprefix(f'{module}.')}".removeprefix(".")
         return name
 
     def in_module(self, name: str) -> str:
         """The name in the module of a tensor on disk."""
-        for module, other in sorted(self.renamed, key=lambda pair: -len(pair[1])):
-            if name.startswith(f"{other}.") or not other:
-                return f"{module}.{name.removeprefix(f'{other}.' if other else '')}"
+        for module, stored in sorted(self.renamed, key=lambda pair: -len(pair[1])):
+            if name.startswith(f"{stored}.") or not stored:
+                return f"{module}.{name.removeprefix(f'{stored}.' if stored else '')}"
         return name

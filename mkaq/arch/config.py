@@ -1,4 +1,4 @@
-"""What a configuration says of layers and sizes, and what losing layers does to it."""
+"""Layers and sizes in a model configuration, and the configuration of a model that lost layers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _NOT_PER_LAYER = frozenset({"architectures", "eos_token_id", "bos_token_id", "pa
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model, as its configuration has them."""
+    """The sizes in a model configuration."""
 
     hidden: int
     intermediate: int
@@ -32,7 +32,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Any) -> "Sizes":
-        """The sizes in a configuration object of transformers."""
+        """Reads the sizes from a configuration object of transformers."""
         heads = int(config.num_attention_heads)
         return cls(
             hidden=int(config.hidden_size),
@@ -49,7 +49,7 @@ def layer_count(config: Mapping[str, Any], where: object) -> int:
     """The number of decoder layers.
 
     Raises:
-        CheckpointError: If the configuration has no sensible one.
+        CheckpointError: If `num_hidden_layers` is not an integer from 1 to 4096.
     """
     count = config.get("num_hidden_layers")
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 4096:
@@ -60,16 +60,16 @@ def layer_count(config: Mapping[str, Any], where: object) -> int:
 def keep_layers(
     config: Mapping[str, Any], resolved: Mapping[str, Any], kept: Sequence[int], where: object
 ) -> dict[str, Any]:
-    """The configuration of the model that has only the layers `kept`, in this order.
+    """The configuration of a model that has only the layers `kept`, in this order.
 
-    Every per-layer list is sliced and written out, also one that config.json left implicit:
-    several families rebuild the pattern from the new number of layers otherwise.
+    Every per-layer list is sliced and written out, even if config.json leaves it out: several families would
+    otherwise derive the pattern from the new number of layers.
 
     Args:
-        config: config.json of the source, as it stands.
-        resolved: The same with the library's defaults filled in.
-        kept: For each new layer the old layer whose place (attention type) it takes.
-        where: Named in errors.
+        config: config.json of the source, unchanged.
+        resolved: The same with the defaults of transformers filled in.
+        kept: For each new layer, the old layer whose position (attention type) it takes.
+        where: The file to name in errors.
 
     Raises:
         UnsupportedError: If the configuration has a per-layer setting that cannot be sliced.

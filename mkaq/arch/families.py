@@ -1,6 +1,6 @@
-"""The model families that mkaq knows.
+"""The supported model families.
 
-An explicit table: a family is listed when its merge, both quantizers, export and reload are tested.
+A family is listed once its merge, both quantizers, export and reload are tested.
 """
 
 from collections.abc import Mapping
@@ -49,10 +49,10 @@ FAMILIES: Mapping[str, Arch] = {
 
 
 def arch_of(config: Mapping[str, Any], where: object) -> Arch:
-    """The names and roles of the model that a configuration describes.
+    """The names and roles of the modules of the model that a configuration describes.
 
     Raises:
-        UnsupportedError: If it is none of `FAMILIES`.
+        UnsupportedError: If its `model_type` is not in `FAMILIES`.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:

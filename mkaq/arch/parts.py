@@ -1,7 +1,7 @@
-"""Where the attention heads and the MLP channels of a layer lie in its tensors.
+"""Where attention heads and MLP channels lie in the tensors of a layer.
 
-A part is a KV group (a key/value head with the query heads that share it) or an MLP channel. It
-owns rows of the linear layers that read the hidden state and columns of the one that writes it.
+A part is a KV group (a key/value head with the query heads that share it) or an MLP channel. It owns rows of
+the linear layers that read the hidden state and columns of the linear layer that writes it.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from mkaq.arch.config import Sizes
 
 @dataclass(frozen=True)
 class Parts:
-    """One kind of parts of a decoder layer.
+    """One kind of part in a decoder layer.
 
     Attributes:
-        count: Parts of a layer.
-        norm: The norm that the readers follow.
-        readers: For each linear layer that reads, the spans (first row, rows per part) in it.
+        count: The number of parts.
+        norm: The norm before the readers.
+        readers: For each linear layer that reads, the spans of the parts in it: (first row, rows per part).
         writer: The linear layer that writes.
-        width: Columns per part of the writer.
+        width: Columns of the writer per part.
     """
 
     count: int
@@ -40,18 +40,18 @@ def attention_parts(arch: Arch, sizes: Sizes) -> Parts:
 
 
 def mlp_parts(arch: Arch, sizes: Sizes) -> Parts:
-    """The channels of a layer's MLP."""
+    """The MLP channels of a layer."""
     readers = _spans(arch, dict.fromkeys(READ_BY_MLP, 1), sizes.intermediate)
     return Parts(sizes.intermediate, arch.mlp_norm, readers, arch.linear_of(Role.DOWN).name, 1)
 
 
 def _spans(arch: Arch, rows: Mapping[Role, int], count: int) -> Mapping[str, tuple[tuple[int, int], ...]]:
-    """Where `count` parts lie in the linear layers that have some roles, with so many rows each."""
-    found: dict[str, tuple[tuple[int, int], ...]] = {}
+    """The spans of `count` parts in the linear layers that have a role in `rows` (role: rows per part)."""
+    spans: dict[str, tuple[tuple[int, int], ...]] = {}
     for linear in arch.linears:
         start = 0
         for role in linear.roles:
             if role in rows:
-                found[linear.name] = (*found.get(linear.name, ()), (start, rows[role]))
+                spans[linear.name] = (*spans.get(linear.name, ()), (start, rows[role]))
                 start += count * rows[role]
-    return found
+    return spans

@@ -1,4 +1,4 @@
-"""The model of transformers without its weights, and the tensors that it implies."""
+"""A transformers model without its weights, and the tensors that it implies."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from mkaq.arch.arch import Arch
 
 
 def build_skeleton(hf_config: Any) -> Any:
-    """The model of transformers without weights: parameters on the meta device, buffers real.
+    """A transformers model without weights: parameters on the meta device, buffers real.
 
-    Rotary tables and Gemma's embedding scale are buffers, which no checkpoint holds.
+    Rotary tables and Gemma's embedding scale are buffers, which no checkpoint stores.
     """
     import torch
     from accelerate import init_empty_weights
@@ -22,7 +22,7 @@ def build_skeleton(hf_config: Any) -> Any:
 
 
 def dense_tensors(hf_config: Any, arch: Arch) -> dict[str, tuple[int, ...]]:
-    """Name on disk and shape of every tensor of a dense checkpoint; a tied head is left out."""
+    """The name on disk and shape of every tensor of a dense checkpoint, without a tied head."""
     model = build_skeleton(hf_config)
     shapes = {arch.on_disk(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if hf_config.tie_word_embeddings:

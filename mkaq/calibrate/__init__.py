@@ -1,1 +1,1 @@
-"""Text sources and the calibration tokens that are made of them."""
+"""Text sources, and the calibration tokens made from them."""

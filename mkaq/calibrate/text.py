@@ -1,4 +1,4 @@
-"""Sources of text, each as a list of documents, split so that calibration never reads evaluation text."""
+"""Text sources as lists of documents, split so that calibration never reads evaluation text."""
 
 import ast
 import csv
@@ -27,14 +27,14 @@ _TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".md")
 def documents(dataset: str, where: str | None, split: Split) -> list[str]:
     """The documents of a data set.
 
-    `builtin` gives every fifth document to evaluation, `wikitext2` has its train and test
-    files, `mmlu` its dev and test folders; `text` and `jsonl` are what the user says they are.
-    Half a surrogate pair, which a JSON string can hold and UTF-8 cannot, becomes U+FFFD.
+    For `builtin` every fifth document is for evaluation; `wikitext2` has train and test files, `mmlu` has dev
+    and test folders; for `text` and `jsonl` the user's choice of files is the split. Lone surrogates, which a
+    JSON string can hold and UTF-8 cannot, become U+FFFD.
 
     Args:
-        dataset: As the recipe names it.
+        dataset: The data set's name in the recipe.
         where: A file or folder; None for `builtin`.
-        split: Which part of it.
+        split: The split to read.
 
     Raises:
         UsageError: If the path is missing, unreadable or of another layout.
@@ -55,15 +55,15 @@ def documents(dataset: str, where: str | None, split: Split) -> list[str]:
         "mmlu": _mmlu,
     }
     texts = (_LONE_SURROGATE.sub("\ufffd", text) for text in readers[dataset](path, split))
-    found = [text for text in texts if text.strip()]
-    if not found:
+    kept = [text for text in texts if text.strip()]
+    if not kept:
         raise UsageError("holds no text", where=path)
-    return found
+    return kept
 
 
 @functools.cache
 def builtin_documents() -> tuple[str, ...]:
-    """English that every Python carries: the language reference and the standard library's docstrings."""
+    """English text in every Python: the language reference and the docstrings of the standard library."""
     from pydoc_data import topics
 
     texts = [topics.topics[name] for name in sorted(topics.topics)]
@@ -83,7 +83,7 @@ def builtin_documents() -> tuple[str, ...]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file, decompressed if its name ends with .gz or .xz, without a byte order mark.
+    """Reads a UTF-8 text file without its byte order mark; .gz and .xz files are decompressed.
 
     Raises:
         UsageError: If it cannot be read.
@@ -165,7 +165,7 @@ def _mmlu(path: Path, split: Split) -> list[str]:
 
 
 def text_digest(dataset: str, where: str | None) -> str:
-    """What identifies the text of a data set: the files' digests, or Python's version.
+    """Identifies the text of a data set: a digest of its files, or Python's version for `builtin`.
 
     Raises:
         UsageError: If the path is missing.

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, and why there is none: what is missing, and what to do that helps."""
+"""The tokenizer of a checkpoint; if it cannot be loaded, what is missing and what to do."""
 
 import re
 from importlib.util import find_spec
@@ -13,23 +13,23 @@ from mkaq.errors import CheckpointError
 from mkaq.files import write_json
 
 _CONFIG = "tokenizer_config.json"
-_PACKAGES = {  # what libraries need to read a vocabulary: module to look for, package to install
+_PACKAGES = {  # what reading a vocabulary needs: module to look for, package to install
     "sentencepiece": {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"},
     "tiktoken": {"tiktoken": "tiktoken"},
 }
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint, by the library's own class.
+    """Loads the tokenizer of a checkpoint with a class of transformers.
 
     Raises:
-        CheckpointError: If there is none that can be used without remote code.
+        CheckpointError: If no tokenizer can be used without remote code.
     """
     configs = {name: read_json(path / name) for name in ("config.json", _CONFIG) if (path / name).is_file()}
     if not any(remote_code_keys(config) for config in configs.values()):
         return _load(path, path)
     _check_class(configs.get(_CONFIG, {}), path / _CONFIG)
-    with TemporaryDirectory() as scratch:  # as the artifact will have it: no auto_map, and no code either
+    with TemporaryDirectory() as scratch:  # as in the artifact: no auto_map and no code
         copy_side_files(path, Path(scratch))
         write_json(Path(scratch) / "config.json", without_remote_code(configs.get("config.json", {})))
         return _load(Path(scratch), path)
@@ -41,10 +41,10 @@ def _load(folder: Path, path: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokens = tokenizer("To be", add_special_tokens=False)["input_ids"]
-    except Exception as error:  # every tokenizer library has its own kinds
+    except Exception as error:  # every tokenizer library raises its own kinds
         what, fix = _diagnosis(path, " ".join(str(error).split())[:200])
         raise CheckpointError(f"no usable tokenizer here: {what}", where=path, fix=fix) from None
-    if not len(tokens):  # without its files a class is made all the same, with nothing in it
+    if not len(tokens):  # without its files a tokenizer is empty, without an error
         what, fix = _diagnosis(path, "its vocabulary is empty")
         raise CheckpointError(f"no usable tokenizer here: {what}", where=path, fix=fix)
     tokenizer.model_max_length = int(1e30)
@@ -52,7 +52,7 @@ def _load(folder: Path, path: Path) -> Any:
 
 
 def _check_class(config: dict[str, Any], where: Path) -> None:
-    """A tokenizer that only its repository's code can make."""
+    """Refuses a tokenizer that needs code from its repository."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     name = config.get("tokenizer_class")
@@ -66,11 +66,11 @@ def _check_class(config: dict[str, Any], where: Path) -> None:
 
 
 def _diagnosis(path: Path, reason: str) -> tuple[str, str]:
-    """What is wrong with a tokenizer and what to do; libraries advise what does not help.
+    """What is wrong with a tokenizer, and what to do: the advice of libraries often does not help.
 
     Args:
         path: The model's folder.
-        reason: What a library says.
+        reason: A library's error message.
     """
     again = "get the tokenizer's files again, from where the model is from"
     names = side_files(path)
@@ -92,7 +92,7 @@ def _diagnosis(path: Path, reason: str) -> tuple[str, str]:
 
 
 def _is_tiktoken(path: Path) -> bool:
-    """Whether a vocabulary is text: a token in base64 and its number on each line."""
+    """Whether a vocabulary is text: on each line a token in base64 and its number."""
     with path.open("rb") as file:
         return re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", file.read(4096)) is not None
 
@@ -100,5 +100,5 @@ def _is_tiktoken(path: Path) -> bool:
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # what is above it is not there either
+    except ModuleNotFoundError:  # a parent package is missing
         return False

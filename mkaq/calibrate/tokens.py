@@ -1,4 +1,4 @@
-"""From documents to token ids: calibration samples, and the sequences of a perplexity."""
+"""Token ids from documents: calibration samples and evaluation sequences."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -17,16 +17,16 @@ def calibration_tokens(
 
     Args:
         texts: The documents.
-        tokenizer: Of transformers; what it puts before every text (BOS) starts every sequence.
-        num_samples: Sequences wanted.
-        max_seq_length: Tokens of each.
-        seed: Of the shuffle.
+        tokenizer: A tokenizer of transformers; its prefix of every text (BOS) begins every sequence.
+        num_samples: The number of sequences.
+        max_seq_length: Tokens per sequence.
+        seed: The seed of the shuffle.
 
     Returns:
         int32, shape (num_samples, max_seq_length).
 
     Raises:
-        UsageError: If the texts have too few tokens; it says how many there are.
+        UsageError: If the texts have too few tokens; the message says how many there are.
     """
     prefix = _prefix(tokenizer)
     body = max_seq_length - len(prefix)
@@ -52,17 +52,17 @@ def calibration_tokens(
 
 
 def tokens_digest(tokens: torch.Tensor) -> str:
-    """sha256 of token ids as little-endian int32, sample after sample."""
+    """The sha256 of token ids as little-endian int32, sample after sample."""
     return hashlib.sha256(tokens.numpy().astype("<i4").tobytes()).hexdigest()
 
 
 def evaluation_sequences(
     texts: Sequence[str], tokenizer: Any, max_seq_length: int, num_samples: int | None = None
 ) -> list[list[int]]:
-    """The whole text in its order as consecutive sequences; the last one may be shorter.
+    """The text, in order, as consecutive sequences; the last one may be shorter.
 
     Raises:
-        UsageError: If there is not even one full sequence.
+        UsageError: If the text does not fill one sequence.
     """
     prefix = _prefix(tokenizer)
     body = max_seq_length - len(prefix)
@@ -92,6 +92,6 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _prefix(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: BOS, or nothing."""
+    """What the tokenizer puts before every text: BOS, or nothing."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: read, validated, written."""
+"""Checkpoints on disk: reading, validation, writing."""

@@ -1,4 +1,4 @@
-"""The tokens that end a text, wherever a checkpoint names them."""
+"""The tokens that end a text, from every file that names them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +9,13 @@ from mkaq.errors import CheckpointError
 
 
 def end_tokens(path: Path, tokenizer: Any) -> set[int]:
-    """Every end token of generation_config.json, config.json and the tokenizer: a chat model has several.
+    """All end tokens in generation_config.json, config.json and the tokenizer; a chat model has several.
 
-    An id that no token has ends nothing and does no harm.
+    Ids outside the vocabulary are kept: they never occur.
 
     Args:
         path: The checkpoint's folder.
-        tokenizer: Its own.
+        tokenizer: The checkpoint's tokenizer.
 
     Raises:
         CheckpointError: If `eos_token_id` is neither a token id nor a list of them.
@@ -25,10 +25,10 @@ def end_tokens(path: Path, tokenizer: Any) -> set[int]:
     return named | ({tokenizer.eos_token_id} - {None})
 
 
-def _ids(given: Any, file: Path) -> Iterator[int]:
-    for token in given if isinstance(given, list) else [given]:
+def _ids(value: Any, file: Path) -> Iterator[int]:
+    for token in value if isinstance(value, list) else [value]:
         if type(token) is int:
             yield token
-        elif given is not None:
-            what = f"eos_token_id is {str(given)[:100]!r}, neither a token id nor a list of them"
+        elif value is not None:
+            what = f"eos_token_id is {str(value)[:100]!r}, neither a token id nor a list of them"
             raise CheckpointError(what, where=file)

@@ -1,4 +1,4 @@
-"""Whether numbers are numbers."""
+"""A fast check for NaN and infinity."""
 
 import torch
 
@@ -12,9 +12,9 @@ _INFINITY = {
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether a floating-point tensor holds neither NaN nor infinity.
 
-    On a CPU this is seen from the bits, several times as fast as from the numbers: what is not finite has
-    all bits of the exponent set, so no integer of its sign is larger. Elsewhere it is seen from the
-    extremes, which are NaN if any value is.
+    On a CPU the bits are compared as integers, several times as fast as the numbers: in NaN and infinity all
+    bits of the exponent are set, so every finite value of the same sign is a smaller integer. Elsewhere the
+    minimum and maximum are checked: both are NaN if any value is.
     """
     if not tensor.numel():
         return True

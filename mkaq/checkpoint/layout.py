@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint is to have, and how they are shared out among its files."""
+"""The tensors that a checkpoint will have, and how they are split into shards."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from mkaq.checkpoint.reader import Checkpoint
 
 
 class TensorSpec(NamedTuple):
-    """Type and shape of a tensor that is to be written."""
+    """Dtype and shape of a tensor to be written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """The size of its data in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -24,15 +24,15 @@ Layout = Mapping[str, TensorSpec]
 
 
 def fill_shards(layout: Layout, shard_size: int) -> list[dict[str, TensorSpec]]:
-    """Splits tensors, in their order, into files of at most `shard_size` data bytes (or one tensor)."""
+    """Splits tensors, in order, into shards of at most `shard_size` bytes; a larger tensor gets its own."""
     shards: list[dict[str, TensorSpec]] = []
-    room = 0
+    free = 0
     for name, spec in layout.items():
-        if not shards or spec.nbytes > room:
+        if not shards or spec.nbytes > free:
             shards.append({})
-            room = shard_size
+            free = shard_size
         shards[-1][name] = spec
-        room -= spec.nbytes
+        free -= spec.nbytes
     return shards
 
 
@@ -40,13 +40,13 @@ def layout_like(source: Checkpoint, layers: Iterable[int], dtype: torch.dtype) -
     """The layout of a model with the outer tensors of `source` and with new layers.
 
     Args:
-        source: Gives the shapes.
+        source: The checkpoint that gives the shapes.
         layers: For each new layer, in order, the layer of `source` whose shapes it has.
-        dtype: Of every tensor.
+        dtype: The dtype of every tensor.
     """
     layout = {name: TensorSpec(dtype, source.tensors[name].shape) for name in source.outer_tensor_names}
     for new, old in enumerate(layers):
         for name in source.layer_tensor_names(old):
-            below = name.removeprefix(f"{source.arch.layer_name(old)}.")
-            layout[source.arch.in_layer(new, below)] = TensorSpec(dtype, source.tensors[name].shape)
+            relative = name.removeprefix(f"{source.arch.layer_name(old)}.")
+            layout[source.arch.in_layer(new, relative)] = TensorSpec(dtype, source.tensors[name].shape)
     return layout

@@ -1,4 +1,4 @@
-"""What the names of a checkpoint's tensors tell when they are not those of a causal language model."""
+"""The likely cause when a checkpoint's tensor names are not those of a causal language model."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from mkaq.errors import CheckpointError
 
 _FROM_LANGUAGE_MODEL = "start from the causal language model that it was made from"
-_KINDS = (  # pattern of a name, whose name it is, what to do
+_KINDS = (  # (pattern of a tensor name, what has such names, what to do)
     (
         r"base_model\.model\.|.*\.lora_[AB]\.",
         "an adapter (LoRA)",
@@ -34,40 +34,38 @@ _HEAD = r"(score|classifier|classification_head|qa_outputs|v_head|value_head|rew
 _BASE = r"(layers\.\d+|embed_tokens|norm)\."
 
 
-def wrong_names(
-    names: Iterable[str], config: Mapping[str, Any], otherwise: CheckpointError
-) -> CheckpointError:
-    """The error for tensors that do not fit config.json: with the likely cause, where the names tell it.
+def wrong_names(names: Iterable[str], config: Mapping[str, Any], default: CheckpointError) -> CheckpointError:
+    """The error for tensors that do not fit config.json, with the likely cause if the names show it.
 
     Args:
-        names: Of all tensors of the checkpoint.
+        names: The names of all tensors of the checkpoint.
         config: config.json.
-        otherwise: The error where they tell nothing.
+        default: The error if the names show no cause.
     """
     ordered = sorted(names)
 
     def first(pattern: str) -> str | None:
         return next((name for name in ordered if re.match(pattern, name)), None)
 
-    def explained(name: str, whose: str, fix: str) -> CheckpointError:
-        told = f"{otherwise.what}: {name} is a name of {whose}"
-        return CheckpointError(told, where=otherwise.where, fix=fix)
+    def explained(name: str, kind: str, fix: str) -> CheckpointError:
+        message = f"{default.what}: {name} is a name of {kind}"
+        return CheckpointError(message, where=default.where, fix=fix)
 
-    for pattern, whose, fix in _KINDS:
+    for pattern, kind, fix in _KINDS:
         if name := first(pattern):
-            return explained(name, whose, fix)
+            return explained(name, kind, fix)
     if config.get("quantization_config") is None and (name := first(_QUANTIZED)):
-        whose = "quantized weights, and config.json has no quantization_config"
-        return explained(name, whose, "start from the original weights, or restore the quantization_config")
+        kind = "quantized weights, and config.json has no quantization_config"
+        return explained(name, kind, "start from the original weights, or restore the quantization_config")
     if name := first(_HEAD):
         classes = config.get("architectures")
-        told = f" ({', '.join(map(str, classes))[:100]})" if isinstance(classes, list) and classes else ""
-        whose = f"a classifier{told}, which has no output layer over the vocabulary"
-        return explained(name, whose, _FROM_LANGUAGE_MODEL)
+        listed = f" ({', '.join(map(str, classes))[:100]})" if isinstance(classes, list) and classes else ""
+        kind = f"a classifier{listed}, which has no output layer over the vocabulary"
+        return explained(name, kind, _FROM_LANGUAGE_MODEL)
     if name := first(_BASE):
-        whose = "a base model without a head (such as LlamaModel), in which `model.` is left out"
+        kind = "a base model without a head (such as LlamaModel), in which `model.` is left out"
         if config.get("tie_word_embeddings"):
             fix = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(another) puts it right"
-            return explained(name, whose, fix)
-        return explained(name, f"{whose}; the output layer is not here", _FROM_LANGUAGE_MODEL)
-    return otherwise
+            return explained(name, kind, fix)
+        return explained(name, f"{kind}; the output layer is not here", _FROM_LANGUAGE_MODEL)
+    return default

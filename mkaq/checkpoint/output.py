@@ -12,9 +12,9 @@ class Output(NamedTuple):
     """How a checkpoint is written.
 
     Attributes:
-        dtype: Of the tensors that stay dense.
-        shard_size: Bytes per file.
-        progress: Told of every layer.
+        dtype: The dtype of the tensors that stay dense.
+        shard_size: Data bytes per file.
+        progress: Shows every layer.
     """
 
     dtype: torch.dtype
@@ -23,10 +23,10 @@ class Output(NamedTuple):
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """A tensor in another type.
+    """Converts a tensor to another dtype.
 
     Raises:
-        UnsupportedError: If its values do not fit the type.
+        UnsupportedError: If its values overflow that dtype.
     """
     result = tensor.to(dtype)
     if dtype == torch.float16 and not bool(torch.isfinite(result).all()):

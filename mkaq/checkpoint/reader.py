@@ -1,4 +1,4 @@
-"""A checkpoint in Hugging Face format: what its headers say, and its tensors, read as they are needed."""
+"""A checkpoint in Hugging Face format: its headers, and its tensors, read on demand."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,12 +24,12 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _NOT_ARCHITECTURE = ("quantization_config", "num_labels", "id2label", "label2id")
 _ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-BLOCK = 1 << 20  # bytes of a piece of a tensor: few enough for a processor's cache
+BLOCK = 1 << 20  # bytes of a block of a tensor; it fits into a processor's cache
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a file's header describes it; its bytes begin at byte `start` of the file."""
+    """A tensor as a file's header describes it; its data begin at byte `start` of the file."""
 
     file: str
     dtype: str
@@ -38,7 +38,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """The size of its data in bytes."""
         size = _ITEM_SIZE.get(self.dtype, 1)
         for dimension in self.shape:
             size *= dimension
@@ -51,9 +51,9 @@ class Checkpoint:
 
     Attributes:
         path: Its folder.
-        config: config.json; where the tensors say otherwise, or it asks for code, it is put right.
+        config: config.json, corrected where the tensors contradict it or it asks for remote code.
         tensors: Every tensor by name.
-        remarks: What was put right, a sentence for each.
+        remarks: A sentence for each correction.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class Checkpoint:
 
     @property
     def arch(self) -> Arch:
-        """The names and roles of its modules."""
+        """The names and roles of the model's modules."""
         return arch_of(self.config, self.path / "config.json")
 
     @property
@@ -78,7 +78,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The size of all tensors in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
@@ -88,13 +88,13 @@ class Checkpoint:
 
     @property
     def files(self) -> list[str]:
-        """The names of all files that belong to the model, weights last."""
+        """The names of all files of the model, weights last."""
         index = [INDEX] if (self.path / INDEX).is_file() else []
         return ["config.json", *side_files(self.path), *index, *self.weight_files]
 
     @cached_property
     def hf_config(self) -> Any:
-        """The configuration object of transformers, defaults filled in, quantization left out."""
+        """The configuration object of transformers, with defaults filled in and without quantization."""
         from transformers import AutoConfig
 
         plain = {k: v for k, v in self.config.items() if k not in _NOT_ARCHITECTURE}
@@ -108,20 +108,20 @@ class Checkpoint:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """The sizes of the model."""
+        """The sizes in the configuration."""
         return Sizes.of(self.hf_config)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the embedding, which stands for the weights that are not quantized."""
+        """The dtype of the embedding, which stands for all weights that are not quantized."""
         return FLOATS[self.tensors[self.arch.embed_weight].dtype]
 
     @cached_property
     def dense_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of this model without quantization."""
+        """The name and shape of every tensor of this model without quantization."""
         try:
             return dense_tensors(self.hf_config, self.arch)
-        except Exception as error:  # a configuration that lies fails anywhere in the model's code
+        except Exception as error:  # a wrong configuration can fail anywhere in the model's code
             raise CheckpointError(
                 f"transformers cannot build the model that it describes: {type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0][:200]}",
@@ -130,15 +130,15 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Number of weights of this model without quantization."""
+        """The number of weights of this model without quantization."""
         return sum(torch.Size(shape).numel() for shape in self.dense_shapes.values())
 
     def count_weights(self, names: Iterable[str]) -> int:
-        """Number of weights that tensors hold as they are stored."""
+        """The number of values that tensors hold as stored."""
         return sum(torch.Size(self.tensors[name].shape).numel() for name in names)
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors by name, on the CPU, each checked to be finite.
+        """Reads tensors to the CPU and checks that each is finite.
 
         Raises:
             CheckpointError: If one cannot be read or holds NaN or infinity.
@@ -159,9 +159,9 @@ class Checkpoint:
         return result
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """A floating-point tensor in pieces, flat and in order, each checked to be finite.
+        """Reads a floating-point tensor in flat blocks, in order, each checked to be finite.
 
-        Pieces hold `BLOCK` bytes but for the last; a tensor without values is one piece without values.
+        All blocks but the last hold `BLOCK` bytes; an empty tensor gives one empty block.
 
         Raises:
             CheckpointError: If it cannot be read or holds NaN or infinity.
@@ -169,21 +169,21 @@ class Checkpoint:
         info = self._info(name)
         item = FLOATS[info.dtype].itemsize
         with self._opened(info) as handle:
-            for at in range(0, max(info.nbytes, 1), BLOCK):
-                block = torch.empty(min(BLOCK, info.nbytes - at) // item, dtype=FLOATS[info.dtype])
-                _read_at(handle, info.start + at, block, self.path / info.file)
+            for offset in range(0, max(info.nbytes, 1), BLOCK):
+                block = torch.empty(min(BLOCK, info.nbytes - offset) // item, dtype=FLOATS[info.dtype])
+                _read_at(handle, info.start + offset, block, self.path / info.file)
                 self._check_finite(name, block)
                 yield block
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Some rows of a floating-point matrix, checked to be finite; no other row is read.
+        """Reads only the given rows of a floating-point matrix, checked to be finite.
 
         Args:
-            name: Of a tensor of shape (rows, columns).
+            name: A tensor of shape (rows, columns).
             rows: Row numbers, shape (n,).
 
         Returns:
-            Shape (n, columns), of the tensor's own type.
+            Shape (n, columns), in the tensor's own dtype.
 
         Raises:
             CheckpointError: If it cannot be read or holds NaN or infinity.
@@ -193,11 +193,11 @@ class Checkpoint:
         count, columns = info.shape
         result = torch.empty(len(rows), columns, dtype=FLOATS[info.dtype])
         with self._opened(info) as handle:
-            for place, row in zip(result, rows.tolist(), strict=True):
+            for values, row in zip(result, rows.tolist(), strict=True):
                 if not 0 <= row < count:
                     raise IndexError(f"{name} has {count} rows, and no row {row}")
                 start = info.start + row * columns * result.itemsize
-                _read_at(handle, start, place, self.path / info.file)
+                _read_at(handle, start, values, self.path / info.file)
         self._check_finite(name, result)
         return result
 
@@ -222,53 +222,53 @@ class Checkpoint:
             raise CheckpointError(f"tensor {name} holds NaN or infinity", where=self.path)
 
     def each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors, with one tensor in memory at a time."""
+        """Yields names and tensors, with one tensor in memory at a time."""
         for name in names:
             yield name, self.read([name])[name]
 
     def linear_shape(self, name: str) -> tuple[int, int]:
-        """out_features and in_features of a linear layer, as layer 0 has it without quantization."""
+        """(out_features, in_features) of a linear layer, taken from layer 0 of the dense model."""
         rows, columns = self.dense_shapes[self.arch.in_layer(0, f"{name}.weight")]
         return rows, columns
 
     def linear_shapes(self) -> list[tuple[int, int]]:
-        """Those of all linear layers of a decoder layer."""
+        """The shapes of all linear layers of a decoder layer."""
         return [self.linear_shape(name) for name in self.arch.linear_names]
 
     def read_layer(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of one decoder layer, as they are stored, by their names below it."""
+        """The stored tensors of a decoder layer, by their names in the layer."""
         prefix = f"{self.arch.layer_name(index)}."
         stored = self.read(self.layer_tensor_names(index))
         return {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
 
     def layer_tensor_names(self, layer: int) -> list[str]:
-        """The names of all tensors of one decoder layer."""
+        """The names of all tensors of a decoder layer."""
         return self.names_by_layer.get(layer, [])
 
     @cached_property
     def names_by_layer(self) -> Mapping[int, list[str]]:
-        """The names of the tensors of every decoder layer that has any."""
+        """The tensor names of every decoder layer that has tensors."""
         result: dict[int, list[str]] = {}
         for name in sorted(self.tensors):
-            if found := self.arch.split(name):
-                result.setdefault(found[0], []).append(name)
+            if split := self.arch.split(name):
+                result.setdefault(split[0], []).append(name)
         return result
 
     @property
     def outer_tensor_names(self) -> list[str]:
-        """The names of all tensors outside of the decoder layers."""
+        """The names of all tensors outside the decoder layers."""
         return sorted(name for name in self.tensors if self.arch.split(name) is None)
 
 
 def _read_at(handle: int, start: int, tensor: torch.Tensor, where: Path) -> None:
-    """Fills a tensor, contiguous, with the bytes of a file from byte `start` on."""
+    """Fills a contiguous tensor with a file's bytes from byte `start` on."""
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    left = memoryview(flat)
+    unread = memoryview(flat)
     try:
-        while left:
-            count = os.preadv(handle, [left], start)
+        while unread:
+            count = os.preadv(handle, [unread], start)
             if count == 0:
                 raise CheckpointError("is cut short", where=where)
-            left, start = left[count:], start + count
+            unread, start = unread[count:], start + count
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error}", where=where) from None

@@ -1,7 +1,7 @@
-"""Keys by which a configuration asks for Python code of its repository, which mkaq never runs.
+"""Configuration keys that ask for Python code from the model's repository, which mkaq never runs.
 
-A family that transformers has itself is taken by the library's own class, so the keys are not needed, and
-mkaq leaves them out of every file that it writes: nobody who loads an artifact is asked to trust code.
+transformers has classes of its own for the supported families, so the keys are not needed. mkaq leaves them
+out of every file that it writes, so loading an artifact never requires trust in remote code.
 """
 
 from collections.abc import Mapping
@@ -16,5 +16,5 @@ def without_remote_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remote_code_keys(config: Mapping[str, Any]) -> list[str]:
-    """Which of its keys ask for code."""
+    """The keys of a configuration that ask for code."""
     return [key for key in _ASKS_FOR_CODE if config.get(key)]

@@ -1,4 +1,4 @@
-"""Where a model comes from: the package itself, a local folder, or the hub."""
+"""Finds a model: built in, in a local folder, or on the hub."""
 
 import re
 from pathlib import Path
@@ -12,10 +12,11 @@ _WANTED = ["*.json", "*.safetensors", *hub_patterns()]
 
 
 def resolve_model(path: str, revision: str | None = None) -> Path:
-    """The local folder of a model; the network is used for a hub id only.
+    """The local folder of a model; only a hub id uses the network.
 
     Raises:
-        UsageError: If there is no such model, the hub does not give it, or what is here has no revision.
+        UsageError: If there is no such model, the hub does not provide it, or a revision of a local model is
+            asked for.
     """
     if path.startswith("builtin:"):
         if path not in BUILTIN:
@@ -47,7 +48,7 @@ def _download(repository: str, revision: str | None) -> Path:
                 repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=["consolidated*"]
             )
         )
-    except Exception as error:  # the hub's client has a dozen kinds, all of which end here
+    except Exception as error:  # the hub's client raises a dozen kinds
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
             f"no such folder here, and the hub did not give it ({type(error).__name__}: {reason})",

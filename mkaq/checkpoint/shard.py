@@ -1,4 +1,4 @@
-"""One safetensors file while it is written: each tensor straight to its place, hashed and synced."""
+"""Writes one safetensors file: each tensor goes straight to its offset, is hashed and synced."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from mkaq.checkpoint.layout import Layout
 from mkaq.checkpoint.reader import BLOCK
 from mkaq.errors import VerificationError
 
-_NAMES = {  # in the order in which the safetensors library lays types, so that tensors are aligned
+_NAMES = {  # in the order of the safetensors library, which keeps tensors aligned
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
@@ -26,105 +26,105 @@ _NAMES = {  # in the order in which the safetensors library lays types, so that 
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-_STEP = 256 * 1024 * 1024  # bytes that are synced at once
-_WAITING = 64 * 1024 * 1024  # bytes in memory that may wait to be hashed
+_STEP = 256 * 1024 * 1024  # bytes per sync
+_WAITING = 64 * 1024 * 1024  # bytes that may wait in memory to be hashed
 _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 
 
 class Shard:
-    """One safetensors file while it is written. It is opened, and its header written, with the first tensor.
+    """One safetensors file that is being written. The first tensor opens it and writes its header.
 
     Args:
-        path: Of the file.
+        path: The file.
         specs: Its tensors.
-        hashing: A single thread, so that bytes are hashed in the order in which they are handed over.
-        syncing: Another single thread.
+        hashing: An executor with a single thread, so that bytes are hashed in the order of submission.
+        syncing: Another executor with a single thread.
     """
 
     def __init__(self, path: Path, specs: Layout, hashing: Executor, syncing: Executor) -> None:
         self.path, self.specs = path, specs
         self._order = sorted(specs, key=lambda name: (_RANK[specs[name].dtype], name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        places, end = {}, 0
+        offsets, end = {}, 0
         for name in self._order:
             dtype, shape = specs[name]
-            places[name], end = end, end + specs[name].nbytes
-            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [places[name], end]}
+            offsets[name], end = end, end + specs[name].nbytes
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offsets[name], end]}
         encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._header = len(encoded).to_bytes(8, "little") + encoded
-        self._start = {name: len(self._header) + place for name, place in places.items()}
+        self._start = {name: len(self._header) + offset for name, offset in offsets.items()}
         self._size = len(self._header) + end
-        self._again: dict[str, tuple[int, str]] = {}  # from which byte on to read again; its checksum
+        self._rest: dict[str, tuple[int, str]] = {}  # what to hash from disk: first byte, checksum
         self._digest = sha256(self._header)
-        self._handed = 0  # tensors that are handed over to be hashed, in their order
-        self._waiting = deque[tuple[Future[None], int]]()  # what is to be hashed from memory, and its bytes
+        self._queued = 0  # tensors queued for hashing, in file order
+        self._waiting = deque[tuple[Future[None], int]]()  # blocks to be hashed from memory, and their bytes
         self._hashing, self._syncing = hashing, syncing
-        self._unsynced = 0  # bytes that were written since the last sync was asked for
+        self._unsynced = 0  # bytes written since the last sync was queued
         self._underway: list[Future[None]] = []
         self._handle: int | None = None
 
     def write(self, name: str, blocks: Iterable[memoryview]) -> str:
-        """Writes the data of a tensor to its place.
+        """Writes a tensor's data at its offset.
 
         Args:
-            name: Of the tensor.
+            name: The tensor.
             blocks: Its bytes, in order. They must not change until `hashed()` returns.
 
         Returns:
             The xxh3_128 of the bytes.
 
         Raises:
-            ValueError: If there are more or fewer bytes than its type and shape say.
+            ValueError: If their number is not what dtype and shape imply.
         """
         if self._handle is None:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             os.posix_fallocate(self._handle, 0, self._size)
             write_at(self._handle, 0, memoryview(self._header))
-        in_turn = name == self._order[self._handed]
-        place, checksum, left = self._start[name], xxh3_128(), xxh3_128()
-        end = place + self.specs[name].nbytes
-        again = end if in_turn else place  # from there on it is to be read again
+        in_turn = name == self._order[self._queued]
+        offset, checksum, rest = self._start[name], xxh3_128(), xxh3_128()
+        end = offset + self.specs[name].nbytes
+        reread = end if in_turn else offset  # where the part begins that is hashed from disk
         for block in blocks:
-            if place + block.nbytes <= end:
-                write_at(self._handle, place, block)
+            if offset + block.nbytes <= end:
+                write_at(self._handle, offset, block)
             checksum.update(block)
-            if place < again and self._has_room(block.nbytes):
+            if offset < reread and self._has_room(block.nbytes):
                 self._waiting.append((self._hashing.submit(self._digest.update, block), block.nbytes))
             else:
-                again = min(again, place)
-                left.update(block)
-            place += block.nbytes
-        if place != end:
-            raise ValueError(f"tensor {name} has {place - end:+} bytes more than the layout says")
-        self._again[name] = again, left.hexdigest()
+                reread = min(reread, offset)
+                rest.update(block)
+            offset += block.nbytes
+        if offset != end:
+            raise ValueError(f"tensor {name} has {offset - end:+} bytes more than the layout says")
+        self._rest[name] = reread, rest.hexdigest()
         self._unsynced += self.specs[name].nbytes
-        self._go_on()
+        self._queue_work()
         return checksum.hexdigest()
 
     def _has_room(self, size: int) -> bool:
-        """Whether a block of so many bytes may wait in memory to be hashed."""
+        """Whether a block of `size` bytes may wait in memory to be hashed."""
         self.hashed(wait=False)
         return not self._waiting or sum(waiting for _, waiting in self._waiting) + size <= _WAITING
 
     def hashed(self, *, wait: bool = True) -> None:
-        """Lets go of blocks in memory that are hashed; with `wait`, waits until all of them are."""
+        """Releases blocks in memory that have been hashed; with `wait`, waits for all of them."""
         while self._waiting and (wait or self._waiting[0][0].done()):
             self._waiting.popleft()[0].result()
 
-    def _go_on(self) -> None:
-        """Has the rest of each tensor hashed whose turn it is; has the file synced, if that is due."""
-        while self._handed < len(self._order) and (name := self._order[self._handed]) in self._again:
-            self._underway.append(self._hashing.submit(self._hash_again, name))
-            self._handed += 1
-        if len(self._again) == len(self.specs) or self._unsynced >= _STEP:
+    def _queue_work(self) -> None:
+        """Queues hashing of the rest of each tensor whose turn it is, and a sync when one is due."""
+        while self._queued < len(self._order) and (name := self._order[self._queued]) in self._rest:
+            self._underway.append(self._hashing.submit(self._hash_rest, name))
+            self._queued += 1
+        if len(self._rest) == len(self.specs) or self._unsynced >= _STEP:
             self._unsynced = 0
             self._underway.append(self._syncing.submit(self._sync))
 
-    def _hash_again(self, name: str) -> None:
-        """Hashes what of a tensor was not hashed from memory; compares it with what was written."""
+    def _hash_rest(self, name: str) -> None:
+        """Hashes from disk the part of a tensor that was not hashed from memory, and verifies it."""
         assert self._handle is not None
-        (start, expected), checksum = self._again[name], xxh3_128()
+        (start, expected), checksum = self._rest[name], xxh3_128()
         end = self._start[name] + self.specs[name].nbytes
         for block in read_at(self._handle, start, end - start):
             self._digest.update(block)
@@ -139,7 +139,7 @@ class Shard:
         os.fdatasync(self._handle)
 
     def finish(self) -> str:
-        """Waits until the file, which has all its tensors, is on the disk; returns its sha256.
+        """Waits until the complete file is on disk; returns its sha256.
 
         Raises:
             VerificationError: If a tensor reads back changed.
@@ -150,32 +150,32 @@ class Shard:
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Closes the file, if it is open."""
+        """Closes the file if it is open."""
         if self._handle is not None:
             os.close(self._handle)
         self._handle = None
 
 
 def checksum_of(tensor: torch.Tensor) -> str:
-    """xxh3_128 of a tensor's bytes: finds accidents, not malice."""
+    """xxh3_128 of a tensor's bytes: it detects accidents, not tampering."""
     return xxh3_128(tensor_bytes(tensor)).hexdigest()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, as a safetensors file holds them."""
+    """The bytes of a tensor, as a safetensors file stores them."""
     flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
 
-def write_at(handle: int, place: int, data: memoryview) -> None:
-    """Writes all of `data` to a file, from its byte `place` on."""
+def write_at(handle: int, offset: int, data: memoryview) -> None:
+    """Writes all of `data` to a file, from byte `offset` on."""
     while data:
-        count = os.pwrite(handle, data, place)
-        data, place = data[count:], place + count
+        count = os.pwrite(handle, data, offset)
+        data, offset = data[count:], offset + count
 
 
-def read_at(handle: int, place: int, size: int) -> Iterator[memoryview]:
-    """Reads `size` bytes of a file in blocks, from its byte `place` on; fewer, if the file ends before."""
-    while size and (block := os.pread(handle, min(size, BLOCK), place)):
+def read_at(handle: int, offset: int, size: int) -> Iterator[memoryview]:
+    """Reads `size` bytes of a file in blocks, from byte `offset` on; fewer if the file ends before."""
+    while size and (block := os.pread(handle, min(size, BLOCK), offset)):
         yield memoryview(block)
-        place, size = place + len(block), size - len(block)
+        offset, size = offset + len(block), size - len(block)

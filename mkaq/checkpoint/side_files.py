@@ -1,7 +1,7 @@
-"""The files that belong to a model beside its weights: tokenizer, chat templates, settings, licence.
+"""A model's files beside its weights: tokenizer, chat templates, settings, licence.
 
-They come along into every stage and into the artifact. README.md does not: an artifact has a model card of
-its own. Neither does Python code, nor the configuration of another format (`params.json`), which would be
+Every stage and the artifact get copies of them. README.md is left out, because an artifact has a model card
+of its own; so is Python code; and so is the configuration of another format (`params.json`), which would be
 wrong for a model with other layers.
 """
 
@@ -33,13 +33,13 @@ _FOLDERS = ("additional_chat_templates",)
 
 
 def hub_patterns() -> list[str]:
-    """What to fetch from a hub, where the case of a letter counts."""
+    """The patterns of files to download from a hub, where case matters."""
     terms = [f"*{form}*" for term in _TERMS for form in (term.upper(), term.capitalize(), term)]
     return [*_PATTERNS, *terms]
 
 
 def side_files(folder: Path) -> list[str]:
-    """The names of all such files, relative to the folder, in order."""
+    """The names of all side files, relative to the folder, sorted."""
     inside = [
         path for name in ("", *_FOLDERS) if (folder / name).is_dir() for path in (folder / name).iterdir()
     ]
@@ -61,7 +61,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copies them; a tokenizer_config.json without what asks for code."""
+    """Copies the side files; tokenizer_config.json without the keys that ask for code."""
     for name in side_files(source):
         data = (source / name).read_bytes()
         if name == "tokenizer_config.json":
@@ -74,23 +74,23 @@ def _without_code(data: bytes) -> bytes:
     try:
         config = json.loads(data)
     except (ValueError, RecursionError):
-        return data  # whoever reads it says so
+        return data  # invalid JSON is reported where the file is read
     if not isinstance(config, dict) or not remote_code_keys(config):
         return data
     return (json.dumps(without_remote_code(config), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def stays_inside(folder: Path, name: str) -> bool:
-    """Whether a name is a path below the folder, and stays there when links are followed.
+    """Whether a name is a path below the folder that stays there when links are followed.
 
-    A snapshot in the hub's cache links to blobs beside it, which counts as inside.
+    A snapshot in the hub's cache links to blobs next to it, which counts as inside.
     """
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or str(path) != name:
         return False
     try:
-        home = folder.resolve()
-        home = home.parent.parent if home.parent.name == "snapshots" else home
-        return (folder / name).resolve().is_relative_to(home)
-    except (OSError, RuntimeError, ValueError):  # a circle of links; a name that cannot be one
+        root = folder.resolve()
+        root = root.parent.parent if root.parent.name == "snapshots" else root
+        return (folder / name).resolve().is_relative_to(root)
+    except (OSError, RuntimeError, ValueError):  # a cycle of links; an invalid name
         return False

@@ -1,4 +1,4 @@
-"""Opening a checkpoint: safetensors only, complete, and checked before anything is built from it."""
+"""Opens a checkpoint: safetensors only, complete, and validated before anything is built from it."""
 
 import json
 import re
@@ -37,11 +37,11 @@ _SIZES = {
 
 
 def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
-    """Opens a checkpoint: reads config.json, the index and every header, and checks completeness.
+    """Opens a checkpoint: reads config.json, the index and every header, and checks that it is complete.
 
     Args:
         path: Its folder.
-        quantized: Whether a checkpoint that is quantized already is welcome.
+        quantized: Whether a quantized checkpoint is accepted.
 
     Raises:
         CheckpointError: If it is damaged, incomplete or unsafe (pickle, remote code).
@@ -66,10 +66,10 @@ def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint.
+    """Reads a JSON object from a file of a checkpoint.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If the file is missing or holds no JSON object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path, quantized: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """config.json without what chooses code, and what there is to say about that."""
+    """config.json without the keys that choose code, and a remark if it asks for remote code."""
     where = path / "config.json"
     config = read_json(where)
     code = remote_code_keys(config)
@@ -106,16 +106,16 @@ def _read_config(path: Path, quantized: bool) -> tuple[dict[str, Any], tuple[str
             where=path,
             fix="start from the original weights",
         )
-    beside = path / "quantize_config.json"
-    check_agreement(config, read_json(beside) if method is not None and beside.is_file() else None, where)
+    other = path / "quantize_config.json"
+    check_agreement(config, read_json(other) if method is not None and other.is_file() else None, where)
     if method is not None:
         format_of(method, where).check_config(method, arch, where)
     config = {key: value for key, value in config.items() if key not in _CHOOSES_CODE}
-    asking = {"config.json": code, _TOKENIZER: _tokenizer_code(path)}
-    told = [f"{', '.join(keys)} of {name}" for name, keys in asking.items() if keys]
+    keys_of = {"config.json": code, _TOKENIZER: _tokenizer_code(path)}
+    removed = [f"{', '.join(keys)} of {name}" for name, keys in keys_of.items() if keys]
     why = f"transformers has {config['model_type']} itself, and remote code is never run"
-    remark = f"{' and '.join(told)} left out: {why}"
-    return without_remote_code(config), (remark,) if told else ()
+    remark = f"{' and '.join(removed)} left out: {why}"
+    return without_remote_code(config), (remark,) if removed else ()
 
 
 def _tokenizer_code(path: Path) -> list[str]:
@@ -158,9 +158,9 @@ def _weight_files(path: Path) -> list[str]:
 
 
 def _check_links(path: Path, weight_files: list[str]) -> None:
-    """A link must not bring in a file from elsewhere."""
-    beside = ["config.json", "quantize_config.json", INDEX]
-    for name in (*beside, *side_files(path), *weight_files):
+    """Refuses links to files outside the folder."""
+    configs = ["config.json", "quantize_config.json", INDEX]
+    for name in (*configs, *side_files(path), *weight_files):
         if not stays_inside(path, name):
             fix = "copy the file itself into the folder"
             raise CheckpointError("is a link that leaves the folder", where=path / name, fix=fix)
@@ -168,7 +168,7 @@ def _check_links(path: Path, weight_files: list[str]) -> None:
 
 def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
     try:
-        with safe_open(path / file, framework="pt") as handle:  # checks the header as a whole
+        with safe_open(path / file, framework="pt") as handle:  # validates the whole header
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
         with (path / file).open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
@@ -202,10 +202,10 @@ def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def _check_layers(checkpoint: Checkpoint) -> None:
-    """Before anything is built from config.json, which may ask for any number of layers."""
-    found = max(checkpoint.names_by_layer, default=-1) + 1
-    if found != checkpoint.num_layers:
-        what = f"config.json says {checkpoint.num_layers} layers, the weights have {found}"
+    """Compares numbers of layers, before a model is built with as many layers as config.json asks for."""
+    stored = max(checkpoint.names_by_layer, default=-1) + 1
+    if stored != checkpoint.num_layers:
+        what = f"config.json says {checkpoint.num_layers} layers, the weights have {stored}"
         raise _misfit(checkpoint, what)
 
 
@@ -231,17 +231,17 @@ def _check_complete(checkpoint: Checkpoint) -> None:
 
 
 def tensor_schema(checkpoint: Checkpoint) -> dict[str, TensorSchema]:
-    """What every tensor of a checkpoint must be, as config.json implies it."""
+    """The schema of every tensor that config.json implies."""
     linears, config = set(checkpoint.arch.linear_names), checkpoint.quantization
     result: dict[str, TensorSchema] = {}
     for name, shape in checkpoint.dense_shapes.items():
-        place = checkpoint.arch.split(name)
+        split = checkpoint.arch.split(name)
         module, _, part = name.rpartition(".")
-        if place is None or part != "weight" or place[1].removesuffix(".weight") not in linears:
+        if split is None or part != "weight" or split[1].removesuffix(".weight") not in linears:
             result[name] = TensorSchema(shape)
             continue
         stored = format_of(config).schema((shape[0], shape[1]), config or {})
-        result |= {f"{module}.{below}": expected for below, expected in stored.items()}
+        result |= {f"{module}.{key}": expected for key, expected in stored.items()}
     return result
 
 

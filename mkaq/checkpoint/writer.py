@@ -1,4 +1,4 @@
-"""Writes the weights of a checkpoint: safetensors files and their index, deterministic to the byte."""
+"""Writes a checkpoint's weights: safetensors files and their index, deterministic to the byte."""
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,22 +15,22 @@ from mkaq.ranks import Ranks
 
 
 class ShardWriter:
-    """Writes tensors to safetensors files as they come, with no more than one in memory.
+    """Writes tensors to safetensors files as they come, with at most one in memory.
 
-    With a layout, every tensor goes straight to its place, in any order and in pieces if need be. Without
-    one, tensors are spooled to a scratch file until a shard is full.
+    With a layout, every tensor goes straight to its offset, in any order and, if need be, in pieces. Without
+    a layout, tensors are spooled to a scratch file until a shard is full.
 
-    Within a shard tensors lie as the safetensors library lays them: by type, the largest first, then by
-    name, so that each is aligned. A file has its whole size from its first tensor on: a disk that is too
-    small says so at once, and a sync need not wait for the size to change.
+    Tensors lie in a shard as in the safetensors library: the largest dtype first, then by name, so that each
+    is aligned. The first tensor gives a file its full size, so a full disk is noticed at once, and a sync
+    does not wait for the size to change.
 
-    One thread hashes files while they are written, from memory; another syncs them to disk. A tensor that
-    comes before its turn, or faster than it can be hashed, is read from disk again when its turn comes. If
-    it then has another checksum than it had in memory, leaving the `with` block fails.
+    One thread hashes files from memory while they are written; another syncs them to disk. A tensor that
+    comes before its turn, or faster than it can be hashed, is read back from disk and hashed when its turn
+    comes. If its checksum has changed, leaving the `with` block fails.
 
     Args:
         folder: Where the files go.
-        shard_size: Largest number of data bytes of one file; a larger tensor gets its own.
+        shard_size: Maximum data bytes of a file; a larger tensor gets its own.
         layout: Every tensor that will come, in the order in which shards are filled.
 
     Attributes:
@@ -38,7 +38,7 @@ class ShardWriter:
         digests: sha256 of every weight file by name, once the `with` block is left.
 
     Raises:
-        ValueError: If tensors do not come as the layout says.
+        ValueError: If the tensors do not match the layout.
         VerificationError: If a tensor reads back changed.
     """
 
@@ -56,17 +56,18 @@ class ShardWriter:
         self._shard_of = {name: shard for shard in self._shards for name in shard.specs}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Adds one tensor (any device; its own type).
+        """Adds a tensor, from any device and in its own dtype.
 
         Raises:
-            ValueError: If the name came before, or is not in the layout with this type and shape.
+            ValueError: If the name was added before, or the layout does not have it with this dtype and
+                shape.
         """
         spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
         if self._spool is None:
             if name in self._shard_of and self._shard_of[name].specs[name] != spec:
                 raise ValueError(f"tensor {name} is {spec}, unlike in the layout")
             self.put(name, [tensor])
-            self._shard_of[name].hashed()  # its memory is the caller's again
+            self._shard_of[name].hashed()  # the caller may reuse the tensor's memory
             return
         self._note(name, spec)
         if self._pending and self._spool.tell() + spec.nbytes > self.shard_size:
@@ -75,15 +76,15 @@ class ShardWriter:
         self._spool.write(tensor_bytes(tensor))
 
     def put(self, name: str, pieces: Iterable[torch.Tensor]) -> str:
-        """Writes one tensor of the layout, given in pieces: flat, in order, of its own type.
+        """Writes one tensor of the layout, given in pieces: flat, in order, in its own dtype.
 
         Pieces must not change later: they may be hashed after this returns.
 
         Returns:
-            Its `checksum_of`.
+            The `checksum_of` the tensor.
 
         Raises:
-            ValueError: If the name came before or is not in the layout, or the pieces have another size.
+            ValueError: If the name was added before or is not in the layout, or the pieces have another size.
         """
         shard = self._shard_of.get(name)
         if shard is None:
@@ -135,7 +136,7 @@ class ShardWriter:
         self._spool.truncate()
 
     def _publish(self) -> None:
-        """Waits until every file is on the disk; then renames all of them and writes the index."""
+        """Waits until every file is on disk; then renames all of them and writes the index."""
         count = len(self._shards)
         names = (
             [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
@@ -154,7 +155,7 @@ class ShardWriter:
 
 
 class NoWriter:
-    """Stands in for `ShardWriter` in all processes but the first: takes the same calls, writes nothing."""
+    """Stands in for `ShardWriter` in all processes but the first: accepts the same calls, writes nothing."""
 
     digests: Mapping[str, str] = {}
 
@@ -162,7 +163,7 @@ class NoWriter:
         """Does nothing."""
 
     def put(self, name: str, pieces: Iterable[torch.Tensor]) -> str:
-        """Does nothing: takes no piece, and returns an empty text instead of a checksum."""
+        """Does nothing: consumes no piece, and returns an empty string instead of a checksum."""
         return ""
 
     def __enter__(self) -> "NoWriter":
@@ -175,5 +176,5 @@ Writer = ShardWriter | NoWriter
 
 
 def writer_of(ranks: Ranks, folder: Path, shard_size: int, layout: Layout | None = None) -> Writer:
-    """The writer of this process: the first one of a group writes, the others do not."""
+    """The writer of this process: only the first process of a group writes."""
     return ShardWriter(folder, shard_size, layout) if ranks.main else NoWriter()

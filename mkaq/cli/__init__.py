@@ -1,4 +1,4 @@
-"""The command line. torch and transformers are imported inside commands, so that --help is instant."""
+"""The command line. torch and transformers are imported inside commands, so --help is instant."""
 
 import signal
 import sys
@@ -39,7 +39,7 @@ def _root(
     pass
 
 
-# In the order in which --help lists them.
+# --help lists them in this order.
 app.command()(run.run)
 app.command()(run.plan)
 app.command()(measure.analyze)
@@ -52,19 +52,19 @@ app.command()(about.schema)
 
 
 def main() -> None:
-    """The entry point: runs a command and turns every error into one message and an exit code."""
+    """Runs a command; turns every error into one message and an exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     print_whatever_it_is()
     try:
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
         if app(arguments or ["--help"], standalone_mode=False) == 130:
-            raise KeyboardInterrupt  # 130 is what typer makes of it
+            raise KeyboardInterrupt  # typer returns 130 for it
     except BrokenPipeError:
         sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        told = as_mkaq_error(error)
-        print(f"mkaq: {told}", file=sys.stderr)
-        sys.exit(told.exit_code)
+        shown = as_mkaq_error(error)
+        print(f"mkaq: {shown}", file=sys.stderr)
+        sys.exit(shown.exit_code)
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""Commands that read an artifact: show its manifest, check it."""
+"""Commands that read an artifact: show its manifest, verify it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,15 +53,15 @@ def _stage_rows(manifest: "Manifest") -> list[tuple[str, str, str, str, str]]:
     rows = []
     for stage, layers, parameters, size in sizes:
         measured = manifest.evaluation.get(stage, {}).get("perplexity")
-        told = f"{measured['perplexity']:.2f}" if measured else "-"
-        rows.append((stage, str(layers), f"{parameters:,}", human(size), told))
+        perplexity = f"{measured['perplexity']:.2f}" if measured else "-"
+        rows.append((stage, str(layers), f"{parameters:,}", human(size), perplexity))
     return rows
 
 
 def verify(
     artifact: Artifact,
     source: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original model: recompute the merge.")
+        str | None, typer.Option(metavar="MODEL", help="The original model, to recompute the merge.")
     ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -75,14 +75,14 @@ def verify(
     from mkaq.walk.device import pick_device
 
     original = resolve_model(source) if source else None
-    done = check(utf8_path(artifact), original, pick_device(device), Progress())
-    _print_checks(done, artifact, as_json=as_json)
+    checks = check(utf8_path(artifact), original, pick_device(device), Progress())
+    _print_checks(checks, artifact, as_json=as_json)
 
 
-def _print_checks(done: list[str], artifact: Path, *, as_json: bool) -> None:
+def _print_checks(checks: list[str], artifact: Path, *, as_json: bool) -> None:
     if as_json:
-        print_json({"verified": True, "checks": done})
+        print_json({"verified": True, "checks": checks})
         return
-    for line in done:
+    for line in checks:
         print(f"ok: {line}")
     print(f"verified: {artifact}")

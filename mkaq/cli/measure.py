@@ -1,4 +1,4 @@
-"""Commands that run a model: compare its layers, measure it, generate text."""
+"""Commands that run a model: compare its layers, measure its quality, generate text."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _Dataset = Annotated[str, typer.Option(help="builtin, text, jsonl, wikitext2 or mmlu.")]
 _DatasetPath = Annotated[str | None, typer.Option(help="File or folder of the dataset.")]
-_Length = Annotated[int, typer.Option(help="Tokens of each.")]
+_Length = Annotated[int, typer.Option(help="Tokens per sequence.")]
 
 
 def analyze(
@@ -50,12 +50,12 @@ def analyze(
 
     values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
     section = options.section(CalibrationSection, values)
-    checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
+    checkpoint, torch_device = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
     texts = documents(section.dataset, section.path, "calibrate")
     tokens = calibration_tokens(
         texts, load_tokenizer(checkpoint.path), num_samples, max_seq_length, section.seed
     )
-    walk = LayerWalk(checkpoint, place, compute_dtype(checkpoint.dtype, place, fast=True))
+    walk = LayerWalk(checkpoint, torch_device, compute_dtype(checkpoint.dtype, torch_device, fast=True))
     matrix = compare_layers(walk, tokens, section.seed, Progress()).matrix
     save_heatmap(matrix, heatmap)
     _print_similarity(matrix, heatmap, as_json=as_json)
@@ -105,18 +105,20 @@ def evaluate(
     from mkaq.walk.device import compute_dtype, pick_device
     from mkaq.walk.walk import LayerWalk
 
-    checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
-    tokenizer, dtype = load_tokenizer(checkpoint.path), compute_dtype(checkpoint.dtype, place)
+    checkpoint, torch_device = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
+    tokenizer, dtype = load_tokenizer(checkpoint.path), compute_dtype(checkpoint.dtype, torch_device)
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
-        scores = run_tasks(checkpoint, tokenizer, names, place, dtype, limit=limit, include_path=include_path)
+        scores = run_tasks(
+            checkpoint, tokenizer, names, torch_device, dtype, limit=limit, include_path=include_path
+        )
         _print_scores(model, scores, as_json=as_json)
         return
     values = {"dataset": dataset, "path": path, "num_samples": num_samples, "max_seq_length": max_seq_length}
     section = options.section(PerplexitySection, values)
     texts = documents(section.dataset, section.path, "evaluate")
     sequences = evaluation_sequences(texts, tokenizer, max_seq_length, num_samples)
-    measured = perplexity(LayerWalk(checkpoint, place, dtype), sequences, Progress())
+    measured = perplexity(LayerWalk(checkpoint, torch_device, dtype), sequences, Progress())
     _print_perplexity(model, measured, section, as_json=as_json)
 
 
@@ -139,8 +141,8 @@ def _print_perplexity(
         settings = section.model_dump(mode="json")
         print_json({"model": model, "perplexity": measured.as_json(), "settings": settings})
         return
-    told = with_error(measured.perplexity, measured.standard_error, 4)
-    print(f"perplexity: {told} ({measured.tokens:,} tokens)")
+    value = with_error(measured.perplexity, measured.standard_error, 4)
+    print(f"perplexity: {value} ({measured.tokens:,} tokens)")
 
 
 def generate_text(
@@ -161,7 +163,7 @@ def generate_text(
     from mkaq.walk.device import compute_dtype, pick_device
     from mkaq.walk.whole_model import generate, whole_model
 
-    checkpoint, place = open_checkpoint(resolve_model(artifact), quantized=True), pick_device(device)
+    checkpoint, torch_device = open_checkpoint(resolve_model(artifact), quantized=True), pick_device(device)
     tokenizer = load_tokenizer(checkpoint.path)
     if prompt.encode(errors="ignore").decode() != prompt:
         raise UsageError("the prompt is not UTF-8", where="PROMPT")
@@ -169,8 +171,8 @@ def generate_text(
     if not ids:
         raise UsageError("the prompt has no tokens", where="PROMPT")
     stop = end_tokens(checkpoint.path, tokenizer)
-    model = whole_model(checkpoint, place, compute_dtype(checkpoint.dtype, place))
-    new = generate(model, torch.tensor([ids], device=place), max_new_tokens, stop)
+    model = whole_model(checkpoint, torch_device, compute_dtype(checkpoint.dtype, torch_device))
+    new = generate(model, torch.tensor([ids], device=torch_device), max_new_tokens, stop)
     text = tokenizer.decode(new)
     if as_json:
         print_json({"prompt": prompt, "text": text, "tokens": len(new)})

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, and what is made of them."""
+"""Arguments and options shared by several commands, and their parsing."""
 
 import os
 from pathlib import Path
@@ -35,10 +35,10 @@ _Section = TypeVar("_Section", bound="BaseModel")
 
 
 def load(recipe: str, settings: list[str], output: Path | None) -> "tuple[Recipe, Path]":
-    """The recipe with its settings, and the folder of its run.
+    """The recipe with its settings applied, and the folder of its run.
 
     Raises:
-        UsageError: If there is no such recipe, it or a setting is wrong, or the folder's name is not UTF-8.
+        UsageError: If there is no such recipe, it or a setting is invalid, or the folder's name is not UTF-8.
         UnsupportedError: If the only faults are options that this version does not have.
     """
     from mkaq.paths import utf8_path
@@ -50,7 +50,7 @@ def load(recipe: str, settings: list[str], output: Path | None) -> "tuple[Recipe
 
 
 def bytes(size: str | None) -> int | None:
-    """The bytes that `--max-memory` allows, if it is given.
+    """The bytes that `--max-memory` allows, or None.
 
     Raises:
         UsageError: If it is not a size.
@@ -64,10 +64,10 @@ def bytes(size: str | None) -> int | None:
 
 
 def section(kind: type[_Section], values: dict[str, Any]) -> _Section:
-    """A section of a recipe, made from options of the same names.
+    """A recipe section made from command-line options of the same names.
 
     Raises:
-        UsageError: If an option has a value that the section refuses.
+        UsageError: If the section rejects the value of an option.
     """
     from pydantic import ValidationError
 
@@ -80,7 +80,7 @@ def section(kind: type[_Section], values: dict[str, Any]) -> _Section:
 
 
 def quiet_libraries() -> None:
-    """Keeps libraries from logging, and from sending telemetry. Call it before they are imported."""
+    """Disables the libraries' logging and telemetry. Call it before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,9 +1,9 @@
-"""Commands that take a recipe: run it, or say what a run would do."""
+"""Commands that take a recipe: run it, or show what a run would do."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _UNTIL = [*(stage.NAME for stage in STAGES), LAST]
 
 
-def _known(until: str) -> str:
+def _valid_stage(until: str) -> str:
     if until not in _UNTIL:
         raise typer.BadParameter(f"{until!r} is not one of {', '.join(_UNTIL)}.")
     return until
@@ -33,7 +33,7 @@ def run(
     output: Output = None,
     until: Annotated[
         str,
-        typer.Option(callback=_known, metavar=f"[{'|'.join(_UNTIL)}]", help="The last stage to run."),
+        typer.Option(callback=_valid_stage, metavar=f"[{'|'.join(_UNTIL)}]", help="The last stage to run."),
     ] = LAST,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage again.")] = False,
     device: Device = "auto",
@@ -51,35 +51,35 @@ def run(
     from mkaq.walk.device import pick_device
 
     limit = options.bytes(max_memory)
-    with joined(pick_device(device)) as (ranks, place):
+    with joined(pick_device(device)) as (ranks, torch_device):
         progress = Progress(quiet=not ranks.main)
         result = pipeline.run(
-            loaded, folder, place, progress, until=until, fresh=fresh, max_memory=limit, ranks=ranks
+            loaded, folder, torch_device, progress, until=until, fresh=fresh, max_memory=limit, ranks=ranks
         )
     if not ranks.main:
         return
-    found: list[Runtime] = []
+    runtime_rows: list[Runtime] = []
     if result.artifact:
-        found = runtimes(open_checkpoint(result.artifact, quantized=True).quantization)
+        runtime_rows = runtimes(open_checkpoint(result.artifact, quantized=True).quantization)
     if as_json:
-        _print_run_as_json(result, found)
+        _print_run_as_json(result, runtime_rows)
     else:
-        _print_run(result, found, until)
+        _print_run(result, runtime_rows, until)
 
 
-def _print_run_as_json(result: "RunResult", found: "Sequence[Runtime]") -> None:
+def _print_run_as_json(result: "RunResult", runtime_rows: "Sequence[Runtime]") -> None:
     stages = [vars(size) | result.evaluation.get(size.stage, {}) for size in result.sizes]
     print_json(
         {
             "stages": stages,
             "artifact": str(result.artifact) if result.artifact else None,
-            "runtimes": [vars(row) for row in found],
+            "runtimes": [vars(row) for row in runtime_rows],
             "run": str(result.folder),
         }
     )
 
 
-def _print_run(result: "RunResult", found: "Sequence[Runtime]", until: str) -> None:
+def _print_run(result: "RunResult", runtime_rows: "Sequence[Runtime]", until: str) -> None:
     from mkaq.formats.runtimes import describe
     from mkaq.report import table_rows
 
@@ -87,7 +87,7 @@ def _print_run(result: "RunResult", found: "Sequence[Runtime]", until: str) -> N
         ("stage", "layers", "parameters", "bytes on disk", "perplexity"),
         table_rows(result.sizes, result.evaluation),
     )
-    for line in describe(found) if found else ():
+    for line in describe(runtime_rows) if runtime_rows else ():
         print(line)
     print(f"artifact: {result.artifact}" if result.artifact else f"stopped after {until}: {result.folder}")
 
@@ -98,37 +98,50 @@ def plan(
     output: Output = None,
     device: Device = "auto",
     max_memory: MaxMemory = None,
-    processes: Annotated[int, typer.Option(min=1, help="As many as torchrun will start.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes that torchrun will start.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would do: layers, sizes, memory, disk. Changes nothing."""
+    """Show what a run would do: layers, sizes, memory, disk. Changes nothing."""
     loaded, folder = options.load(recipe, settings, output)
     options.quiet_libraries()
     from mkaq.checkpoint.resolve import resolve_model
     from mkaq.checkpoint.validate import open_checkpoint
     from mkaq.formats.runtimes import runtimes
-    from mkaq.plan import plan_recipe, quantizations, remarks
+    from mkaq.plan import plan_recipe, quantizations, refusal, remarks
     from mkaq.walk.device import pick_device
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
     for remark in source.remarks:
         print(f"note: {remark}", file=sys.stderr)
-    told = list(remarks(loaded, processes))
-    place, limit = pick_device(device), options.bytes(max_memory)
-    planned = plan_recipe(loaded, source, place, limit, processes)
-    found = runtimes(*quantizations(loaded, source, planned))
+    torch_device, limit = pick_device(device), options.bytes(max_memory)
+    planned = plan_recipe(loaded, source, torch_device, limit, processes)
+    forecast = _Forecast(
+        plan=planned,
+        seconds=planned.seconds(source, torch_device),
+        refused=refusal(planned, folder, torch_device, limit),
+        notes=list(remarks(loaded, processes)),
+        runtimes=runtimes(*quantizations(loaded, source, planned)),
+        folder=folder,
+    )
     if as_json:
-        _print_plan_as_json(planned, told, found, folder)
+        _print_plan_as_json(forecast)
     else:
-        _print_plan(planned, told, found, folder, processes)
+        _print_plan(forecast, processes)
 
 
-def _print_plan_as_json(
-    planned: "RunPlan",
-    told: Sequence[str],
-    found: "Sequence[Runtime]",
-    folder: Path,
-) -> None:
+class _Forecast(NamedTuple):
+    """What `mkaq plan` prints."""
+
+    plan: "RunPlan"
+    seconds: "Mapping[str, float]"
+    refused: str | None
+    notes: Sequence[str]
+    runtimes: "Sequence[Runtime]"
+    folder: Path
+
+
+def _print_plan_as_json(forecast: _Forecast) -> None:
+    planned = forecast.plan
     print_json(
         {
             "stages": [vars(size) for size in planned.sizes],
@@ -137,25 +150,22 @@ def _print_plan_as_json(
             "memory": planned.memory,
             "hidden_states": planned.place,
             "host_bytes": planned.host_bytes,
-            "remarks": told,
+            "seconds": {stage: round(seconds) for stage, seconds in forecast.seconds.items()},
+            "remarks": forecast.notes,
             "disk_bytes": planned.disk_bytes,
-            "runtimes": [vars(row) for row in found],
-            "run": str(folder),
+            "refused": forecast.refused,
+            "runtimes": [vars(row) for row in forecast.runtimes],
+            "run": str(forecast.folder),
         }
     )
 
 
-def _print_plan(
-    planned: "RunPlan",
-    told: Sequence[str],
-    found: "Sequence[Runtime]",
-    folder: Path,
-    processes: int,
-) -> None:
+def _print_plan(forecast: _Forecast, processes: int) -> None:
     from mkaq.formats.runtimes import describe
     from mkaq.report import table_rows
-    from mkaq.units import human
+    from mkaq.units import duration, human
 
+    planned = forecast.plan
     if planned.options:
         sizes = [(str(o.removed), str(o.bits or "-"), human(o.bytes)) for o in planned.options]
         print_table(("layers removed", "bits", "bytes of weights"), sizes)
@@ -163,14 +173,19 @@ def _print_plan(
     rows = [row[:4] for row in table_rows(list(planned.sizes), {})]
     print_table(("stage", "layers", "parameters", "bytes of weights"), rows)
     needs = ", ".join(f"{stage} {human(need)}" for stage, need in planned.memory.items())
-    each = "" if processes == 1 else f" of each of {processes} processes"
-    print(f"memory: about {human(planned.memory_bytes)} at the peak{each} ({needs})")
+    per_process = "" if processes == 1 else f" of each of {processes} processes"
+    print(f"memory: about {human(planned.memory_bytes)} at the peak{per_process} ({needs})")
     if planned.place == "files":
         print("        hidden states go to files in the run's folder")
     elif planned.place == "host":
         print(f"        hidden states lie in the host's memory: {human(planned.host_bytes)}")
-    for line in told:
+    times = [f"{stage} {duration(time)}" for stage, time in forecast.seconds.items() if time >= 1]
+    total = duration(sum(forecast.seconds.values())) + (" for each trial" if planned.options else "")
+    print(f"time:   about {total} on this machine, to a factor of two ({', '.join(times) or 'all short'})")
+    for line in forecast.notes:
         print(line)
-    print(f"disk:   {human(planned.disk_bytes)} in {folder}")
-    for line in describe(found):
+    print(f"disk:   {human(planned.disk_bytes)} in {forecast.folder}")
+    if forecast.refused:
+        print(f"mkaq run would refuse it: {forecast.refused}")
+    for line in describe(forecast.runtimes):
         print(line)

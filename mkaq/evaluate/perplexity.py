@@ -1,4 +1,4 @@
-"""Perplexity by a walk: a model larger than memory can be evaluated."""
+"""Perplexity, measured by a walk, so that a model larger than memory can be evaluated."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -12,13 +12,14 @@ from mkaq.walk.walk import LayerWalk
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and what it was measured on.
+    """A perplexity and the amount of text behind it.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood per predicted token.
-        standard_error: Of the perplexity, from the spread over sequences (delta method); None of one.
-        tokens: Predicted tokens.
-        sequences: Sequences, each predicted from its own start.
+        standard_error: Its standard error, from the spread over sequences (delta method); None for a single
+            sequence.
+        tokens: The number of predicted tokens.
+        sequences: The number of sequences, each predicted without context from the others.
     """
 
     perplexity: float
@@ -27,7 +28,7 @@ class Perplexity:
     sequences: int
 
     def as_json(self) -> dict[str, Any]:
-        """As the manifest records it."""
+        """The form recorded in the manifest."""
         return asdict(self)
 
 
@@ -39,9 +40,9 @@ def perplexity(
 
     Args:
         walk: The model.
-        sequences: Token ids; all of one length but for the last, which may be shorter.
-        progress: Told of every layer.
-        what: What the progress is called.
+        sequences: Token ids; all of one length except the last, which may be shorter.
+        progress: Shows every layer.
+        what: The label of the progress.
     """
     length, total = len(sequences[0]), len(sequences)
     sequences = sequences[walk.ranks.share(total)]
@@ -66,7 +67,7 @@ def perplexity(
 
 
 def summarize(losses: list[float], counts: list[int]) -> Perplexity:
-    """Perplexity of summed losses (nats) and token counts per sequence, weighted by tokens."""
+    """Token-weighted perplexity from the summed loss (nats) and the token count of each sequence."""
     tokens, total = sum(counts), math.fsum(losses)
     mean = total / tokens
     spread = math.fsum((loss - mean * count) ** 2 for loss, count in zip(losses, counts, strict=True))

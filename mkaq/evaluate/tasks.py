@@ -23,13 +23,13 @@ def run_tasks(
     """Scores of tasks.
 
     Args:
-        checkpoint: Plain, GPTQ or bitsandbytes.
-        tokenizer: Its own.
+        checkpoint: A dense, GPTQ or bitsandbytes checkpoint.
+        tokenizer: The checkpoint's tokenizer.
         tasks: Names that lm-evaluation-harness knows.
         device: Where the model runs.
-        dtype: In which it computes.
-        limit: At most this many examples of each task.
-        include_path: A folder with task files of the user's own.
+        dtype: The dtype it computes in.
+        limit: The maximum number of examples per task.
+        include_path: A folder with the user's own task files.
 
     Returns:
         For each task its metrics and their standard errors.

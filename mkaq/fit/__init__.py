@@ -1,1 +1,1 @@
-"""Least squares toward the original hidden states: what merging, recovery and quantization share."""
+"""Least squares toward the original hidden states, for merging, recovery and quantization."""

@@ -1,9 +1,10 @@
-"""The final norm, rescaled: a model that knows less must not be as sure.
+"""Rescales the final norm: a model that knows less must not be as confident.
 
-What least squares cannot foresee it leaves out, so the last hidden state of a fused or tuned model is
-shorter than the original's in just the directions that were lost. The final norm divides by the length,
-which undoes that: the logits become as large as the original's with less behind them. One factor on its
-weight, the least squares solution toward the original's normed states, puts them right.
+Least squares leaves out what it cannot predict, so the last hidden state of a fused or tuned model is shorter
+than the original's, in just the directions that were lost. The final norm divides by the length and undoes
+this: the logits become as large as the original's, with less behind them. The correction is one factor on the
+norm's weight, scale = (sum t f) / (sum |f|^2), the least squares solution from the compressed model's normed
+states f toward the original's t.
 """
 
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ from mkaq.walk.walk import LayerWalk
 
 @dataclass(frozen=True)
 class Rescaled:
-    """The factor of the final norm; errors are shares of the target's energy, held-out tokens.
+    """The factor of the final norm. Errors are fractions of the target's energy on held-out tokens.
 
     Attributes:
-        scale: To four decimals; 1 if no other is better on the held-out tokens.
-        error_before: With factor 1.
-        error: With `scale`.
+        scale: The factor, to four decimals; 1 if no other is better on the held-out tokens.
+        error_before: The error with factor 1.
+        error: The error with `scale`.
     """
 
     scale: float
@@ -39,19 +40,19 @@ def rescale(
     compressed: torch.Tensor,
     samples: Samples,
 ) -> Rescaled:
-    """The factor with which the compressed model's final norm comes closest to the original's.
+    """The factor that brings the compressed model's normed states closest to the original's.
 
     Args:
-        source: Over the original model.
-        walk: Over a checkpoint with the compressed model's final norm.
-        original: Last hidden states of the source, shape (samples, length, hidden_size).
-        compressed: Those of the compressed model, of the same shape.
-        samples: Which ones are held out.
+        source: The walk over the original model.
+        walk: A walk over a checkpoint with the compressed model's final norm.
+        original: Last hidden states of the original, shape (samples, length, hidden_size).
+        compressed: Last hidden states of the compressed model, of the same shape.
+        samples: The samples, some of them held out.
     """
     learned, held = _energies(source, walk, original, compressed, samples)
-    if not (learned.found > 0 and held.target > 0):
+    if not (learned.own > 0 and held.target > 0):
         return Rescaled(1.0, 0.0, 0.0)
-    scale = round(learned.product / learned.found, 4)
+    scale = round(learned.product / learned.own, 4)
     if scale <= 0 or held.missed(scale) >= held.missed(1.0):
         scale = 1.0
     return Rescaled(scale, held.missed(1.0), held.missed(scale))
@@ -65,24 +66,25 @@ def norm_error(
     compressed: torch.Tensor,
     samples: Samples,
 ) -> float:
-    """The share of the energy of the original's normed states that a model's final norm, as it is, misses on
-    held-out tokens; arguments as for `rescale`.
+    """The error of a model's final norm as it is: sum |t - f|^2 / sum |t|^2 over held-out tokens.
+
+    The arguments are those of `rescale`; t are the original's normed states, f the model's.
     """
     return _energies(source, walk, original, compressed, samples)[1].missed(1.0)
 
 
 class _Energies(NamedTuple):
-    """Sums over tokens: |t|^2, t f and |f|^2, t what the original's norm gives and f the other one."""
+    """Sums over tokens: |t|^2, t f and |f|^2; t is the output of the original's norm, f of the other one."""
 
     target: float
     product: float
-    found: float
+    own: float
 
     def missed(self, factor: float) -> float:
         """sum |t - factor f|^2 / sum |t|^2."""
         if not self.target > 0:
             return 0.0
-        return max(0.0, 1 - (2 * factor * self.product - factor**2 * self.found) / self.target)
+        return max(0.0, 1 - (2 * factor * self.product - factor**2 * self.own) / self.target)
 
 
 def _energies(
@@ -92,36 +94,36 @@ def _energies(
     compressed: torch.Tensor,
     samples: Samples,
 ) -> tuple[_Energies, _Energies]:
-    """Of the tokens to learn from, and of those that are held out, of all processes."""
+    """The sums over the tokens to learn from and over the held-out tokens, of all processes."""
     sums = torch.zeros(2, 3, dtype=torch.float64, device=walk.device)
-    with source.final_norm() as theirs, walk.final_norm() as own:
-        for half, parts in zip(sums, samples.halves(), strict=True):
-            for rows in parts:
-                target = theirs(walk.fetch(original[rows])).float()
-                found = own(walk.fetch(compressed[rows])).float()
-                for number, (a, b) in enumerate(((target, target), (target, found), (found, found))):
-                    half[number] += (a * b).sum(-1).double().sum()
+    with source.final_norm() as source_norm, walk.final_norm() as own_norm:
+        for split, batches in zip(sums, samples.halves(), strict=True):
+            for rows in batches:
+                target = source_norm(walk.fetch(original[rows])).float()
+                own = own_norm(walk.fetch(compressed[rows])).float()
+                for number, (a, b) in enumerate(((target, target), (target, own), (own, own))):
+                    split[number] += (a * b).sum(-1).double().sum()
                 walk.activations.release()
     walk.ranks.add(sums)
     learned, held = walk.ranks.tell(sums.tolist())
     return _Energies(*learned), _Energies(*held)
 
 
-def rescaled(checkpoint: Checkpoint, found: Rescaled | None, dtype: torch.dtype) -> torch.Tensor:
-    """The weight of a checkpoint's final norm, rescaled as was found, if anything was."""
+def rescaled(checkpoint: Checkpoint, rescaling: Rescaled | None, dtype: torch.dtype) -> torch.Tensor:
+    """The weight of a checkpoint's final norm, rescaled if there is a factor for it."""
     name = checkpoint.arch.final_norm_weight
     weight = checkpoint.read([name])[name]
-    return scaled_norm(weight, found.scale if found else 1.0, checkpoint.arch.norm_offset, dtype)
+    return scaled_norm(weight, rescaling.scale if rescaling else 1.0, checkpoint.arch.norm_offset, dtype)
 
 
 def scaled_norm(weight: torch.Tensor, scale: float, offset: float, dtype: torch.dtype) -> torch.Tensor:
-    """The weight of a norm that gives `scale` times as much.
+    """The weight with which a norm's output is `scale` times as large.
 
     Args:
-        weight: Of a norm that multiplies by offset + weight.
+        weight: The weight of a norm that multiplies by offset + weight.
         scale: The factor.
-        offset: 0, or 1 in families whose norms are written so.
-        dtype: Of the result; the product is taken in float64.
+        offset: 0, or 1 in some families.
+        dtype: The dtype of the result; the product is taken in float64.
     """
     if scale == 1:
         return weight.to(dtype)

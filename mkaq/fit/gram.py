@@ -1,4 +1,4 @@
-"""Gram matrices X^T X, summed over batches: half is computed, half is its mirror image. Their factors."""
+"""Gram matrices X^T X, summed over batches in the upper triangle and then mirrored; Cholesky factors."""
 
 from collections.abc import Iterator
 
@@ -11,8 +11,8 @@ def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
     """Adds X^T X to the upper triangle of a Gram matrix, in place.
 
     Args:
-        gram: Shape (features, features), float32 or float64. What is below its diagonal is not to be
-            read before `mirror`.
+        gram: Shape (features, features), float32 or float64. The part below its diagonal is undefined until
+            `mirror`.
         rows: X, shape (tokens, features), multiplied in float32.
     """
     rows = rows.float()
@@ -25,7 +25,7 @@ def add_gram(gram: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def mirror(gram: torch.Tensor) -> None:
-    """Fills the lower triangle of a Gram matrix from the upper one, in place."""
+    """Copies the upper triangle of a Gram matrix to the lower one, in place."""
     for start, stop in stripes(len(gram)):
         gram[stop:, start:stop] = gram[start:stop, stop:].T
         block = gram[start:stop, start:stop]
@@ -33,26 +33,26 @@ def mirror(gram: torch.Tensor) -> None:
 
 
 def factorize(gram: torch.Tensor) -> torch.Tensor | None:
-    """The lower Cholesky factor of a symmetric matrix, made in its place.
+    """The lower Cholesky factor of a symmetric matrix, computed in its memory.
 
     Args:
         gram: Shape (n, n), contiguous; its contents are lost.
 
     Returns:
-        Shape (n, n), its upper triangle 0; None if the matrix is not positive definite.
+        Shape (n, n) with an upper triangle of zeros; None if the matrix is not positive definite.
     """
-    columns = gram.mT  # the same matrix, in the order in which LAPACK needs no copy
+    columns = gram.mT  # the same matrix, column-major: LAPACK needs no copy
     failed = torch.empty((), dtype=torch.int32, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(columns, out=(columns, failed))
     return None if int(failed) else factor
 
 
 def solve_positive(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Solves A X = B for symmetric positive definite A, by Cholesky factors.
+    """Solves A X = B for symmetric positive definite A by Cholesky factorization.
 
-    Rounding can leave a matrix that was positive definite just short of it; as much as that takes is then
-    added to the diagonals, from 1e-12 of the mean diagonal on. (Not by LU: a batched LU of MKL, in torch
-    2.13, can spin for ever on blocks of about 192 or more.)
+    Rounding can make a positive definite matrix slightly indefinite. A fraction of the mean diagonal is then
+    added to the diagonal, from 1e-12 upwards until the factorization succeeds. (LU is not used: a batched LU
+    of MKL, in torch 2.13, can loop forever on blocks of about 192 or more.)
 
     Args:
         matrices: A, shape (..., n, n), float64.
@@ -62,14 +62,14 @@ def solve_positive(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         X, shape (..., n, k).
 
     Raises:
-        ArithmeticError: If a matrix is not positive definite with its mean diagonal added either.
+        ArithmeticError: If a matrix is not positive definite even with its mean diagonal added.
     """
     mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(matrices.dtype).tiny)
-    for share in (0.0, *(10.0**power for power in range(-12, 1))):
+    for fraction in (0.0, *(10.0**power for power in range(-12, 1))):
         damped = matrices
-        if share:
+        if fraction:
             damped = matrices.clone()
-            damped.diagonal(dim1=-2, dim2=-1).add_((share * mean).unsqueeze(-1))
+            damped.diagonal(dim1=-2, dim2=-1).add_((fraction * mean).unsqueeze(-1))
         factors, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed.any()):
             return torch.cholesky_solve(right, factors)
@@ -77,8 +77,9 @@ def solve_positive(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def stripes(features: int) -> Iterator[tuple[int, int]]:
-    """Where the stripes of the upper triangle begin and end: an eighth of the features each, as far as
-    that fills a matrix product.
+    """Start and end of the stripes of the upper triangle: an eighth of the features each, at least 128.
+
+    Narrower stripes would make poor matrix products.
     """
     width = max(128, -(-features // _STRIPES))
     return ((start, min(start + width, features)) for start in range(0, features, width))

@@ -1,4 +1,4 @@
-"""The error of hidden states, and the samples that are held out to measure it."""
+"""The error of hidden states, and the samples held out to measure it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ HELD_OUT = 8
 
 
 def held_out_samples(samples: int) -> int:
-    """How many of all samples, the last ones, are kept for measuring: an eighth, at least one."""
+    """The number of samples held out, the last ones: an eighth, at least one."""
     return max(1, samples // HELD_OUT)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A process's part of the calibration samples: of those to learn from, then of those held out.
+    """A process's calibration samples: first those to learn from, then the held-out ones.
 
     Attributes:
         tokens: Token ids, shape (samples, length).
-        held_out: How many of them, the last ones, are held out.
-        first: The number of the first one among all that are to learn from.
+        held_out: The number of held-out samples, the last ones.
+        first: The index of the first sample among the samples of all processes to learn from.
     """
 
     tokens: torch.Tensor
@@ -34,25 +34,25 @@ class Samples:
 
     @property
     def learned(self) -> int:
-        """How many are to learn from."""
+        """The number of samples to learn from."""
         return len(self.tokens) - self.held_out
 
     def held(self) -> "Samples":
-        """Those that are held out, alone."""
+        """Only the held-out samples."""
         return Samples(self.tokens[self.learned :], self.held_out)
 
     def halves(self) -> tuple[list[slice], list[slice]]:
-        """The batches of those to learn from, and of those that are held out."""
+        """The batches to learn from and the held-out batches."""
         learned, held = self.tokens[: self.learned], self.tokens[self.learned :]
         moved = [slice(self.learned + rows.start, self.learned + rows.stop) for rows in spans(held)]
         return list(spans(learned)), moved
 
 
 def hold_out(tokens: torch.Tensor, ranks: Ranks = ALONE) -> Samples:
-    """A process's part of the samples, the last eighth of all of them held out.
+    """A process's share of the samples; of all samples the last eighth is held out.
 
     Args:
-        tokens: Of all processes, shape (samples, length).
+        tokens: The samples of all processes, shape (samples, length).
         ranks: The processes.
     """
     learned = len(tokens) - held_out_samples(len(tokens))
@@ -62,15 +62,15 @@ def hold_out(tokens: torch.Tensor, ranks: Ranks = ALONE) -> Samples:
 
 
 def half_shuffled_samples(ranks: Ranks, tokens: torch.Tensor, seed: int) -> Samples:
-    """`hold_out` of tokens of which every second sequence is in random order."""
+    """`hold_out` of tokens after every second sequence is put in random order."""
     return hold_out(half_in_random_order(tokens, seed), ranks)
 
 
 def token_weights(target: torch.Tensor) -> torch.Tensor:
-    """What the squared error of a token counts: the inverse of its mean square.
+    """The weight of a token's squared error: the inverse of the mean square of its target.
 
-    The norms of the layers that follow divide every token by just that; without it the few tokens
-    with very large states would be all that is fitted.
+    The norms of later layers divide every token by the same value. Without the weight the fit would be
+    dominated by the few tokens with very large states.
 
     Args:
         target: Hidden states, shape (..., hidden_size).
@@ -99,8 +99,8 @@ def held_out_error(walk: LayerWalk, samples: Samples, states: torch.Tensor, targ
     """The mean of `token_errors` over the held-out tokens of all processes.
 
     Args:
-        walk: Whose device computes.
-        samples: Which ones are held out.
+        walk: The walk whose device computes.
+        samples: The samples, some of them held out.
         states: Shape (samples, length, hidden_size).
         target: Of the same shape.
     """
@@ -113,9 +113,9 @@ def held_out_mean(
     """The mean of `token_errors` over the held-out tokens of all processes, batch by batch.
 
     Args:
-        walk: Whose device computes.
-        samples: Which ones are held out.
-        pair_at: States and targets of some samples, on the device.
+        walk: The walk whose device computes.
+        samples: The samples, some of them held out.
+        pair_at: Returns states and targets of some samples, on the device.
     """
     total, count = 0.0, 0
     for rows in samples.halves()[1]:

@@ -1,9 +1,9 @@
-"""The moments of a weighted regression: all that is kept of any number of tokens.
+"""The moments of a weighted regression, which represent any number of tokens.
 
-A weight W that maps features z (the channels of a layer) to a target r is the minimum of
-sum_t w_t |r_t - W z_t|^2 + ridge * mean(diag G) * |W - W0|^2, W0 the weight that it had. Only the
-moments G = sum w z z^T, B = sum w z r^T and sum w |r|^2 are kept, so that any number of tokens fits
-into memory and the error of any W on held-out tokens is known without seeing them again.
+A weight W that maps features z (the channels of a layer) to a target r minimizes sum_t w_t |r_t - W z_t|^2 +
+ridge * mean(diag G) * |W - W0|^2, where W0 is the previous weight. Only the moments G = sum w z z^T, B = sum
+w z r^T and sum w |r|^2 are kept. They take the same memory for any number of tokens, and they give the error
+of any W on held-out tokens without another pass over them.
 """
 
 import torch
@@ -12,12 +12,12 @@ from mkaq.fit.gram import add_gram, factorize, mirror
 
 
 class Moments:
-    """The moments of a weighted regression, float64 sums of float32 products.
+    """The moments of a weighted regression: float64 sums of float32 products.
 
     Args:
-        features: Number of features.
-        targets: Number of targets.
-        device: Where the moments are.
+        features: The number of features.
+        targets: The number of targets.
+        device: Where the moments lie.
 
     Attributes:
         cross: sum w z r^T, shape (features, targets).
@@ -26,31 +26,31 @@ class Moments:
 
     def __init__(self, features: int, targets: int, device: torch.device) -> None:
         self._gram = torch.zeros(features, features, dtype=torch.float64, device=device)
-        self._half = False  # whether only the upper half of it is up to date
+        self._upper_only = False  # whether only its upper triangle is up to date
         self.cross = torch.zeros(features, targets, dtype=torch.float64, device=device)
         self.energy = 0.0
 
     def add(self, features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
-        """Adds rows.
+        """Adds tokens.
 
         Args:
-            features: Shape (rows, features).
-            targets: Shape (rows, targets).
-            weights: Of the rows, shape (rows,).
+            features: Shape (tokens, features).
+            targets: Shape (tokens, targets).
+            weights: Weights of the tokens, shape (tokens,).
         """
         root = weights.sqrt().unsqueeze(1)
         z, r = features.float() * root, targets.float() * root
         self.cross += z.T @ r
         self.energy += float(r.double().square().sum())
         add_gram(self._gram, z)
-        self._half = True
+        self._upper_only = True
 
     @property
     def gram(self) -> torch.Tensor:
         """sum w z z^T, shape (features, features)."""
-        if self._half:
+        if self._upper_only:
             mirror(self._gram)
-            self._half = False
+            self._upper_only = False
         return self._gram
 
     def select(self, columns: torch.Tensor) -> "Moments":
@@ -61,16 +61,16 @@ class Moments:
         return chosen
 
     def error(self, weight: torch.Tensor) -> float:
-        """sum w |r - W z|^2 / sum w |r|^2 of a weight of shape (targets, features)."""
+        """sum w |r - W z|^2 / sum w |r|^2 for a weight W, shape (targets, features)."""
         if not self.energy > 0:
             return 0.0
         w = weight.double()
-        left = ((w @ self.gram) * w).sum() - 2 * (w * self.cross.T).sum()
-        return max(0.0, 1 + float(left) / self.energy)
+        change = ((w @ self.gram) * w).sum() - 2 * (w * self.cross.T).sum()
+        return max(0.0, 1 + float(change) / self.energy)
 
 
 def damped_factor(gram: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """The lower Cholesky factor of a damped Gram matrix; None if there is none."""
+    """The lower Cholesky factor of G + ridge * mean(diag G) * I; None if it is not positive definite."""
     damped = gram.clone()
     damped.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-30))
     return factorize(damped)

@@ -1,4 +1,4 @@
-"""How far a model's hidden states are from the original's, layer by layer: the same for run and verify."""
+"""Residuals between the hidden states of a model and of the original, for runs and for verification."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,11 @@ from mkaq.walk.walk import LayerWalk
 
 @dataclass(frozen=True)
 class Residuals:
-    """Errors of a model's own weights, on held-out tokens.
+    """Errors of a model with its own weights, on held-out tokens.
 
     Attributes:
         layers: After each layer the mean of |output - original|^2 / |original|^2.
-        final_norm: The share of the energy of the original's normed states that is missed, by the final
-            norm as it is.
+        final_norm: sum |t - f|^2 / sum |t|^2, t the normed states of the original and f those of the model.
     """
 
     layers: list[float]
@@ -28,13 +27,13 @@ class Residuals:
 def residuals(
     source: LayerWalk, walk: LayerWalk, groups: Sequence[Sequence[int]], samples: Samples
 ) -> Residuals:
-    """Walks the original and the model made of it side by side.
+    """Walks the original and a model made from it side by side.
 
     Args:
-        source: Over the original.
-        walk: Over the model.
-        groups: For each of its layers the layers of the original that it stands for.
-        samples: Held-out ones.
+        source: The walk over the original.
+        walk: The walk over the model.
+        groups: For each layer of the model, the layers of the original that it replaces.
+        samples: Held-out samples.
     """
     original, states = source.embed(samples.tokens), walk.embed(samples.tokens)
     errors = []

@@ -1,4 +1,4 @@
-"""Ridge regression from moments, toward the weight as it was; the ridge by what held-out tokens say."""
+"""Ridge regression from moments toward the previous weight; held-out tokens choose the ridge."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ NOTHING = 1e-9
 
 @dataclass(frozen=True)
 class Fit:
-    """A solved weight.
+    """A solved weight. Errors are fractions of the target's energy on held-out tokens.
 
     Attributes:
         weight: Shape (targets, features), float32.
-        ridge: As a share of the mean feature energy; None if the weight was left as it was.
-        error: On the held-out tokens, as a share of the target's energy.
-        error_before: The same of the weight as it was.
+        ridge: As a fraction of the mean feature energy; None if the weight was left unchanged.
+        error: The error of `weight`.
+        error_before: The error of the previous weight.
     """
 
     weight: torch.Tensor
@@ -28,12 +28,12 @@ class Fit:
 
 
 def solve_ridge(moments: Moments, prior: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """The regularized least squares weight.
+    """W = W0 + (B - G W0^T)^T (G + ridge * mean(diag G) * I)^-1, with the moments of `moments`.
 
     Args:
-        moments: Of the regression.
+        moments: The moments of the regression.
         prior: W0, shape (targets, features).
-        ridge: As a share of the mean of the Gram matrix's diagonal.
+        ridge: As a fraction of the mean of the Gram matrix's diagonal.
 
     Returns:
         Shape (targets, features), float64; None if the damped Gram matrix is not positive definite.
@@ -46,17 +46,17 @@ def solve_ridge(moments: Moments, prior: torch.Tensor, ridge: float) -> torch.Te
 
 
 def fit(moments: Moments, held_out: Moments, prior: torch.Tensor, nearly: float) -> Fit:
-    """Solves with the largest ridge that is nearly as good as the best, or leaves the weight as it is.
+    """Solves with the largest ridge that is nearly as good as the best, or leaves the weight unchanged.
 
-    How good is measured on held-out tokens: a ridge is nearly as good if it keeps a share `nearly`
-    of what the best one gains. Those tokens are of the calibration's domain. Text of another one is served
-    better by a weight that moved less for the same gain (compare the one-standard-error rule of
-    Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
+    A ridge is nearly as good if it keeps the fraction `nearly` of the best gain on held-out tokens. Held-out
+    tokens come from the calibration's domain; for other text, among weights of similar gain the one that
+    moved less is better (compare the one-standard-error rule of Breiman et al., Classification and Regression
+    Trees, 1984, section 3.4.3).
 
     Args:
-        moments: Of the tokens to learn from.
-        held_out: Of others.
-        prior: The weight as it was, shape (targets, features).
+        moments: The moments of the tokens to learn from.
+        held_out: The moments of held-out tokens.
+        prior: The previous weight, shape (targets, features).
         nearly: From 0 to 1.
     """
     before = held_out.error(prior)

@@ -1,4 +1,4 @@
-"""The choice of columns: which channels of a layer together explain what it should write."""
+"""Column selection: the channels of a layer that together best explain what it should write."""
 
 import torch
 
@@ -7,21 +7,21 @@ from mkaq.fit.moments import Moments, damped_factor
 
 
 def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> torch.Tensor:
-    """The columns that together explain the target best, by backward elimination.
+    """The blocks of columns that together explain the target best, by backward elimination.
 
-    Of the regression on all columns, those are removed whose removal costs least, given that the
-    others take over what they can: w_j P_jj^-1 w_j^T for a block j of columns, P the inverse of the
-    Gram matrix (optimal brain surgeon; Hassibi and Stork 1993, eq. 5). The weights and P of the rest
-    are updated after each step, in which at most a 40th of what must go is removed at once.
+    Starting from the regression on all columns, the blocks with the lowest removal cost are removed. The cost
+    of block j is w_j P_jj^-1 w_j^T, P the inverse of the Gram matrix: the increase of the error after the
+    other columns have adapted (optimal brain surgeon; Hassibi and Stork 1993, eq. 5). Each step removes at
+    most a 40th of the blocks to be removed, then updates the weights and P of the rest.
 
     Args:
-        moments: Of the regression on all columns.
-        keep: Number of blocks to keep.
-        ridge: As a share of the mean of the Gram matrix's diagonal.
-        group: Columns of a block; blocks are neighbouring columns.
+        moments: The moments of the regression on all columns.
+        keep: The number of blocks to keep.
+        ridge: As a fraction of the mean of the Gram matrix's diagonal.
+        group: Columns per block; the columns of a block are neighbours.
 
     Returns:
-        The kept blocks' numbers, rising, shape (keep,).
+        The indices of the kept blocks, ascending, shape (keep,).
     """
     factor = damped_factor(moments.gram, ridge)
     if factor is None:
@@ -32,20 +32,20 @@ def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> t
     alive = torch.ones(count, dtype=torch.bool, device=inverse.device)
     at_once = max(1, (count - keep) // 40)
     while (surplus := int(alive.sum()) - keep) > 0:
-        left = alive.nonzero()[:, 0]
-        columns = columns_of(left, group).reshape(len(left), group)
+        remaining = alive.nonzero()[:, 0]
+        columns = columns_of(remaining, group).reshape(len(remaining), group)
         blocks = inverse[columns[:, :, None], columns[:, None, :]]
         own = weight[columns]
         cost = (own * (own / blocks if group == 1 else solve_positive(blocks, own))).sum((1, 2))
-        go = left[cost.topk(min(at_once, surplus), largest=False).indices]
-        index = columns_of(go, group)
+        removed = remaining[cost.topk(min(at_once, surplus), largest=False).indices]
+        index = columns_of(removed, group)
         stripe = inverse[:, index]
         update = solve_positive(stripe[index], stripe.T)
         weight.addmm_(update.T, weight[index], alpha=-1)
         inverse.addmm_(stripe, update, alpha=-1)
         inverse[index], inverse[:, index], weight[index] = 0.0, 0.0, 0.0
         inverse[index, index] = 1.0
-        alive[go] = False
+        alive[removed] = False
     return alive.nonzero()[:, 0]
 
 
@@ -55,11 +55,11 @@ def columns_of(blocks: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def column_sizes(features: torch.Tensor, weights: torch.Tensor, writer: torch.Tensor) -> torch.Tensor:
-    """What each column writes by itself: the weighted sum of |w_j z_j|^2 over tokens.
+    """The energy that each column writes by itself: sum_t weight_t |w_j z_tj|^2.
 
     Args:
         features: z, shape (tokens, columns).
-        weights: Of the tokens, shape (tokens,).
+        weights: Weights of the tokens, shape (tokens,).
         writer: w, shape (targets, columns).
 
     Returns:

@@ -1,18 +1,17 @@
-"""Calibration tokens in an order that no text has, so that what is fitted to one domain serves others."""
+"""Calibration tokens in random order, so that weights fitted to one domain still serve others."""
 
 import numpy as np
 import torch
 
 
 def half_in_random_order(tokens: torch.Tensor, seed: int) -> torch.Tensor:
-    """Calibration tokens of which every second sequence is in random order.
+    """Calibration tokens with every second sequence in random order.
 
-    What is fitted to text of one domain alone forgets what other text needs. The same tokens in an order
-    that no domain has keep it from that.
+    A fit to text of one domain forgets what other text needs. The same tokens in random order prevent that.
 
     Args:
         tokens: Shape (samples, length).
-        seed: Of the orders.
+        seed: The seed of the order.
     """
     result = tokens.clone()
     result[1::2] = in_random_order(tokens[1::2], seed)
@@ -20,11 +19,11 @@ def half_in_random_order(tokens: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def in_random_order(tokens: torch.Tensor, seed: int) -> torch.Tensor:
-    """Every sequence in random order, but for a first token that all sequences share.
+    """Every sequence in random order, except for a first token that all sequences share.
 
     Args:
         tokens: Shape (samples, length).
-        seed: Of the order.
+        seed: The seed of the order.
     """
     result = tokens.numpy().copy()
     first = int(bool((result[:, :1] == result[:1, :1]).all()))
@@ -33,16 +32,16 @@ def in_random_order(tokens: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def probing_tokens(tokens: torch.Tensor, seed: int) -> torch.Tensor:
-    """What shows whether a model still does what another one does, in its domain and away from it.
+    """Tokens that show whether a model still behaves like another one, in its domain and outside it.
 
     Args:
         tokens: Shape (samples, length).
-        seed: Of what is random.
+        seed: The seed of the random phrases.
 
     Returns:
-        The sequences, and for each one a random phrase of its tokens, a quarter of its length, repeated to
-        the end: to copy is what a model does on any text (Olsson et al., In-context learning and induction
-        heads, 2022). Shape (2 * samples, length).
+        Shape (2 * samples, length): the sequences, and for each one a random phrase of its tokens, a quarter
+        of its length, repeated to the end. Models copy repetitions in any text (Olsson et al., In-context
+        learning and induction heads, 2022).
     """
     repeated = in_random_order(tokens, seed)
     phrase = max(1, tokens.shape[1] // 4)

@@ -1,8 +1,8 @@
 """What a layer should write to the residual stream, and the regression toward it.
 
-The target of the attention is what the original's attention adds, and the error of the compressed stream;
-that of the MLP is what is left then. Every token counts by the inverse of its mean square, by which the
-norms of the layers that follow divide.
+The target of the attention is the output of the original's attention plus the error of the compressed stream
+(original minus compressed); the target of the MLP is what remains. Every token is weighted by the inverse of
+its mean square, because the norms of later layers divide by it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,16 +22,17 @@ from mkaq.walk.walk import LayerWalk
 
 
 def check_solvable(source: Checkpoint, samples: int, where: str, instead: str) -> None:
-    """Refuses what has no closed form toward the source's hidden states.
+    """Refuses models and sample counts that do not allow a closed-form fit to the source's hidden states.
 
     Args:
         source: The model.
-        samples: Of the calibration.
-        where: The setting that asks for it.
-        instead: What to use otherwise.
+        samples: The number of calibration samples.
+        where: The setting that requires the fit.
+        instead: The alternative to suggest.
 
     Raises:
-        UnsupportedError: If there is a norm between `o_proj` or `down_proj` and the residual stream.
+        UnsupportedError: If a norm lies between `o_proj` or `down_proj` and the residual stream, or attention
+            and MLP run side by side.
         UsageError: If there are too few samples to hold some out.
     """
     if samples < HELD_OUT:
@@ -56,10 +57,10 @@ def advance(
     compressed: torch.Tensor,
     attended: torch.Tensor,
 ) -> None:
-    """Moves the original stream past the group; puts into `attended` what the new attention should add.
+    """Moves the original stream past the group; fills `attended` with the target of the new attention.
 
-    That is what the group's attention adds in the original, and the error of the compressed stream, in
-    float32: of two streams in a shorter type the difference would be little but rounding.
+    The target is the sum of the outputs of the group's attentions in the original and the error of the
+    compressed stream, in float32: in a shorter dtype the difference of two streams would be mostly rounding.
     """
     for target, *streams in zip(batches(attended), batches(original), batches(compressed), strict=True):
         before, now = map(walk.fetch, streams)
@@ -76,7 +77,7 @@ def advance(
 def fit_together(
     ranks: Ranks, moments: Moments, held_out: Moments, prior: torch.Tensor, nearly: float
 ) -> Fit:
-    """`fit`; of several processes the first one does it."""
+    """`fit` in the first process, shared with all processes."""
     if not ranks.main:
         ridge, error, before = ranks.tell()
         weight = torch.empty(prior.shape, device=prior.device)
@@ -87,17 +88,17 @@ def fit_together(
 
 
 def moments_of(walk: LayerWalk, features: int) -> Moments:
-    """Empty moments of what a layer writes from some features."""
+    """Empty moments of a regression from `features` features to the hidden state."""
     return Moments(features, walk.checkpoint.sizes.hidden, walk.device)
 
 
 def add_rows(moments: Moments, features: torch.Tensor, target: torch.Tensor, final: torch.Tensor) -> None:
-    """Adds tokens to moments, each weighted by the inverse mean square of its hidden state, `final`."""
+    """Adds tokens to moments, each weighted by the inverse mean square of its hidden state in `final`."""
     moments.add(features.flatten(0, -2), target.flatten(0, -2), token_weights(final).reshape(-1))
 
 
 def add_up(ranks: Ranks, *moments: Moments) -> None:
-    """Adds the moments of all processes, so that each has those of all tokens."""
+    """Sums the moments of all processes, so that each has those of all tokens."""
     for sums in moments:
         energy = torch.tensor([sums.energy], dtype=torch.float64, device=sums.gram.device)
         ranks.add(sums.gram, sums.cross, energy)
@@ -105,6 +106,6 @@ def add_up(ranks: Ranks, *moments: Moments) -> None:
 
 
 def without_bias(target: torch.Tensor, tensors: Mapping[str, torch.Tensor], writer: str) -> torch.Tensor:
-    """A target less what the bias of a linear layer writes, if it has one."""
+    """A target minus the bias of a linear layer, if it has one."""
     bias = tensors.get(f"{writer}.bias")
     return target if bias is None else target - bias.to(target.device, target.dtype)

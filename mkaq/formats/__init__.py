@@ -1,1 +1,1 @@
-"""How linear layers are stored: dense, GPTQ, bitsandbytes; and which runtimes read what."""
+"""How linear layers are stored (dense, GPTQ, bitsandbytes), and which runtimes read what."""

@@ -1,4 +1,4 @@
-"""bitsandbytes int8 and 4-bit checkpoints, as transformers stores them, through the library's modules."""
+"""bitsandbytes int8 and 4-bit checkpoints as transformers stores them, read with the library's modules."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -26,13 +26,13 @@ REFUSALS: Mapping[str, Callable[[Config], str]] = {
 def quantization_config(
     *, bits: int, quant_type: str | None, double_quant: bool | None, compute_dtype: str
 ) -> dict[str, Any]:
-    """The `quantization_config` that makes transformers load a checkpoint.
+    """The `quantization_config` with which transformers loads a checkpoint.
 
     Args:
         bits: 4 or 8.
-        quant_type: Of 4 bits: nf4 or fp4.
-        double_quant: Of 4 bits: whether scales are codes themselves.
-        compute_dtype: Of 4 bits: in which the decoded weights are multiplied.
+        quant_type: For 4 bits: nf4 or fp4.
+        double_quant: For 4 bits: whether scales are quantized too.
+        compute_dtype: For 4 bits: the dtype in which decoded weights are multiplied.
     """
     four = bits == 4
     return {
@@ -51,7 +51,7 @@ def quantization_config(
 
 
 def check_config(config: Config, arch: Arch, where: object) -> None:
-    """Refuses a storage that is no byte, and layers that were left dense."""
+    """Refuses storage types other than uint8, and layers left dense."""
     if bool(config.get("load_in_8bit")) == bool(config.get("load_in_4bit")):
         raise CheckpointError("quantization_config must say either load_in_8bit or load_in_4bit", where=where)
     if type_name(config.get("bnb_4bit_quant_storage")) not in ("None", "uint8"):
@@ -61,17 +61,17 @@ def check_config(config: Config, arch: Arch, where: object) -> None:
     for key in _SKIPPED:
         skipped = config.get(key) or []
         for name in skipped if isinstance(skipped, list) else [skipped]:
-            if _may_be_a_linear(str(name), arch):
+            if _may_match_linear(str(name), arch):
                 raise unsupported(f"{key} with {str(name)[:60]!r} (some layers left dense)", where)
 
 
 def bits(config: Config) -> int | None:
-    """Bits of a code."""
+    """Bits per code."""
     return 8 if config.get("load_in_8bit") else 4
 
 
 def schema(shape: tuple[int, int], config: Config) -> dict[str, TensorSchema]:
-    """Codes, one a byte or two, and what the library keeps beside them."""
+    """Codes, one or two per byte, and the library's quantization state."""
     if config.get("load_in_8bit"):
         return {
             "weight": TensorSchema(shape, ("I8",)),
@@ -96,7 +96,7 @@ def schema(shape: tuple[int, int], config: Config) -> dict[str, TensorSchema]:
 
 
 def stored_bytes(shape: tuple[int, int], config: Config) -> int:
-    """Bytes of codes and scales, and about those of the rest."""
+    """Bytes of codes and scales, plus an estimate for the rest."""
     rows, columns = shape
     if config.get("load_in_8bit"):
         return rows * columns + 4 * rows + 1
@@ -107,7 +107,7 @@ def stored_bytes(shape: tuple[int, int], config: Config) -> int:
 
 
 def read(tensors: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
-    """As they are: the library decodes where it multiplies."""
+    """The tensors, unchanged: the library decodes them when it multiplies."""
     return tensors
 
 
@@ -139,11 +139,13 @@ def restore(
         )
         linear.weight = bnb.nn.Params4bit.from_prequantized(
             data=tensors["weight"],
-            quantized_stats=_beside(tensors),
+            quantized_stats=_state_tensors(tensors),
             requires_grad=False,
             device=device,
             module=linear,
         )
+        if like.out_features % 32:  # the library's own CPU kernel would fail; its plain one does not
+            linear.support_avx512bf16_for_cpu = False
         _check_state(linear.weight.quant_state, like.weight.shape, config["bnb_4bit_quant_type"])
     if "bias" in tensors:
         linear.bias = nn.Parameter(tensors["bias"].to(dtype).to(device), requires_grad=False)
@@ -151,49 +153,52 @@ def restore(
 
 
 def dequantize(tensors: dict[str, torch.Tensor], config: Config) -> torch.Tensor:
-    """The weight that a stored layer stands for, float32."""
+    """The weight that a stored layer represents, float32."""
     from bitsandbytes import functional
 
     if config.get("load_in_8bit"):
         _check_rows(tensors)
         return tensors["weight"].float() * tensors["SCB"].float().unsqueeze(1) / 127.0
-    state = functional.QuantState.from_dict(_beside(tensors), torch.device("cpu"))
+    state = functional.QuantState.from_dict(_state_tensors(tensors), torch.device("cpu"))
     dense: torch.Tensor = functional.dequantize_4bit(tensors["weight"], state)
     return dense.float()
 
 
-def _beside(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What lies beside 4-bit codes."""
+def _state_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors stored with 4-bit codes."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith("weight.")}
 
 
 def _check_rows(tensors: Mapping[str, torch.Tensor]) -> None:
-    """The library has had other orders than row by row for int8, told by a number beside the codes."""
+    """Refuses int8 codes in another order than row by row, which `weight_format` shows."""
     if "weight_format" in tensors and int(tensors["weight_format"]) != 0:
         raise ValueError(f"weight_format {int(tensors['weight_format'])} is not row by row")
 
 
 def _check_state(state: Any, shape: torch.Size, quant_type: str) -> None:
-    """What is stored beside the codes must be as config.json has it; scales that are too few are overrun."""
+    """Compares the stored state with config.json, and checks the number of scales.
+
+    With too few scales the library would read past their end.
+    """
     weights = shape.numel()
     if tuple(state.shape) != tuple(shape) or state.quant_type != quant_type:
-        told = f"{state.quant_type} of shape {list(state.shape)}"
-        raise ValueError(f"codes say {told}, config.json {quant_type} of shape {list(shape)}")
+        stored = f"{state.quant_type} of shape {list(state.shape)}"
+        raise ValueError(f"codes say {stored}, config.json {quant_type} of shape {list(shape)}")
     if state.absmax.numel() != -(-weights // state.blocksize):
         raise ValueError(f"{state.absmax.numel()} scales for {weights} weights")
     if state.nested and state.state2.absmax.numel() != -(-state.absmax.numel() // state.state2.blocksize):
         raise ValueError(f"{state.state2.absmax.numel()} scales for {state.absmax.numel()} scales")
 
 
-def _may_be_a_linear(name: str, arch: Arch) -> bool:
-    """Whether an entry of a list of modules can mean a linear layer of a decoder layer.
+def _may_match_linear(name: str, arch: Arch) -> bool:
+    """Whether an entry in a list of modules can match a linear layer of a decoder layer.
 
-    Libraries take entries as beginnings, endings or regular expressions of whole names.
+    Libraries read entries as prefixes, suffixes or regular expressions of full names.
     """
     if not re.fullmatch(r"[\w.]+", name):
         return True
     for layers in (arch.layer_name(0).removesuffix(".0"), arch.layers):
         if f"{layers}.".startswith(f"{name}.") or name.startswith(f"{layers}."):
             return True
-    below = name.removeprefix(f"{arch.base}.")
-    return any(linear.endswith(below) or f"{below}." in f"{linear}." for linear in arch.linear_names)
+    relative = name.removeprefix(f"{arch.base}.")
+    return any(linear.endswith(relative) or f"{relative}." in f"{linear}." for linear in arch.linear_names)

@@ -1,4 +1,4 @@
-"""Linear layers as they are: a weight, and a bias where there is one."""
+"""Dense linear layers: a weight, and possibly a bias."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,26 +17,26 @@ REFUSALS: Mapping[str, Callable[[Config], str]] = {
 
 
 def check_config(config: Config, arch: Arch, where: object) -> None:
-    """Nothing can be wrong with what is not there."""
+    """Accepts everything: a dense checkpoint has no quantization_config."""
 
 
 def bits(config: Config) -> int | None:
-    """There are no codes."""
+    """None: there are no codes."""
     return None
 
 
 def schema(shape: tuple[int, int], config: Config) -> dict[str, TensorSchema]:
-    """One tensor."""
+    """The weight."""
     return {"weight": TensorSchema(shape)}
 
 
 def stored_bytes(shape: tuple[int, int], config: Config) -> int:
-    """Bytes in bfloat16."""
+    """Bytes of the weight in bfloat16."""
     return 2 * shape[0] * shape[1]
 
 
 def read(tensors: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
-    """As they are."""
+    """The tensors, unchanged."""
     return tensors
 
 
@@ -47,12 +47,12 @@ def restore(
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """The layer itself, with its weights."""
+    """The dense layer itself, with its weights."""
     placed = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     like.load_state_dict(placed, assign=True)
     return like
 
 
 def dequantize(tensors: dict[str, torch.Tensor], config: Config) -> torch.Tensor:
-    """The weight, in its own type."""
+    """The weight, in its own dtype."""
     return tensors["weight"]

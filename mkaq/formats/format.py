@@ -1,4 +1,4 @@
-"""What a weight format has to say of itself: one module each, found by `quant_method`."""
+"""The interface of a weight format: one module per format, selected by `quant_method`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +11,7 @@ from mkaq.dtypes import FLOATS
 from mkaq.errors import UnsupportedError
 
 Config = Mapping[str, Any]
-"""The `quantization_config` of a checkpoint, or nothing for a dense one."""
+"""The `quantization_config` of a checkpoint; empty for a dense one."""
 
 
 NO_GGUF = "it reads GGUF, which mkaq does not write yet"
@@ -22,8 +22,8 @@ class TensorSchema(NamedTuple):
     """What a stored tensor must be.
 
     Attributes:
-        shape: None: any.
-        dtypes: Types that it may have, as safetensors names them.
+        shape: Its shape; None for any.
+        dtypes: Its possible dtypes, by their names in safetensors.
     """
 
     shape: tuple[int, ...] | None
@@ -31,23 +31,23 @@ class TensorSchema(NamedTuple):
 
 
 class Format(Protocol):
-    """How the linear layers of a checkpoint are stored.
+    """How a checkpoint stores its linear layers.
 
-    The tensors of one layer come by their names below its module: `weight`, `qweight`, `bias`, ...
+    The tensors of a layer are named relative to its module: `weight`, `qweight`, `bias`, ...
     """
 
     NEEDS: str
-    """What has to be installed beside transformers to load it; empty: nothing."""
+    """How to install what loading needs beside transformers; empty if nothing."""
     REFUSALS: Mapping[str, Callable[[Config], str]]
-    """By runtime, of those that are known: why it does not run such a checkpoint; empty if it does."""
+    """For each known runtime, why it does not run such a checkpoint; empty if it does."""
 
     def check_config(self, config: Config, arch: Arch, where: object) -> None:
-        """Refuses what mkaq does not read, or would read wrongly.
+        """Refuses what mkaq cannot read, or would read wrongly.
 
         Args:
             config: The quantization_config.
             arch: The names of the model's modules.
-            where: Named in errors.
+            where: The file to name in errors.
 
         Raises:
             UnsupportedError: If it is a variant that mkaq does not read.
@@ -55,19 +55,19 @@ class Format(Protocol):
         """
 
     def bits(self, config: Config) -> int | None:
-        """Bits of a code; None if there are no codes."""
+        """Bits per code; None if there are no codes."""
 
     def schema(self, shape: tuple[int, int], config: Config) -> dict[str, TensorSchema]:
-        """The tensors that stand for a weight of shape (out_features, in_features)."""
+        """The tensors that store a weight of shape (out_features, in_features)."""
 
     def stored_bytes(self, shape: tuple[int, int], config: Config) -> int:
-        """Bytes of these tensors."""
+        """The bytes of these tensors."""
 
     def read(self, tensors: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
-        """What can be done of `restore` without the device, ahead of its time.
+        """The part of `restore` that needs no device, so that it can be done in advance.
 
         Raises:
-            ValueError: If the tensors do not fit together (other errors of libraries are possible too).
+            ValueError: If the tensors do not match one another (libraries may raise other errors).
         """
 
     def restore(
@@ -81,22 +81,22 @@ class Format(Protocol):
         """The module that computes as a serving runtime does.
 
         Args:
-            tensors: What `read` returned.
-            like: The dense layer in whose place it goes, on the meta device.
+            tensors: The result of `read`.
+            like: The dense layer to replace, on the meta device.
             config: The quantization_config.
-            device: Where it will run.
-            dtype: In which it computes.
+            device: Where the module runs.
+            dtype: The dtype it computes in.
 
         Raises:
             ValueError: As `read`.
         """
 
     def dequantize(self, tensors: dict[str, torch.Tensor], config: Config) -> torch.Tensor:
-        """The weight that stored tensors stand for, shape (out_features, in_features)."""
+        """The weight that stored tensors represent, shape (out_features, in_features)."""
 
 
 def unsupported(what: str, where: object) -> UnsupportedError:
-    """The error for a variant of a format."""
+    """The error for a variant that mkaq does not read."""
     return UnsupportedError(
         f"quantization_config has {what}, which mkaq does not read",
         where=where,
@@ -105,5 +105,5 @@ def unsupported(what: str, where: object) -> UnsupportedError:
 
 
 def type_name(value: object) -> str:
-    """A type as a configuration names it, without `torch.`."""
+    """The name of a dtype in a configuration, without `torch.`."""
     return str(value).removeprefix("torch.")

@@ -17,11 +17,11 @@ def format_of(config: Mapping[str, Any] | None, where: object = None) -> Format:
     """The format of a checkpoint.
 
     Args:
-        config: Its quantization_config; None: dense.
-        where: Named in errors.
+        config: Its quantization_config; None for a dense checkpoint.
+        where: The file to name in errors.
 
     Raises:
-        UnsupportedError: If mkaq does not read it.
+        UnsupportedError: If mkaq does not read the format.
     """
     if config is None:
         return dense

@@ -1,4 +1,4 @@
-"""GPTQ checkpoints, as auto-gptq laid them out and GPTQModel, optimum, transformers and vLLM read them."""
+"""GPTQ checkpoints in the layout of auto-gptq, which GPTQModel, optimum, transformers and vLLM read."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from mkaq.formats.format import NO_GGUF, ONLY_DENSE, Config, TensorSchema, type_
 from mkaq.formats.packing import unpack_linear
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_MUST_BE_OFF = {  # what it means where it is on
+_MUST_BE_OFF = {  # what each option means if it is on
     "dynamic": "settings of their own for some modules",
     "lm_head": "a quantized output layer",
     "rotation": "rotated weights",
@@ -29,20 +29,20 @@ NEEDS = "pip install optimum gptqmodel"
 def quantization_config(
     *, bits: int, group_size: int, sym: bool, scattered: bool, static_groups: bool, damp_percent: float
 ) -> dict[str, Any]:
-    """`quantization_config` of a checkpoint, as GPTQModel, transformers and vLLM read it.
+    """The `quantization_config` of a checkpoint, as GPTQModel, transformers and vLLM read it.
 
-    `desc_act` there means that the groups are scattered over the columns; with static groups
-    they are not, whatever the order in which the columns were solved. GPTQModel opens asymmetric
-    version-1 files only with a marker that their zero points do not overflow (its own, from 0.9
-    on); ours never do (`packing.pack_linear`), so the marker is set.
+    In it `desc_act` means that the columns of a group lie apart. With static groups they do not, whatever the
+    order in which columns were solved. GPTQModel opens asymmetric version-1 files only with a marker (its
+    own, from 0.9 on) that their zero points do not overflow. mkaq's never do (`packing.pack_linear`), so the
+    marker is set.
 
     Args:
-        bits: Of a code.
-        group_size: Weights of a row that share a scale; -1: all.
+        bits: Bits per code.
+        group_size: Weights of a row that share a scale; -1 for all.
         sym: Whether the zero point is the middle of the range.
         scattered: Whether the columns of a group lie apart.
         static_groups: Whether scales were fixed before solving.
-        damp_percent: Of the Hessian.
+        damp_percent: Damping of the Hessian.
     """
     marker = [] if sym else ["gptqmodel:0.9.0"]
     return {
@@ -63,12 +63,12 @@ def quantization_config(
 
 
 def checkpoint_format(config: Mapping[str, Any]) -> str:
-    """`gptq`, whose zero points are stored minus one, or `gptq_v2`, where they are stored as they are."""
+    """`gptq`, which stores zero points minus one, or `gptq_v2`, which stores them unchanged."""
     return str(config.get("checkpoint_format") or config.get("format") or "gptq")
 
 
 def check_config(config: Config, arch: Arch, where: object) -> None:
-    """Refuses variants, whose tensors have the same names and shapes and would be read wrongly."""
+    """Refuses variants whose tensors have the same names and shapes but would be read wrongly."""
     named = [config[key] for key in ("checkpoint_format", "format") if config.get(key)]
     if len({str(name) for name in named}) > 1:
         raise CheckpointError(
@@ -94,7 +94,7 @@ def check_config(config: Config, arch: Arch, where: object) -> None:
 
 
 def bits(config: Config) -> int | None:
-    """Bits of a code."""
+    """Bits per code."""
     return int(config["bits"])
 
 
@@ -111,13 +111,13 @@ def schema(shape: tuple[int, int], config: Config) -> dict[str, TensorSchema]:
 
 
 def stored_bytes(shape: tuple[int, int], config: Config) -> int:
-    """Bytes, with scales in float16."""
+    """Bytes of these tensors, with scales in float16."""
     (rows, columns), groups = shape, _groups(shape[1], config)
     return int((rows * columns + groups * rows) * config["bits"] // 8 + 2 * groups * rows + 4 * columns)
 
 
 def read(tensors: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
-    """The dense weight in the place of the codes."""
+    """The dense weight instead of the codes."""
     rest = {name: tensor for name, tensor in tensors.items() if name not in _PARTS}
     return rest | {"weight": dequantize(tensors, config)}
 

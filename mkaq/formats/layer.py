@@ -1,4 +1,4 @@
-"""The stored tensors of a decoder layer, linear layer by linear layer."""
+"""The stored tensors of a decoder layer, grouped by linear layer."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,10 +13,10 @@ Tensors = dict[str, torch.Tensor]
 def split_linears(
     tensors: Mapping[str, torch.Tensor], linears: Iterable[str]
 ) -> tuple[dict[str, Tensors], Tensors]:
-    """The tensors of each linear layer by their names below it, and the rest.
+    """The tensors of each linear layer by their names in it, and the remaining tensors.
 
     Args:
-        tensors: Of a decoder layer, by their names below it.
+        tensors: The tensors of a decoder layer, by their names in the layer.
         linears: The names of its linear layers.
     """
     own: dict[str, Tensors] = {name: {} for name in linears}
@@ -33,15 +33,15 @@ def split_linears(
 def dense_layer(
     tensors: Mapping[str, torch.Tensor], linears: Iterable[str], config: Mapping[str, Any] | None
 ) -> Tensors:
-    """The tensors of a decoder layer with every linear layer's weight made dense.
+    """The tensors of a decoder layer with the weights of its linear layers made dense.
 
     Args:
-        tensors: As they are stored, by their names below the layer.
+        tensors: The stored tensors, by their names in the layer.
         linears: The names of its linear layers.
         config: The checkpoint's quantization_config.
 
     Raises:
-        ValueError: If the tensors do not fit together (other errors of libraries are possible too).
+        ValueError: If the tensors do not match one another (libraries may raise other errors).
     """
     own, result = split_linears(tensors, linears)
     for name, stored in own.items():

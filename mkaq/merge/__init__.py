@@ -1,1 +1,1 @@
-"""MKA: diffusion maps, layer similarity, the merge plan and its application."""
+"""MKA layer merging: similarity of layers, the merge plan, and its application."""

@@ -1,4 +1,4 @@
-"""The merge itself: theta = c theta_l + (1 - c) theta_m over every tensor of a layer (MKA eq. 9)."""
+"""Averaging layers: theta = c theta_l + (1 - c) theta_m for every tensor of a layer (MKA eq. 9)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,13 +10,13 @@ def weighted_sum(
 ) -> torch.Tensor:
     """The weighted sum of tensors of one shape, in float32, cast once at the end.
 
-    A lone tensor of weight 1 is cast as it is. Terms are added in the given order with one rounding
-    for each product and each sum, so that the same inputs give the same bits.
+    A single tensor of weight 1 is only cast. Terms are added in the given order, with one rounding per
+    product and one per sum, so the same inputs give the same bits.
 
     Args:
-        tensors: All of one shape.
-        weights: One for each.
-        dtype: Of the result; the first tensor's if None.
+        tensors: Tensors of one shape.
+        weights: One weight per tensor.
+        dtype: Type of the result; the first tensor's if None.
     """
     dtype = dtype or tensors[0].dtype
     if len(tensors) == 1 and weights[0] == 1.0:
@@ -31,11 +31,11 @@ def weighted_sum(
 def merge_layers(
     layers: Mapping[int, Mapping[str, torch.Tensor]], weights: Mapping[int, float]
 ) -> dict[str, torch.Tensor]:
-    """Merges whole layers, norms and biases included.
+    """Averages whole layers, norms and biases included.
 
     Args:
-        layers: For each old layer its tensors by their names below the layer.
-        weights: For each old layer its weight.
+        layers: For each old layer, its tensors by name below the layer.
+        weights: For each old layer, its weight.
     """
     order = list(weights)
     return {

@@ -1,4 +1,4 @@
-"""The layers of an average, read and summed piece by piece."""
+"""Averaged layers, read and summed piece by piece."""
 
 from collections.abc import Iterator, Mapping
 
@@ -12,7 +12,7 @@ from mkaq.merge.write import NewLayer
 
 
 def averaged_layers(source: Checkpoint, plan: MergePlan, dtype: torch.dtype) -> Iterator[NewLayer]:
-    """The new layers of an average, in turn."""
+    """Yields the averaged layers in order."""
     for weights in plan.layers:
         tensors = {
             name: averaged_blocks(source, name, weights, dtype) for name in names_below(source, min(weights))
@@ -23,7 +23,7 @@ def averaged_layers(source: Checkpoint, plan: MergePlan, dtype: torch.dtype) -> 
 def merged_layers(
     source: Checkpoint, plan: MergePlan, dtype: torch.dtype
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of every new layer of an average in turn, whole, by their names below the layer."""
+    """Yields the whole tensors of every averaged layer, by name below the layer."""
     for weights, layer in zip(plan.layers, averaged_layers(source, plan, dtype), strict=True):
         infos = {name: source.tensors[source.arch.in_layer(min(weights), name)] for name in layer.tensors}
         whole = {name: torch.cat(list(pieces)) for name, pieces in layer.tensors.items()}
@@ -31,7 +31,7 @@ def merged_layers(
 
 
 def names_below(source: Checkpoint, layer: int) -> list[str]:
-    """The names of the tensors of a layer, below it."""
+    """The names of a layer's tensors, below the layer."""
     prefix = f"{source.arch.layer_name(layer)}."
     return [name.removeprefix(prefix) for name in source.layer_tensor_names(layer)]
 
@@ -39,16 +39,16 @@ def names_below(source: Checkpoint, layer: int) -> list[str]:
 def averaged_blocks(
     source: Checkpoint, name: str, weights: Mapping[int, float], dtype: torch.dtype
 ) -> Iterator[torch.Tensor]:
-    """One tensor of a new layer, in pieces.
+    """Yields one tensor of an averaged layer, in pieces.
 
-    The sum is taken in float32 and cast once, to the checkpoint's type; one piece of each old layer is
-    in memory. A lone layer is handed on as it is.
+    The sum is taken in float32 and cast once; one piece of each old layer is in memory. A layer of weight 1
+    is only cast.
 
     Args:
-        source: The checkpoint that is merged.
-        name: Below the layer.
-        weights: For each old layer its weight.
-        dtype: Of the result.
+        source: The source checkpoint.
+        name: The tensor's name below the layer.
+        weights: For each old layer, its weight.
+        dtype: Type of the result.
     """
     streams = [source.blocks(source.arch.in_layer(old, name)) for old in weights]
     for parts in zip(*streams, strict=True):

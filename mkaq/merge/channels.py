@@ -1,11 +1,10 @@
-"""Fusing in function space: a kept layer takes over the heads and channels of those that it absorbs.
+"""Fusing in function space: a new layer takes over heads and channels of a group of layers.
 
-The new layer k stands for layers k..m. Its attention heads (by KV group) and MLP channels are chosen
-among those of all of them, each evaluated at the new layer's own hidden state, and `o_proj` and
-`down_proj` are solved in closed form so that the layer, on what the compressed model hands to it,
-gives the hidden state that the original model has after layer m. A layer that absorbs nothing keeps
-its parts and is solved too: it corrects the error that reaches it. The regressions weight every token
-by the inverse of its mean square, as the norms of the layers that follow do.
+The new layer replaces layers k..m. Its attention heads (whole KV groups) and MLP channels are selected from
+all layers of the group, each evaluated at the new layer's own hidden state. `o_proj` and `down_proj` are
+solved in closed form so that the new layer, given the compressed model's hidden state, outputs the original's
+hidden state after layer m. A group of one layer keeps its parts but is solved too, which corrects the error
+of its input. The regressions weight every token by the inverse of its mean square, as the following norms do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,15 +27,15 @@ from mkaq.walk.walk import LayerWalk
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """A new layer and how it came about.
+    """A fused layer and how it was made.
 
     Attributes:
-        group: The old layers that it stands for; the first gives its norms and its place.
-        tensors: By their names below the layer.
-        heads: Old layer and KV group of each of its KV groups, shape (KV groups, 2).
-        channels: Old layer and channel of each of its channels, shape (intermediate_size, 2).
-        attention: How `o_proj` was solved.
-        mlp: How `down_proj` was solved.
+        group: The old layers that it replaces; the first gives its norms and its position.
+        tensors: Its tensors by name below the layer.
+        heads: Old layer and KV group number of each KV group, shape (KV groups, 2).
+        channels: Old layer and channel number of each channel, shape (intermediate_size, 2).
+        attention: The fit of `o_proj`.
+        mlp: The fit of `down_proj`.
     """
 
     group: tuple[int, ...]
@@ -58,49 +57,48 @@ def fuse(
 ) -> FusedLayer:
     """Fuses neighbouring layers into one.
 
-    Moves the original stream past them and the compressed one past the new attention, in place.
+    Advances `original` past the group and `compressed` past the new attention, in place.
 
     Args:
-        walk: Over the source.
-        group: The layers, rising and without gaps.
-        original: Hidden states of the source before the first of them, shape (samples, length,
-            hidden_size).
-        compressed: Hidden states that the compressed model hands on, of the same shape.
-        samples: Which ones are held out.
-        dtype: Of the new tensors.
+        walk: A walk over the source.
+        group: The layers, consecutive and ascending.
+        original: The source's hidden states before the group, shape (samples, length, hidden_size).
+        compressed: The compressed model's hidden states before the new layer, of the same shape.
+        samples: Their samples.
+        dtype: Type of the new tensors.
     """
     arch, sizes = walk.checkpoint.arch, walk.checkpoint.sizes
     heads, channels = attention_parts(arch, sizes), mlp_parts(arch, sizes)
     layers = [walk.layer_tensors(index) for index in group]
     attended = walk.activations.empty(tuple(original.shape), torch.float32)
     advance(walk, group, heads.writer, original, compressed, attended)
-    readers = [
+    folded = [
         fold_norm(layer, heads, layers[0], dtype) | fold_norm(layer, channels, layers[0], dtype)
         for layer in layers
     ]
     new = untouched(layers, (heads, channels), dtype)
-    modules = [walk.assemble(group[0], new | own) for own in readers]
-    solver = PartSolver(walk, group[0], original, samples, layers, readers, dtype)
+    candidates = [walk.assemble(group[0], new | readers) for readers in folded]
+    solver = PartSolver(walk, group[0], original, samples, layers, folded, dtype)
 
-    def reached(module: nn.Module, name: str, rows: slice) -> torch.Tensor:
+    def submodule_input(module: nn.Module, name: str, rows: slice) -> torch.Tensor:
         return input_of(module.get_submodule(name), partial(walk.run, module, group[0], compressed[rows]))
 
     def heads_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        features = torch.cat([reached(module, heads.writer, rows) for module in modules], -1)
+        features = torch.cat([submodule_input(each, heads.writer, rows) for each in candidates], -1)
         return features, without_bias(walk.fetch(attended[rows]), new, heads.writer)
 
     head_origins, attention = solver.solve(heads, heads_at, new)
     walk.activations.give_back(attended)
-    attentive = walk.assemble(group[0], new)
+    module = walk.assemble(group[0], new)
     for rows in spans(compressed):
-        compressed[rows] = reached(attentive, channels.norm, rows)
+        compressed[rows] = submodule_input(module, channels.norm, rows)
 
     def channels_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         states = walk.fetch(compressed[rows])
-        normed = attentive.get_submodule(channels.norm)(states)
+        normed = module.get_submodule(channels.norm)(states)
         features = [
-            input_of(module.get_submodule(channels.writer), partial(module.get_submodule(arch.mlp), normed))
-            for module in modules
+            input_of(each.get_submodule(channels.writer), partial(each.get_submodule(arch.mlp), normed))
+            for each in candidates
         ]
         target = walk.fetch(original[rows]).float() - states
         return torch.cat(features, -1), without_bias(target, new, channels.writer)
@@ -113,17 +111,17 @@ def fuse(
 def pass_fused(
     walk: LayerWalk, layer: FusedLayer, original: torch.Tensor, compressed: torch.Tensor, samples: Samples
 ) -> float:
-    """Moves the compressed stream past the MLP of a fused layer, in place.
+    """Advances the compressed stream through the MLP of a fused layer, in place.
 
     Args:
-        walk: Over the source.
+        walk: A walk over the source.
         layer: The fused layer.
-        original: Hidden states of the source after its group.
-        compressed: Past its attention, as `fuse` leaves it.
-        samples: Which ones are held out.
+        original: The source's hidden states after the group.
+        compressed: Hidden states after the layer's attention, as `fuse` leaves them.
+        samples: Their samples.
 
     Returns:
-        Mean over held-out tokens of |output - original|^2 / |original|^2.
+        Mean of |output - original|^2 / |original|^2 over held-out tokens.
     """
     first, arch = layer.group[0], walk.checkpoint.arch
     parts = mlp_parts(arch, walk.checkpoint.sizes)
@@ -140,23 +138,23 @@ def known_tensors(
     layers: Sequence[Mapping[str, torch.Tensor]],
     parts: Sequence[tuple[Parts, torch.Tensor]],
     dtype: torch.dtype,
-    left: Sequence[bool],
+    unsolved: Sequence[bool],
 ) -> dict[str, torch.Tensor]:
-    """What follows from the source and the origins alone: all of a fused layer but what was solved.
+    """The tensors of a fused layer that follow from the source and the origins: all but the solved weights.
 
     Args:
         layers: The old layers of the group.
-        parts: Heads and channels, each with its origins (position in `layers`, number).
-        dtype: Of the result.
-        left: For each of `parts`, whether the writer was left as it was.
+        parts: Heads and channels, each with their origins (position in `layers`, number).
+        dtype: Type of the result.
+        unsolved: For each of `parts`, whether its writer kept the original columns.
     """
     result = untouched(layers, [kind for kind, _ in parts], dtype)
-    for (kind, origins), as_it_was in zip(parts, left, strict=True):
+    for (kind, origins), keeps_columns in zip(parts, unsolved, strict=True):
         result.update(
             take_parts([fold_norm(layer, kind, layers[0], dtype) for layer in layers], kind, origins)
         )
         del result[f"{kind.writer}.weight"]
-        if as_it_was:
+        if keeps_columns:
             result[f"{kind.writer}.weight"] = take_columns(layers, kind, origins).to(dtype)
     return result
 
@@ -164,7 +162,7 @@ def known_tensors(
 def untouched(
     layers: Sequence[Mapping[str, torch.Tensor]], kinds: Sequence[Parts], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The first layer's tensors; the biases of what writes to the residual stream are summed."""
+    """The first layer's tensors; biases added to the residual stream are summed over the group."""
     new = {name: tensor.to(dtype) for name, tensor in layers[0].items()}
     for kind in kinds:
         if (bias := f"{kind.writer}.bias") in new:

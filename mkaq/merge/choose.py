@@ -1,4 +1,4 @@
-"""The choice of the layers that become one, from how alike layers are and from what groups cost."""
+"""The choice of layers to merge, from their similarity or from the measured costs of groups."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from mkaq.walk.walk import LayerWalk
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a choice rests on.
+    """The measurements that a choice uses.
 
     Attributes:
-        similarity: NPIB of every pair of layers, shape (layers, layers), where it was asked for.
-        costs: For each candidate group (first layer, number of layers) the measured divergence of the
+        similarity: NPIB of every pair of layers, shape (layers, layers); None if not measured.
+        costs: For each candidate group (first layer, number of layers), the measured divergence of the
             output, in nats.
     """
 
@@ -38,17 +38,17 @@ def choose(
     protect: tuple[int, int],
     progress: Progress,
 ) -> MergePlan:
-    """Decides which layers become one, with which weights.
+    """Decides which layers are merged, and with which weights.
 
     Args:
-        analysis: Of the source.
-        walk: Over the source.
-        samples: On which coefficients are measured, if they are.
-        removed: How many layers go.
+        analysis: Measurements of the source.
+        walk: A walk over the source.
+        samples: Samples for measuring coefficients.
+        removed: Layers to remove.
         order: `similarity`, `back_to_front` or `measured`.
-        coefficient: Of averages; None: there are none.
-        protect: Layers that stay at the start and at the end.
-        progress: Told of every group whose coefficient is measured.
+        coefficient: The recipe's coefficient; None if layers are not averaged.
+        protect: Layers left alone at the start and the end.
+        progress: Reports every group whose coefficient is measured.
     """
     if order == "measured":
         groups = walk.ranks.tell(cheapest_groups(analysis.costs, walk.num_layers, removed))
@@ -67,11 +67,11 @@ def choose(
 def measure_coefficients(
     walk: LayerWalk, samples: Samples, groups: list[list[int]], progress: Progress
 ) -> dict[int, float]:
-    """The best coefficient of every group, each on what the compressed layers before it give."""
+    """The best coefficient of each group, by first layer, given the compressed layers before it."""
     original = walk.embed(samples.tokens)
     compressed = walk.activations.copy(original)
-    found = {}
+    coefficients = {}
     for group in progress.track(groups, "measure coefficients"):
         fixed = 1.0 if len(group) == 1 else None
-        found[group[0]] = best_average(walk, group, original, compressed, samples, fixed)[0]
-    return found
+        coefficients[group[0]] = best_average(walk, group, original, compressed, samples, fixed)[0]
+    return coefficients

@@ -1,4 +1,4 @@
-"""How alike the layers of a model are, in one walk."""
+"""The similarity of a model's layers, computed in one walk."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,10 +16,10 @@ from mkaq.walk.walk import LayerWalk
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """How alike the layers of a model are.
+    """The similarity of a model's layers.
 
     Attributes:
-        matrix: NPIB of every pair, shape (layers, layers).
+        matrix: NPIB of every pair of layers, shape (layers, layers).
         coordinates: Diffusion coordinates, shape (layers, points, dimensions).
     """
 
@@ -44,23 +44,23 @@ def compare_layers(
     """Diffusion maps of every layer's output at the same token positions, and their NPIB.
 
     Args:
-        walk: The model.
-        tokens: Calibration token ids, shape (samples, length), for every process all.
-        seed: Chooses the token positions.
-        progress: Told of every layer.
-        dimensions: Diffusion coordinates kept.
-        points: Token positions, at most.
-        bandwidth: Of the kernel; the median distance, or a number.
-        alpha: Density normalization.
+        walk: A walk over the model.
+        tokens: Calibration token ids of all processes, shape (samples, length).
+        seed: Seed of the choice of token positions.
+        progress: Reports every layer.
+        dimensions: Number of diffusion coordinates.
+        points: Largest number of token positions.
+        bandwidth: Width of the kernel: a number, or the median distance.
+        alpha: Exponent of the density normalization.
         time: Diffusion time.
-        bins: Per coordinate.
-        bias_correction: Of entropies.
+        bins: Bins per coordinate.
+        bias_correction: Correction of the entropies.
 
     Raises:
         UsageError: If a layer has no diffusion map.
     """
     length = tokens.shape[1]
-    inner = np.flatnonzero(np.arange(tokens.numel()) % length)  # first tokens are unlike all others
+    inner = np.flatnonzero(np.arange(tokens.numel()) % length)  # first tokens are outliers
     count = min(points, len(inner))
     chosen = np.sort(np.random.default_rng(seed).choice(inner, count, replace=False))
     own = chosen[walk.ranks.share(count)]
@@ -71,9 +71,9 @@ def compare_layers(
     walked = walk.hidden_states(tokens[torch.from_numpy(samples)])
     for index, hidden_states in progress.track(walked, "compare layers", walk.num_layers):
         states = walk.fetch(hidden_states.reshape(-1, hidden_states.shape[-1])[rows.to(hidden_states.device)])
-        found = walk.ranks.join(states.float(), count).cpu().numpy()
+        sampled = walk.ranks.join(states.float(), count).cpu().numpy()
         try:
-            maps.append(diffusion_map(found, dimensions, width, alpha, time))
+            maps.append(diffusion_map(sampled, dimensions, width, alpha, time))
         except ValueError as error:
             fix = "more calibration text, or another bandwidth"
             raise UsageError(

@@ -1,4 +1,4 @@
-"""What merging a group of layers would do to the model, measured for every candidate in one walk."""
+"""The costs of merging candidate groups of layers, all measured in one walk."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -12,14 +12,16 @@ from mkaq.progress import Progress
 from mkaq.walk.batches import spans
 from mkaq.walk.walk import LayerWalk
 
-SHARE = 8
+SUBSAMPLING = 8
 PROBES = 24
-LOGITS = 2**24  # logits that are in memory at once, of each of a few tensors
+LOGITS = 2**24  # logits in memory at once, in each of a few tensors
 COEFFICIENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 Head = Callable[[torch.Tensor], torch.Tensor]
-"""From outputs of the last layer to logits."""
+"""Maps last-layer outputs to logits."""
 Build = Callable[[Sequence[int], torch.Tensor, torch.Tensor, Samples], Mapping[str, torch.Tensor]]
+"""Merges a group: takes the group, the original and compressed hidden states before it (both may be
+overwritten) and their samples; returns the new layer's tensors by name below the layer."""
 
 
 def measure_groups(
@@ -30,25 +32,24 @@ def measure_groups(
     build: Build,
     progress: Progress,
 ) -> dict[tuple[int, int], float]:
-    """Merges every candidate group on its own and measures what the model's output loses by it.
+    """Merges every candidate group alone and measures how far the model's output diverges.
 
-    Each is built on the original hidden states before it, from a part of the tokens; what it makes of
-    other tokens then goes through the rest of the original model, together with those of all others, so
-    that one walk over the source serves all, whatever its depth. Half of these are no text, since what
-    suits text of the calibration's domain may not suit any other.
+    Each group is merged on the original hidden states before it, from a subset of the tokens. Its outputs on
+    the probing tokens then pass through the remaining original layers together with those of all other
+    candidates, so one walk over the source measures them all. Half of the probing tokens are not text: what
+    suits text of the calibration's domain may not suit other text.
 
     Args:
-        walk: Over the source.
+        walk: A walk over the source.
         tokens: Token ids of text, shape (samples, length).
-        seed: Of what is random.
-        candidates: First layer and number of layers of each.
-        build: Merges a group: takes it, the two streams (original and compressed) before it, which it
-            may change, and their samples, and returns the new layer's tensors by their names below it.
-        progress: Told of every layer.
+        seed: Seed of the shuffles.
+        candidates: First layer and number of layers of each group.
+        build: Merges a group.
+        progress: Reports every layer.
 
     Returns:
-        For each candidate the mean Kullback-Leibler divergence of its next-token distributions from the
-        source's, in nats.
+        For each candidate, the mean KL(p || q) in nats of the next-token distributions p of the source and q
+        of the merged model.
     """
     sample, probes = split_samples(tokens, walk.ranks.size, len(candidates))
     samples, probes = half_shuffled_samples(walk.ranks, sample, seed), probing_tokens(probes, seed)
@@ -71,55 +72,55 @@ def measure_groups(
                 if start + length <= index:
                     walk.run_all(layer, index, states)
     nats = torch.zeros(len(merged), dtype=torch.float64, device=walk.device)
-    streams_of, step = (expected, *merged.values()), max(1, LOGITS // walk.checkpoint.sizes.vocabulary)
+    all_states, step = (expected, *merged.values()), max(1, LOGITS // walk.checkpoint.sizes.vocabulary)
     with walk.head() as head:
         for rows in spans(expected):
-            original, *others = (states[rows].reshape(-1, states.shape[-1]) for states in streams_of)
+            original, *others = (states[rows].reshape(-1, states.shape[-1]) for states in all_states)
             for start in range(0, len(original), step):
                 part = slice(start, start + step)
-                made = (walk.fetch(states[part]) for states in others)
-                nats += divergences(head, made, walk.fetch(original[part]))
+                outputs = (walk.fetch(states[part]) for states in others)
+                nats += divergences(head, outputs, walk.fetch(original[part]))
             walk.activations.release()
     count = probes.numel()
     means = (nats / max(1, count)).tolist()
-    found = {group: walk.ranks.mean(mean, count) for group, mean in zip(merged, means, strict=True)}
-    return dict(zip(found, walk.ranks.tell(list(found.values())), strict=True))
+    costs = {group: walk.ranks.mean(mean, count) for group, mean in zip(merged, means, strict=True)}
+    return dict(zip(costs, walk.ranks.tell(list(costs.values())), strict=True))
 
 
 def probe_count(samples: int, candidates: int) -> int:
-    """How many of the samples measure candidates."""
+    """The number of samples on which candidates are measured."""
     return max(1, min(PROBES, samples // 4, 5 * samples // (4 * candidates)))
 
 
 def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The samples from which candidates are built, and others on which they are measured.
+    """Splits the samples into those that build candidates and those that measure them.
 
-    The more candidates there are, the fewer samples measure them, so that all of them together cost little
-    more than a walk over `tokens`, whatever the depth. Of too few samples to spare any, all build. Up to
-    eight processes build and measure on the same samples as one does.
+    More candidates are measured on fewer samples, so the total cost stays close to that of one walk over
+    `tokens`. With too few samples to spare any, all of them build. Up to eight processes build and measure on
+    the same samples as one.
 
     Args:
-        tokens: Shape (samples, length).
-        processes: Among which each part is shared.
-        candidates: How many there are.
+        tokens: Token ids, shape (samples, length).
+        processes: Processes that share each part.
+        candidates: Candidates to measure.
     """
     probes = probe_count(len(tokens), candidates)
     others = tokens[:-probes] if len(tokens) - probes >= HELD_OUT else tokens
-    sample = others[:: max(1, min(SHARE, len(others) // max(16, 2 * processes)))]
+    sample = others[:: max(1, min(SUBSAMPLING, len(others) // max(16, 2 * processes)))]
     return sample[: len(sample) // HELD_OUT * HELD_OUT or len(sample)], tokens[-probes:]
 
 
 @torch.no_grad()
 def divergences(head: Head, streams: Iterable[torch.Tensor], original: torch.Tensor) -> torch.Tensor:
-    """Sums over tokens of KL(p || q) in nats, p the original's next-token distribution, q another's.
+    """Sums KL(p || q) over tokens, in nats; p is the original's next-token distribution, q another model's.
 
     Args:
-        head: The final norm and the output layer, as `LayerWalk.head` gives them.
-        streams: Outputs of the last layer of several models, each of shape (tokens, hidden_size).
-        original: Those of the original model, of the same shape.
+        head: The final norm and output layer, as `LayerWalk.head` yields them.
+        streams: Last-layer outputs of several models, each of shape (tokens, hidden_size).
+        original: Last-layer outputs of the original model, of the same shape.
 
     Returns:
-        One for each stream, float64.
+        One sum for each stream, float64.
     """
     log_p = _logits(head, original).log_softmax(-1)
     p = log_p.exp()
@@ -137,24 +138,22 @@ def _logits(head: Head, states: torch.Tensor) -> torch.Tensor:
 
 
 def by_channels(walk: LayerWalk, dtype: torch.dtype) -> Build:
-    """Fuses a group."""
+    """A `Build` that fuses a group."""
     return lambda group, original, compressed, samples: (
         fuse(walk, group, original, compressed, samples, dtype).tensors
     )
 
 
 def by_average(walk: LayerWalk, coefficient: float | None) -> Build:
-    """Averages a group, at its best coefficient unless one is given."""
+    """A `Build` that averages a group, with the best coefficient if None is given."""
 
     def build(
         group: Sequence[int], original: torch.Tensor, compressed: torch.Tensor, samples: Samples
     ) -> Mapping[str, torch.Tensor]:
-        share = coefficient
-        if share is None:
-            share = best_average(walk, group, original, compressed, samples)[0]
-        return merge_layers(
-            {index: walk.layer_tensors(index) for index in group}, chain_weights(group, share)
-        )
+        c = coefficient
+        if c is None:
+            c = best_average(walk, group, original, compressed, samples)[0]
+        return merge_layers({index: walk.layer_tensors(index) for index in group}, chain_weights(group, c))
 
     return build
 
@@ -168,17 +167,17 @@ def best_average(
     samples: Samples,
     coefficient: float | None = None,
 ) -> tuple[float, float]:
-    """Averages a group from its first layer on, every merge with the same coefficient.
+    """Averages a group into its first layer, one layer after another, with one coefficient for all.
 
-    Moves both streams past the group, in place, the compressed one by the best average.
+    Advances both streams past the group, in place; `compressed` through the best average.
 
     Args:
-        walk: Over the source.
+        walk: A walk over the source.
         group: Neighbouring layers.
-        original: Hidden states of the source before them.
-        compressed: Hidden states that the compressed model hands on.
-        samples: Which ones are held out.
-        coefficient: Of the earlier layers; the best of `COEFFICIENTS` if None.
+        original: The source's hidden states before the group.
+        compressed: The compressed model's hidden states there.
+        samples: Their samples.
+        coefficient: Weight of the earlier layers; the best of `COEFFICIENTS` if None.
 
     Returns:
         The coefficient, and the mean of |output - original|^2 / |original|^2 over held-out tokens.
@@ -189,13 +188,13 @@ def best_average(
     activations = walk.activations
     tried, kept = activations.empty_like(compressed), activations.empty_like(compressed)
     best: tuple[float, float] | None = None
-    for share in COEFFICIENTS if coefficient is None else (coefficient,):
+    for c in COEFFICIENTS if coefficient is None else (coefficient,):
         activations.overwrite(tried, compressed)
-        module = walk.assemble(group[0], merge_layers(layers, chain_weights(group, share)))
+        module = walk.assemble(group[0], merge_layers(layers, chain_weights(group, c)))
         walk.run_all(module, group[0], tried)
         error = held_out_error(walk, samples, tried, original)
         if walk.ranks.tell(best is None or error < best[1]):
-            best, tried, kept = (share, error), kept, tried
+            best, tried, kept = (c, error), kept, tried
     assert best is not None
     activations.overwrite(compressed, kept)
     activations.give_back(tried)
@@ -204,7 +203,7 @@ def best_average(
 
 
 def chain_weights(group: Sequence[int], coefficient: float) -> dict[int, float]:
-    """The weights of layers that are merged one after another into the first."""
+    """Weights of layers merged one after another into the first: theta <- c theta + (1 - c) theta_m."""
     weights = {group[0]: 1.0}
     for index in group[1:]:
         weights = {old: weight * coefficient for old, weight in weights.items()} | {index: 1 - coefficient}

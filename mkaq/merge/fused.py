@@ -1,4 +1,4 @@
-"""The layers of a fusion, each solved on what those before it hand on."""
+"""The layers of a fused model, each solved on the outputs of the layers before it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from mkaq.walk.walk import LayerWalk
 
 @dataclass(frozen=True)
 class Streams:
-    """What the source and the fused model give for the same tokens, up to where both have been walked.
+    """Hidden states of the source and of the fused model for the same tokens, at the same depth.
 
     Attributes:
-        walk: Over the source.
-        original: Hidden states of the source, shape (samples, length, hidden_size).
-        compressed: Those of the fused model, of the same shape.
-        samples: Which ones are held out.
+        walk: A walk over the source.
+        original: The source's hidden states, shape (samples, length, hidden_size).
+        compressed: The fused model's hidden states, of the same shape.
+        samples: Their samples.
     """
 
     walk: LayerWalk
@@ -34,17 +34,17 @@ class Streams:
 
     @classmethod
     def of(cls, walk: LayerWalk, samples: Samples) -> "Streams":
-        """Both before the first layer."""
+        """Both streams before the first layer."""
         embedded = walk.embed(samples.tokens)
         return cls(walk, embedded, walk.activations.copy(embedded), samples)
 
     def rescale(self) -> Rescaled:
-        """The factor of the fused model's final norm, once both are past the last layer."""
+        """The factor of the fused model's final norm; both streams must be past the last layer."""
         return rescale(self.walk, self.walk, self.original, self.compressed, self.samples)
 
 
 def fused_layers(streams: Streams, groups: Sequence[Sequence[int]], dtype: torch.dtype) -> Iterator[NewLayer]:
-    """The new layers of a fusion, in turn, each solved on what those before it hand on; moves the streams."""
+    """Yields the fused layers in order; advances the streams."""
     walk, original, compressed = streams.walk, streams.original, streams.compressed
     for group in groups:
         layer = fuse(walk, group, original, compressed, streams.samples, dtype)
@@ -56,8 +56,8 @@ def fused_layers(streams: Streams, groups: Sequence[Sequence[int]], dtype: torch
             "mlp": _solved(layer.mlp),
             "residual": pass_fused(walk, layer, original, compressed, streams.samples),
         }
-        share = {str(old): share for old, share in shares(layer).items()}
-        yield NewLayer(pieces, {"from": share, "fused": record}, origins)
+        fractions = {str(old): fraction for old, fraction in shares(layer).items()}
+        yield NewLayer(pieces, {"from": fractions, "fused": record}, origins)
 
 
 def _solved(fit: Fit) -> dict[str, float | None]:

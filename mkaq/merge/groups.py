@@ -1,4 +1,4 @@
-"""Which layers are merged, in which order and with which weights."""
+"""The merge plan: which layers are merged, in which order and with which weights."""
 
 import itertools
 import math
@@ -18,9 +18,9 @@ class Merge:
 
     Attributes:
         into: First layer of the earlier group, which stays.
-        from_: First layer of the later group, which goes.
+        from_: First layer of the later group, which is absorbed.
         coefficient: Weight of the earlier group.
-        similarity: NPIB of the two groups, each standing for its last layer's output, if known.
+        similarity: NPIB of the last layers of the two groups, if known.
     """
 
     into: int
@@ -31,11 +31,11 @@ class Merge:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The outcome: the merges in their order, and every new layer as a sum of old ones.
+    """The merges in order, and every new layer as a weighted sum of old ones.
 
     Attributes:
         merges: In the order in which they were chosen.
-        layers: For each new layer the old layers and their weights, which sum to 1.
+        layers: For each new layer, the old layers and their weights, which sum to 1.
     """
 
     merges: tuple[Merge, ...]
@@ -43,16 +43,16 @@ class MergePlan:
 
     @property
     def groups(self) -> list[list[int]]:
-        """For each new layer the old layers, rising."""
+        """For each new layer, the old layers in ascending order."""
         return [sorted(weights) for weights in self.layers]
 
     @property
     def kept(self) -> list[int]:
-        """For each new layer the old layer whose place in the configuration it takes."""
+        """For each new layer, the old layer whose position in the config it takes."""
         return [min(weights) for weights in self.layers]
 
     def as_json(self) -> dict[str, Any]:
-        """The plan as the manifest records it."""
+        """The plan as recorded in the manifest."""
         return {
             "merges": [
                 {"into": m.into, "from": m.from_, "coefficient": m.coefficient, "similarity": m.similarity}
@@ -74,13 +74,13 @@ class _Group:
 def layers_to_remove(
     num_layers: int, ratio: float | None, layers: int | None, protect: tuple[int, int]
 ) -> int:
-    """How many layers go of a model of `num_layers`.
+    """The number of layers to remove from a model of `num_layers`.
 
     Args:
-        num_layers: Of the model.
-        ratio: The share of them that goes, if `layers` is None.
-        layers: How many go.
-        protect: Layers that stay at the start and at the end.
+        num_layers: Layers of the model.
+        ratio: Fraction of the layers to remove, used if `layers` is None.
+        layers: Layers to remove.
+        protect: Layers left alone at the start and the end.
 
     Raises:
         UsageError: If that leaves nothing to merge, or more than can be merged.
@@ -103,7 +103,7 @@ def coefficient_of(rule: str | float | None, similarity: float) -> float:
         return similarity
     if rule == "sigmoid":
         return 1 / (1 + math.exp(-similarity))
-    if rule is None or rule == "measured":  # no average, or filled in later, by `chain_plan`
+    if rule is None or rule == "measured":  # not averaged, or set later by `chain_plan`
         return 0.5
     return float(rule)
 
@@ -114,24 +114,24 @@ def chain_plan(
     similarity: npt.NDArray[np.float64] | None,
     coefficients: Mapping[int, float],
 ) -> MergePlan:
-    """Averages given groups, each from its first layer on.
+    """Averages given groups, each into its first layer.
 
     Args:
-        groups: Of neighbouring layers, all layers of the model in their order.
-        coefficient: The rule, as in the recipe.
-        similarity: NPIB of every pair of layers, where the rule needs it.
-        coefficients: By first layer of a group, where the rule is `measured`.
+        groups: All layers of the model in order, in groups of neighbours.
+        coefficient: The coefficient rule of the recipe.
+        similarity: NPIB of every pair of layers, if the rule needs it.
+        coefficients: Coefficient by first layer of the group, if the rule is `measured`.
     """
     merges, layers = [], []
     for group in groups:
         weights = {group[0]: 1.0}
         for before, index in itertools.pairwise(group):
             score = None if similarity is None else float(similarity[before, index])
-            share = coefficients.get(group[0])
-            if share is None:
-                share = coefficient_of(coefficient, 1.0 if score is None else score)
-            merges.append(Merge(group[0], index, share, score))
-            weights = {old: weight * share for old, weight in weights.items()} | {index: 1 - share}
+            c = coefficients.get(group[0])
+            if c is None:
+                c = coefficient_of(coefficient, 1.0 if score is None else score)
+            merges.append(Merge(group[0], index, c, score))
+            weights = {old: weight * c for old, weight in weights.items()} | {index: 1 - c}
         layers.append(weights)
     return MergePlan(tuple(merges), tuple(layers))
 
@@ -143,17 +143,17 @@ def plan_merge(
     coefficient: str | float | None,
     protect: tuple[int, int],
 ) -> MergePlan:
-    """Chooses the merges.
+    """Chooses the merges one by one.
 
-    A group of merged layers stands for the hidden state that it hands on, so its similarity to a
-    neighbour is that of the two groups' last layers, looked up anew after each merge.
+    A merged group outputs the hidden state of its last layer, so the similarity of two neighbouring groups is
+    that of their last layers, looked up again after each merge.
 
     Args:
         similarity: NPIB of every pair of layers, shape (layers, layers).
-        removed: How many layers go.
+        removed: Layers to remove.
         order: `similarity` or `back_to_front`.
-        coefficient: The rule, as in the recipe.
-        protect: Layers that stay at the start and at the end.
+        coefficient: The coefficient rule of the recipe.
+        protect: Layers left alone at the start and the end.
     """
     count = len(similarity)
     groups = [_Group([index], {index: 1.0}) for index in range(count)]
@@ -164,10 +164,10 @@ def plan_merge(
         at = _choose(order, groups, pairs, similarity)
         earlier, later = groups[at], groups[at + 1]
         score = float(similarity[earlier.layers[-1], later.layers[-1]])
-        share = coefficient_of(coefficient, score)
-        merges.append(Merge(earlier.layers[0], later.layers[0], share, score))
-        weights = {index: weight * share for index, weight in earlier.weights.items()}
-        weights |= {index: weight * (1 - share) for index, weight in later.weights.items()}
+        c = coefficient_of(coefficient, score)
+        merges.append(Merge(earlier.layers[0], later.layers[0], c, score))
+        weights = {index: weight * c for index, weight in earlier.weights.items()}
+        weights |= {index: weight * (1 - c) for index, weight in later.weights.items()}
         groups[at : at + 2] = [_Group(earlier.layers + later.layers, weights)]
     return MergePlan(tuple(merges), tuple(group.weights for group in groups))
 

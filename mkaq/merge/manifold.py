@@ -1,4 +1,4 @@
-"""Diffusion maps: the shape of a layer's hidden states in a few coordinates (MKA section 3.1)."""
+"""Diffusion maps: a layer's hidden states in a few coordinates (MKA section 3.1)."""
 
 from contextlib import suppress
 
@@ -20,24 +20,23 @@ def diffusion_map(
 ) -> Array:
     """Diffusion coordinates of points (Coifman and Lafon 2006, Diffusion maps, eq. 2.2 and 3.1).
 
-    The Gaussian kernel exp(-d^2 / (2 s^2)) is normalized by its density to the power alpha, made
-    a Markov matrix, and its leading non-trivial right eigenvectors are scaled by their
-    eigenvalues to the power `time`. The sign of a coordinate is fixed by its largest entry.
-    Eigenvectors of eigenvalue 1 are trivial too: they only say which points are cut off from the
-    rest, as the states of a first token often are.
+    K_ij = exp(-|x_i - x_j|^2 / (2 s^2)) is divided by (d_i d_j)^alpha, d_i = sum_j K_ij, and normalized to a
+    Markov matrix. The coordinates are its leading non-trivial right eigenvectors times eigenvalue^time, with
+    the sign that makes the largest entry positive. Eigenvectors of eigenvalue 1 are trivial: they only
+    indicate points that are disconnected from the rest, as the states of a first token often are.
 
     Args:
         states: Points, shape (n, features).
-        dimensions: Coordinates to return.
+        dimensions: Number of coordinates.
         bandwidth: s; the median pairwise distance if None.
-        alpha: Density normalization in [0, 1].
+        alpha: Exponent of the density normalization, in [0, 1].
         time: Diffusion time.
 
     Returns:
         Shape (n, dimensions).
 
     Raises:
-        ValueError: If there are too few points, all are the same, or all are cut off from one another.
+        ValueError: If there are too few points, most of them coincide, or all are disconnected.
     """
     count = len(states)
     if count < dimensions + 2:
@@ -60,10 +59,10 @@ def diffusion_map(
 
 
 def squared_distances(points: Array) -> Array:
-    """|x - y|^2 of all pairs by one matrix product, shape (n, n); exactly 0 of a point with itself.
+    """|x - y|^2 of all pairs by one matrix product, shape (n, n); exactly 0 on the diagonal.
 
-    Points are centred first, so that little is lost where their common part is large, and what is
-    below the rounding of the product is 0.
+    Points are centred first, which avoids cancellation if their mean is large. Values below the rounding
+    error of the product are set to 0.
     """
     points = points - points.mean(axis=0)
     product = points @ points.T
@@ -78,31 +77,31 @@ def squared_distances(points: Array) -> Array:
 
 
 def median_distance(squares: Array) -> float:
-    """The median of the distances of all pairs, from their squares."""
+    """The median distance of all pairs, from their squared distances."""
     pairs = squares[np.triu_indices(len(squares), 1)]
     return float(np.median(np.sqrt(pairs)))
 
 
 def _leading(kernel: Array, dimensions: int) -> tuple[Array, Array]:
-    """The largest eigenvalues below 1, falling, and their eigenvectors as columns.
+    """The largest eigenvalues below 1, in descending order, and their eigenvectors as columns.
 
-    Lanczos, and all eigenvectors where that does not come to an end: with many points that are cut off
-    from the rest, each of which has the eigenvalue 1.
+    Lanczos, or a full decomposition if Lanczos does not converge or finds too few of them: each point that is
+    disconnected from the rest adds an eigenvalue of 1.
     """
     count, wanted = len(kernel), dimensions + 9
-    with threadpool_limits(1):  # small: threads only get in each other's way on a busy machine
+    with threadpool_limits(1):  # the matrix is small: more threads are slower on a busy machine
         if wanted < count // 4:
             with suppress(ArpackNoConvergence):
                 values, vectors = eigsh(kernel, wanted, which="LA", v0=np.ones(count))
                 order = np.argsort(values)
-                if found := _telling(values[order], vectors[:, order], dimensions):
-                    return found
+                if pairs := _nontrivial(values[order], vectors[:, order], dimensions):
+                    return pairs
         values, vectors = eigh(kernel)
-        if found := _telling(values, vectors, dimensions):
-            return found
+        if pairs := _nontrivial(values, vectors, dimensions):
+            return pairs
     raise ValueError("the points are cut off from one another: the bandwidth is too small")
 
 
-def _telling(values: Array, vectors: Array, dimensions: int) -> tuple[Array, Array] | None:
-    telling = np.flatnonzero(values < 1 - 1e-9)[::-1][:dimensions]
-    return (values[telling], vectors[:, telling]) if len(telling) == dimensions else None
+def _nontrivial(values: Array, vectors: Array, dimensions: int) -> tuple[Array, Array] | None:
+    chosen = np.flatnonzero(values < 1 - 1e-9)[::-1][:dimensions]
+    return (values[chosen], vectors[:, chosen]) if len(chosen) == dimensions else None

@@ -1,4 +1,4 @@
-"""NPIB: how much of one layer's information another layer has (MKA section 3.2, eq. 8)."""
+"""NPIB: normalized mutual information between two layers (MKA section 3.2, eq. 8)."""
 
 from typing import Literal
 
@@ -10,9 +10,9 @@ Labels = npt.NDArray[np.int64]
 
 
 def equal_frequency_cells(points: npt.NDArray[np.floating], bins: int) -> Labels:
-    """The cell of every point: each coordinate is cut at its quantiles into `bins` bins.
+    """The cell of every point, with each coordinate cut at its quantiles into `bins` bins.
 
-    Ranks, not values, are cut, so that the bins are equally full (ties in order of position).
+    Ranks are cut, not values, so the bins are equally full; ties are broken by position.
 
     Args:
         points: Shape (n, dimensions).
@@ -31,10 +31,10 @@ def equal_frequency_cells(points: npt.NDArray[np.floating], bins: int) -> Labels
 
 
 def entropy(cells: Labels, correction: Correction = "miller_madow") -> float:
-    """Plug-in entropy in nats, with Miller and Madow's correction (occupied - 1) / (2 n)."""
+    """Plug-in entropy in nats, with the Miller-Madow correction (occupied cells - 1) / (2 n)."""
     counts = np.unique(cells, return_counts=True)[1]
-    share = counts / len(cells)
-    plug_in = float(-(share * np.log(share)).sum())
+    p = counts / len(cells)
+    plug_in = float(-(p * np.log(p)).sum())
     return plug_in + ((len(counts) - 1) / (2 * len(cells)) if correction == "miller_madow" else 0.0)
 
 
@@ -42,7 +42,7 @@ def npib(first: Labels, second: Labels, correction: Correction = "miller_madow")
     """I(X; Y) / sqrt(H(X) H(Y)) of two labellings of the same points.
 
     Returns:
-        In [0, 1]: 1 of a labelling with itself, about 0 of independent ones; symmetric.
+        A value in [0, 1], symmetric: 1 for equal labellings, about 0 for independent ones.
     """
     h_first, h_second = entropy(first, correction), entropy(second, correction)
     if h_first <= 0 or h_second <= 0:

@@ -1,4 +1,4 @@
-"""Heads and channels of several layers, put together to one."""
+"""Assembling one layer from the heads and channels of several."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,13 +11,13 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def fold_norm(tensors: Tensors, parts: Parts, kept: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The readers of a layer, rewritten to follow another layer's norm: W diag(own norm / norm).
+    """The readers of a layer, rewritten to follow another layer's norm: W diag(own norm / kept norm).
 
     Args:
-        tensors: Of the layer, by their names below it.
+        tensors: The layer's tensors by name below the layer.
         parts: Heads or channels.
-        kept: The layer whose norm they are to follow.
-        dtype: Of the result; the product is taken in float64.
+        kept: Tensors of the layer whose norm is kept.
+        dtype: Type of the result; the product is taken in float64.
 
     Returns:
         Weights and biases of the readers.
@@ -35,21 +35,21 @@ def fold_norm(tensors: Tensors, parts: Parts, kept: Tensors, dtype: torch.dtype)
 
 
 def take_parts(layers: Sequence[Tensors], parts: Parts, origins: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The readers of a layer that is put together from parts of several.
+    """The readers of a layer assembled from parts of several layers.
 
     Args:
-        layers: The readers of each layer, as `fold_norm` gives them.
+        layers: The readers of each layer, as `fold_norm` returns them.
         parts: Heads or channels.
-        origins: For each new part its layer (a position in `layers`) and its number there, shape
+        origins: For each new part, its layer (position in `layers`) and its number in that layer, shape
             (count, 2).
     """
     result = {}
     for name, spans in parts.readers.items():
         rows = torch.cat(
             [
-                (first + origins[:, 1:] * each + torch.arange(each)).reshape(-1)
-                + (origins[:, :1] * layers[0][f"{name}.weight"].shape[0]).expand(-1, each).reshape(-1)
-                for first, each in spans
+                (first + origins[:, 1:] * size + torch.arange(size)).reshape(-1)
+                + (origins[:, :1] * layers[0][f"{name}.weight"].shape[0]).expand(-1, size).reshape(-1)
+                for first, size in spans
             ]
         )
         for key in (f"{name}.weight", f"{name}.bias"):
@@ -59,16 +59,16 @@ def take_parts(layers: Sequence[Tensors], parts: Parts, origins: torch.Tensor) -
 
 
 def take_columns(layers: Sequence[Tensors], parts: Parts, origins: torch.Tensor) -> torch.Tensor:
-    """The columns of the layers' writers that belong to parts, shape (hidden_size, count * width)."""
+    """The writers' columns that belong to the given parts, shape (hidden_size, count * width)."""
     name = f"{parts.writer}.weight"
     return torch.cat([layer[name] for layer in layers], 1)[:, part_columns(parts, origins)]
 
 
 def part_columns(parts: Parts, origins: torch.Tensor) -> torch.Tensor:
-    """Where the columns of parts lie among those of all layers, side by side."""
+    """The columns of parts, where the columns of all layers lie side by side."""
     return columns_of(origins[:, 0] * parts.count + origins[:, 1], parts.width)
 
 
 def all_parts(layers: int, parts: Parts) -> torch.Tensor:
-    """Layer and number of every part of some layers, shape (layers * count, 2)."""
+    """Layer and number of every part of `layers` layers, shape (layers * count, 2)."""
     return torch.cartesian_prod(torch.arange(layers), torch.arange(parts.count)).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""The parts of a new layer: which are kept of those of all layers of a group, and what they write."""
+"""The parts of a fused layer: selecting heads and channels, and solving the weight that writes them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +16,9 @@ from mkaq.ranks import Ranks
 from mkaq.walk.batches import TOKENS_PER_BATCH
 from mkaq.walk.walk import LayerWalk
 
-CANDIDATES = 1.5  # channels that may be kept, for each that is; those that write most
+CANDIDATES = 1.5  # candidate channels per kept channel: those that write most
 SELECTION_RIDGE = 1e-2
-NEARLY_BEST = 0.9  # of what a ridge gains on held-out text of the calibration's domain
+NEARLY_BEST = 0.9  # fraction of the best ridge's gain on held-out text of the calibration's domain
 
 Rows = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
 """Features and target of some samples."""
@@ -26,16 +26,16 @@ Rows = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class PartSolver:
-    """Chooses heads and channels, and solves the weight with which they write.
+    """Selects heads and channels and solves the weight that writes them.
 
     Attributes:
-        walk: Over the source.
+        walk: A walk over the source.
         first: The first layer of the group.
-        original: Hidden states of the source after the group, shape (samples, length, hidden_size).
-        samples: Which ones are held out.
-        layers: The tensors of each layer of the group, by their names below it.
-        readers: Of each layer, rewritten to follow the first one's norms.
-        dtype: Of the new tensors.
+        original: The source's hidden states after the group, shape (samples, length, hidden_size).
+        samples: The samples of the stream.
+        layers: The tensors of each layer of the group, by name below the layer.
+        readers: The readers of each layer, rewritten to follow the first layer's norms.
+        dtype: Type of the new tensors.
     """
 
     walk: LayerWalk
@@ -47,22 +47,21 @@ class PartSolver:
     dtype: torch.dtype
 
     def solve(self, parts: Parts, rows_at: Rows, new: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Fit]:
-        """Puts the readers and the writer of one kind of parts into a new layer.
+        """Adds the readers and the solved writer of one kind of part to a new layer.
 
         Args:
             parts: Heads or channels.
-            rows_at: What all parts of all layers give for some samples, side by side, and what should be
-                written.
+            rows_at: For some samples, the features of all parts of all layers side by side, and the target.
             new: The new layer's tensors.
 
         Returns:
-            Old layer and number of each part, shape (count, 2), int32, and how the writer was solved.
+            Old layer and number of each part, shape (count, 2), int32; and the fit of the writer.
         """
-        ranks, (learn, held) = self.walk.ranks, self.samples.halves()
+        ranks, (learned, held) = self.walk.ranks, self.samples.halves()
         origins = all_parts(len(self.layers), parts)
         if parts.width == 1 and len(self.layers) > 1:
             origins = origins[self._strongest(parts, rows_at)]
-        moments = self._moments(parts, origins, rows_at, learn)
+        moments = self._moments(parts, origins, rows_at, learned)
         if len(self.layers) > 1:
             chosen = choose_together(ranks, moments, parts)
             origins = origins[chosen.cpu()]
@@ -79,11 +78,11 @@ class PartSolver:
         return origins.to(torch.int32), solved
 
     def _strongest(self, parts: Parts, rows_at: Rows) -> torch.Tensor:
-        """The parts that write most by themselves, on the first batch of all samples."""
+        """The parts that write most by themselves, measured on the first batch of all samples."""
         rows, ranks = first_batch(self.samples), self.walk.ranks
         writers = torch.cat([layer[f"{parts.writer}.weight"] for layer in self.layers], 1)
         sizes = torch.zeros(writers.shape[1], device=self.walk.device)
-        if len(self.original[rows]):  # or all of them are other processes'
+        if len(self.original[rows]):  # else the batch belongs to other processes
             features, weights = rows_at(rows)[0], token_weights(self.walk.fetch(self.original[rows]))
             sizes += column_sizes(features.flatten(0, -2), weights.reshape(-1), writers)
         ranks.add(sizes)
@@ -105,13 +104,13 @@ class PartSolver:
 
 
 def first_batch(samples: Samples) -> slice:
-    """A process's part of the first batch of all samples, which is the same for any number of processes."""
+    """This process's part of the first batch; the batch is the same for any number of processes."""
     size = max(1, TOKENS_PER_BATCH // samples.tokens.shape[1])
     return slice(0, min(max(0, size - samples.first), samples.learned))
 
 
 def choose_together(ranks: Ranks, moments: Moments, parts: Parts) -> torch.Tensor:
-    """The parts to keep, shape (count,); of several processes the first one chooses."""
+    """The parts to keep, shape (count,), chosen by the first process."""
     if ranks.main:
         return ranks.from_first(keep_columns(moments, parts.count, SELECTION_RIDGE, parts.width))
     device = moments.cross.device

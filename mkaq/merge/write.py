@@ -1,4 +1,4 @@
-"""Writing a merged checkpoint: the outer tensors of the source, and new layers as they come."""
+"""Writing a merged checkpoint: the source's outer tensors and the new layers."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,9 +28,9 @@ class NewLayer:
     """A layer of the merged model.
 
     Attributes:
-        tensors: By their names below the layer, each in pieces: flat, in order.
-        record: What the plan says of it: `from`, the share of each old layer, and how it was fused.
-        origins: Which head and channel came from where, if it was fused.
+        tensors: Each tensor by name below the layer, in flat pieces in order.
+        record: Its part of the merge record: `from` (old layers and their weights) and how it was fused.
+        origins: The origins of its heads and channels, if it was fused.
     """
 
     tensors: Mapping[str, Iterable[torch.Tensor]]
@@ -40,11 +40,11 @@ class NewLayer:
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_merged` has to tell.
+    """The results of `write_merged`.
 
     Attributes:
-        rows: Of the record, one for each layer.
-        origins: Of fused layers.
+        rows: The records of the layers.
+        origins: The origins of fused layers.
         final_norm: How the final norm was rescaled, if it was.
         digests: sha256 of the weight files by name.
     """
@@ -64,16 +64,16 @@ def write_merged(
     ranks: Ranks = ALONE,
     final_norm: Callable[[], Rescaled] | None = None,
 ) -> Written:
-    """Writes the merged checkpoint: the outer tensors of the source, and new layers.
+    """Writes the merged checkpoint: the source's outer tensors and the new layers.
 
     Args:
-        source: The checkpoint that is merged.
-        layers: The new layers, in turn.
-        kept: For each new layer the old layer whose place in the configuration it takes.
-        folder: Where the checkpoint goes.
+        source: The source checkpoint.
+        layers: The new layers in order.
+        kept: For each new layer, the old layer whose position in the config it takes.
+        folder: Folder of the checkpoint.
         output: How it is written.
-        ranks: Of several processes the first one writes.
-        final_norm: Asked for the factor of the final norm after the last layer; None: it stays.
+        ranks: The processes; the first one writes.
+        final_norm: Returns the factor of the final norm, called after the last layer; None keeps the norm.
     """
     rows: list[dict[str, Any]] = []
     origins: list[Origins] = []
@@ -86,20 +86,20 @@ def write_merged(
             rows.append({"new": new, **layer.record, "sha256": write_layer(writer, arch, new, layer.tensors)})
             origins += [layer.origins] if layer.origins else []
             return_freed_memory()
-        found = final_norm() if final_norm else None
-        writer.add(norm, cast(rescaled(source, found, dtype), dtype, norm))
+        rescaling = final_norm() if final_norm else None
+        writer.add(norm, cast(rescaled(source, rescaling, dtype), dtype, norm))
     write_json(folder / "config.json", merged_config(source, kept, dtype))
     copy_side_files(source.path, folder)
-    return Written(rows, origins, found, dict(writer.digests))
+    return Written(rows, origins, rescaling, dict(writer.digests))
 
 
 def write_layer(writer: Writer, arch: Arch, new: int, tensors: Mapping[str, Iterable[torch.Tensor]]) -> str:
-    """Writes a layer piece by piece; returns what `digest_layer` gives."""
+    """Writes a layer piece by piece; returns its `digest_layer`."""
     return _digest((n, writer.put(arch.in_layer(new, n), tensors[n])) for n in sorted(tensors))
 
 
 def merged_config(source: Checkpoint, kept: Sequence[int], dtype: torch.dtype) -> dict[str, object]:
-    """config.json of the merged checkpoint, whose layers take the places `kept`."""
+    """config.json of the merged checkpoint, whose layers take the positions `kept`."""
     where = source.path / "config.json"
     config = keep_layers(source.config, source.hf_config.to_dict(), kept, where)
     config.pop("torch_dtype", None)

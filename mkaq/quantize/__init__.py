@@ -1,1 +1,1 @@
-"""GPTQ (our solver) and bitsandbytes (the library), one layer at a time."""
+"""GPTQ (mkaq's own solver) and bitsandbytes (the library), one layer at a time."""

@@ -1,4 +1,4 @@
-"""One linear layer to bitsandbytes int8 or 4-bit, through the library's own modules."""
+"""Quantizes a linear layer to bitsandbytes int8 or 4-bit with the library's own modules."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,13 @@ def quantize_linear(
     Args:
         weight: Shape (out_features, in_features).
         config: The checkpoint's quantization_config.
-        device: Where the library does it.
+        device: Where the library computes.
 
     Returns:
-        Tensors by their names below the module: `weight` and its scales.
+        `weight` and its quantization state, by their names in the module.
 
     Raises:
-        OverflowError: If a weight is too large for the type in which the library reads it.
+        OverflowError: If a weight overflows the dtype in which the library reads it.
     """
     import bitsandbytes as bnb
 

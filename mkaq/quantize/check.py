@@ -1,4 +1,4 @@
-"""What the GPTQ format can hold, checked before any work."""
+"""Whether a format can hold the linear layers of a model, checked before any work."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import UnsupportedError
 from mkaq.formats.runtimes import runtimes
 
-_SIZES = (128, 64, 32, 256, 512, 1024, -1, 16)  # of equal worth the first is the usual one
+_SIZES = (128, 64, 32, 256, 512, 1024, -1, 16)  # the usual size first
 
 
 def check_gptq(source: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -15,7 +15,7 @@ def check_gptq(source: Checkpoint, config: Mapping[str, Any]) -> None:
 
     Args:
         source: The model.
-        config: The quantization_config of what comes out.
+        config: The quantization_config of the quantized checkpoint.
 
     Raises:
         UnsupportedError: If a size is not a multiple of 32, or `group_size` does not divide it.
@@ -37,17 +37,37 @@ def check_gptq(source: Checkpoint, config: Mapping[str, Any]) -> None:
             )
 
 
+def check_bitsandbytes(source: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Checks that every linear layer runs on every CPU, where the library may need blocks of 32 rows.
+
+    Args:
+        source: The model.
+        config: The quantization_config of what comes out.
+
+    Raises:
+        UnsupportedError: If the number of rows of one is no multiple of 32.
+    """
+    for name in source.arch.linear_names if config["load_in_4bit"] else ():
+        out_features, in_features = source.linear_shape(name)
+        if out_features % 32:
+            raise UnsupportedError(
+                f"{name} is {out_features} x {in_features}; bitsandbytes at 4 bits needs blocks of 32 rows",
+                where=source.path,
+                fix="use quantize: {method: bitsandbytes, bits: 8}",
+            )
+
+
 def _advice(config: Mapping[str, Any], inputs: Sequence[int]) -> str:
-    """The group sizes that fit every layer; those that fewer runtimes run apart, with what refuses them."""
+    """The group sizes that fit every layer: first those that most runtimes run, then the others."""
     refusing: dict[int, list[str]] = {}
     for size in _SIZES:
         if size == -1 or all(count % size == 0 for count in inputs):
-            found = runtimes({**config, "group_size": size})
-            refusing[size] = [row.runtime for row in found if not row.runs]
+            rows = runtimes({**config, "group_size": size})
+            refusing[size] = [row.runtime for row in rows if not row.runs]
     fewest = min(map(len, refusing.values()))
     best = [size for size, names in refusing.items() if len(names) == fewest]
-    told = f"use {' or '.join(map(str, best))}"
+    advice = f"use {' or '.join(map(str, best))}"
     for size, names in refusing.items():
         if more := [name for name in names if name not in refusing[best[0]]]:
-            told += f"; {size} is not for {', '.join(more)}"
-    return told
+            advice += f"; {size} is not for {', '.join(more)}"
+    return advice

@@ -1,4 +1,4 @@
-"""Quantizing every linear layer of a checkpoint by itself, without calibration, layer by layer."""
+"""Quantizes every linear layer of a checkpoint by itself, without calibration."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from mkaq.quantize.error import relative_error
 
 @dataclass(frozen=True)
 class RoundedModule:
-    """What is recorded of one quantized layer.
+    """The record of a quantized linear layer.
 
     Attributes:
         name: The module's name in the model.
@@ -45,8 +45,8 @@ def quantize_each(
 
     Args:
         source: The checkpoint to quantize.
-        config: The quantization_config of what comes out.
-        quantize: Gives the tensors that stand for a weight, by their names below the module; raises an
+        config: The quantization_config of the quantized checkpoint.
+        quantize: Returns the tensors that store a weight, by their names in the module; raises an
             OverflowError for weights that the format cannot hold.
         folder: Where the checkpoint goes.
         device: Where layers are quantized.
@@ -81,8 +81,12 @@ def quantize_each(
                 for part, value in stored.items():
                     writer.add(f"{module}.{part}", value)
             return_freed_memory()
-    whole = {**source.config, "dtype": str(dtype).removeprefix("torch."), "quantization_config": config}
-    whole.pop("torch_dtype", None)
-    write_json(folder / "config.json", whole)
+    model_config = {
+        **source.config,
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": config,
+    }
+    model_config.pop("torch_dtype", None)
+    write_json(folder / "config.json", model_config)
     copy_side_files(source.path, folder)
     return modules, writer.digests

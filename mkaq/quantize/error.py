@@ -1,4 +1,4 @@
-"""How far a quantized weight is from what it was."""
+"""The error of a quantized weight."""
 
 import torch
 
@@ -13,5 +13,5 @@ def relative_error(weight: torch.Tensor, quantized: torch.Tensor) -> float:
 
 
 def ratio(part: float, whole: float) -> float:
-    """A share of a whole; rounding may not make it negative, and of nothing it is 0."""
+    """part / whole; 0 if rounding made the part negative, or if the whole is not positive."""
     return max(part, 0.0) / whole if whole > 0 else 0.0

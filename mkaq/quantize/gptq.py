@@ -1,11 +1,14 @@
-"""The GPTQ solver: rounding that corrects itself, as pure functions of a weight and a Hessian.
+"""The GPTQ solver: rounding with error correction, as pure functions of a weight and a Hessian.
 
 GPTQ (Frantar et al., arXiv 2210.17323) rounds the columns of W one after another so that
-tr((W - Q) H (W - Q)^T) stays small, H = X^T X over calibration inputs. With the factorization
-H = R R^T, R upper triangular, that error is the sum of squares of (W - Q) R, and choosing the
-columns greedily from the first to the last is Babai's nearest plane algorithm (Chen et al.,
-arXiv 2507.18553): column j is rounded after adding  sum_{i<j} e_i R_ij / R_jj,  e = W - Q. This
-is GPTQ's own sequence, to rounding, with one Cholesky factorization and no inverse.
+tr((W - Q) H (W - Q)^T) stays small, H = X^T X over calibration inputs. With the factorization H = R R^T, R
+upper triangular, that error is the sum of squares of (W - Q) R. Rounding the columns greedily from first to
+last is Babai's nearest plane algorithm (Chen et al., arXiv 2507.18553): column j is rounded after adding
+correction / R_jj, correction = sum_{i<j} e_i R_ij, e = W - Q. Up to floating-point rounding this is GPTQ's
+own sequence, with one Cholesky factorization and no inverse.
+
+The scales of a group are found for its weights plus a shift that cancels the errors before the group:
+shift R = correction, R within the group.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +37,7 @@ class GptqResult:
         weight: scale * (code - zero), shape (out_features, in_features), float32.
         errors: (w - q) H (w - q)^T of every row, shape (out_features,).
         energies: w H w^T of every row, shape (out_features,).
-        damp_percent: The damping that made the factorization succeed.
+        damp_percent: The damping with which the factorization succeeded.
     """
 
     codes: torch.Tensor
@@ -48,31 +51,31 @@ class GptqResult:
 
 
 class Kernels(NamedTuple):
-    """The inner loops: functions like `find_scales` and `round_block`."""
+    """The inner loops: functions with the signatures of `find_scales` and `round_block`."""
 
     find_scales: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     round_block: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class DampingError(ArithmeticError):
-    """No damping up to 100 % made the Hessian positive definite."""
+    """The Hessian is not positive definite even with a damping of 100 %."""
 
 
 def reversed_factor(hessian: torch.Tensor, damp_percent: float) -> tuple[torch.Tensor, float]:
-    """R of H + damping = R R^T, its rows and columns in reverse, the damping raised until it exists.
+    """R of H + damping = R R^T with rows and columns reversed; the damping is raised until R exists.
 
-    In reverse R is lower triangular, the Cholesky factor of the reversed H, and is found in place of it.
+    In reverse, R is lower triangular: the Cholesky factor of the reversed H, which is computed in place.
 
     Args:
         hessian: H, symmetric, shape (n, n), float32 or float64, with a positive diagonal.
-        damp_percent: Share of the mean diagonal to add to the diagonal; raised tenfold at each
-            failure, up to 100 %.
+        damp_percent: The fraction of the mean diagonal to add to the diagonal; raised tenfold at each
+            failure, up to 1.
 
     Returns:
         R in reverse, and the damping used.
 
     Raises:
-        DampingError: If there is none.
+        DampingError: If R does not exist with any damping.
     """
     mean = hessian.diagonal().mean()
     while True:
@@ -91,18 +94,18 @@ def reversed_factor(hessian: torch.Tensor, damp_percent: float) -> tuple[torch.T
 def find_scales(
     weight: torch.Tensor, importance: torch.Tensor, bits: int, sym: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of each row of a group, by search over a shrinking range.
+    """The scale and zero point of each row of a group, by search over a shrinking range.
 
     Args:
         weight: Shape (rows, group_size) or (rows, groups, group_size).
-        importance: What an error of a column costs (the Hessian's diagonal), shape (group_size,)
-            or (groups, group_size).
+        importance: The cost of an error in a column (the Hessian's diagonal), shape (group_size,) or
+            (groups, group_size).
         bits: Bits per code.
-        sym: Fix the zero point to the middle, 2**(bits - 1).
+        sym: Whether the zero point is fixed to the middle, 2**(bits - 1).
 
     Returns:
-        scales (float32, rounded to float16) and zeros (int32, from 1 to 2**bits - 1), each of the
-        shape of `weight` without its last dimension.
+        scales (float32, rounded to float16) and zeros (int32, from 1 to 2**bits - 1), both with the shape of
+        `weight` without its last dimension.
     """
     top = 2**bits - 1
     low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
@@ -138,24 +141,24 @@ def gptq(
     kernels: Kernels | None = None,
     fast: bool = False,
 ) -> GptqResult:
-    """Quantizes a weight against a Hessian.
+    """Quantizes a weight with a Hessian.
 
-    Several layers with the same input are solved at once by stacking their rows: rows do not
-    influence one another, and the factorization is made once.
+    Several layers with the same input can be solved together by stacking their rows: rows are independent,
+    and the factorization is computed once.
 
     Args:
         weight: Shape (out_features, in_features).
         hessian: X^T X of the inputs, shape (in_features, in_features).
         bits: Bits per code.
-        group_size: Columns that share a scale; -1 means all.
-        sym: Symmetric codes.
-        desc_act: Take the columns in order of falling Hessian diagonal.
-        static_groups: Find all scales before the first column is rounded, from groups of
-            neighbouring columns; otherwise a group is the next `group_size` columns of the order
-            in which they are taken, and its scale is found when it is reached.
-        damp_percent: Damping to begin with.
-        kernels: The inner loops; plain ones if None.
-        fast: Find `energies` by products in bfloat16, to about 0.1 %.
+        group_size: Columns that share a scale; -1 for all.
+        sym: Whether codes are symmetric.
+        desc_act: Whether columns are solved in order of descending Hessian diagonal.
+        static_groups: Whether all scales are found before the first column is rounded, for groups of
+            neighbouring columns. Otherwise a group is the next `group_size` columns in the order of solving,
+            and its scale is found when it is reached.
+        damp_percent: The initial damping.
+        kernels: The inner loops; `PLAIN` if None.
+        fast: Whether `energies` are computed in bfloat16, to about 0.1 %.
 
     Raises:
         ValueError: If `group_size` does not divide in_features.
@@ -193,13 +196,12 @@ def gptq(
     for block in _blocks(columns, size):
         start = block.start
         if not static_groups and start % size == 0 and size > _BLOCK:
-            whole = slice(start, start + size)
-            wish = _carried(error, factor, whole)
-            local = _panel(factor, whole, whole)
-            wish = torch.linalg.solve_triangular(local, wish, upper=True, left=False)
-            found = search(target[:, whole] + wish, importance[whole], bits, sym)
-            scales[:, start // size], zeros[:, start // size] = found
-        codes[:, block], error[:, block], lost = round_columns(
+            span, group = slice(start, start + size), start // size
+            shift = torch.linalg.solve_triangular(
+                _panel(factor, span, span), _carried(error, factor, span), upper=True, left=False
+            )
+            scales[:, group], zeros[:, group] = search(target[:, span] + shift, importance[span], bits, sym)
+        codes[:, block], error[:, block], block_loss = round_columns(
             target[:, block],
             _carried(error, factor, block),
             _panel(factor, block, block),
@@ -211,8 +213,8 @@ def gptq(
             bits=bits,
             sym=sym,
         )
-        loss += lost
-    loss -= error.square_() @ added
+        loss += block_loss
+    loss -= error.square_() @ added  # the true H has no damping
     inverse = torch.argsort(order)
     codes, groups = (codes[:, inverse], groups[inverse]) if desc_act else (codes, groups)
     return GptqResult(
@@ -244,19 +246,19 @@ def round_block(
 
     Args:
         target: The weights, shape (rows, width).
-        carried: sum e_i R_ij over the columns i before the block, shape (rows, width).
+        carried: The correction from columns i before the block: sum e_i R_ij, shape (rows, width).
         local: R within the block, shape (width, width).
-        importance: What an error of a column costs, shape (width,).
+        importance: The cost of an error in a column, shape (width,).
         scales: Shape (rows, all groups).
         zeros: Of the same shape, int32.
         groups: The group of each column, shape (width,).
-        search: Find scales and zeros of a group, in place, when its first column is reached; every
-            group lies within the block.
+        search: Whether the scales and zeros of a group are found, in place, when its first column is reached;
+            every group must then lie within the block.
         bits: Bits per code.
-        sym: Symmetric codes.
+        sym: Whether codes are symmetric.
 
     Returns:
-        codes (uint8) and error e = target - rounded, shape (rows, width), and the sum of squares of
+        codes (uint8) and error e = target - rounded, both of shape (rows, width), and the sum of squares of
         (W - Q) R over the block, shape (rows,).
     """
     top = 2**bits - 1
@@ -266,18 +268,18 @@ def round_block(
     numbers = groups.tolist()
     for column, group in enumerate(numbers):
         if search and (column == 0 or group != numbers[column - 1]):
-            own = slice(column, column + numbers.count(group))
-            debt = carried[own] + local[:column, own].T @ error[:column]
-            wish = torch.linalg.solve_triangular(local[own, own].T, debt, upper=False)
+            members = slice(column, column + numbers.count(group))
+            correction = carried[members] + local[:column, members].T @ error[:column]
+            shift = torch.linalg.solve_triangular(local[members, members].T, correction, upper=False)
             scales[:, group], zeros[:, group] = find_scales(
-                (target[own] + wish).T, importance[own], bits, sym
+                (target[members] + shift).T, importance[members], bits, sym
             )
         scale, zero = scales[:, group], zeros[:, group].float()
-        debt, pivot = carried[column] + local[:column, column] @ error[:column], local[column, column]
-        code = ((target[column] + debt / pivot) / scale).round_().add_(zero).clamp_(0, top)
+        correction, pivot = carried[column] + local[:column, column] @ error[:column], local[column, column]
+        code = ((target[column] + correction / pivot) / scale).round_().add_(zero).clamp_(0, top)
         codes[column] = code
         error[column] = target[column] - (code - zero) * scale
-        loss += (debt + pivot * error[column]).square_()
+        loss += (correction + pivot * error[column]).square_()
     return codes.T, error.T, loss
 
 
@@ -288,7 +290,7 @@ def dequantize(
     g_idx: torch.Tensor,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """scale * (code - zero), shapes as in `GptqResult`; float32."""
+    """scale * (code - zero), float32; shapes as in `GptqResult`."""
     out = torch.empty(codes.shape, device=codes.device) if out is None else out
     for start in range(0, len(codes), _ROWS):
         part = slice(start, start + _ROWS)
@@ -300,7 +302,7 @@ PLAIN = Kernels(find_scales, round_block)
 
 
 def _blocks(columns: int, size: int) -> Iterator[slice]:
-    """Blocks of about `_BLOCK` columns that hold whole groups, or lie within one."""
+    """Blocks of about `_BLOCK` columns that consist of whole groups or lie within one."""
     unit = size if size > _BLOCK else _BLOCK // size * size
     for start in range(0, columns, unit):
         stop = min(start + unit, columns)
@@ -308,19 +310,19 @@ def _blocks(columns: int, size: int) -> Iterator[slice]:
 
 
 def _panel(factor: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
-    """A part of R from R in reverse."""
+    """A part of R, given R in reverse."""
     end = len(factor)
     return factor[end - rows.stop : end - rows.start, end - columns.stop : end - columns.start].flip(0, 1)
 
 
 def _carried(error: torch.Tensor, factor: torch.Tensor, block: slice) -> torch.Tensor:
-    """What the columns before a block ask of it: sum e_i R_ij."""
+    """The correction of a block from the columns before it: sum e_i R_ij."""
     before = slice(0, block.start)
     return error[:, before] @ _panel(factor, before, block)
 
 
 def _energies(weight: torch.Tensor, factor: torch.Tensor, fast: bool) -> torch.Tensor:
-    """The sum of squares of W R, row by row."""
+    """The sum of squares of W R for each row."""
     dtype = torch.bfloat16 if fast else torch.float32
     low, total = weight.to(dtype), torch.zeros(len(weight), device=weight.device)
     for start in range(0, len(factor), _ROWS):
@@ -339,10 +341,10 @@ def _with_diagonal(hessian: torch.Tensor, diagonal: torch.Tensor) -> torch.Tenso
 
 
 def _round(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
-    """Rounding to nearest: the value that stands for each weight."""
+    """Rounds each weight to the nearest value that a code represents."""
     return ((weight / scale).round_().add_(zero).clamp_(0, top) - zero) * scale
 
 
 def _to_half(scale: torch.Tensor) -> torch.Tensor:
-    """Rounded to what float16 holds, and never zero: the format stores scales in float16."""
+    """The nearest float16, never zero or infinite: the format stores scales in float16."""
     return scale.to(torch.float16).float().clamp(min=2.0**-24, max=65504)

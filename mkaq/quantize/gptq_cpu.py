@@ -1,11 +1,11 @@
-"""The inner loops of GPTQ for a CPU, compiled by numba, rows side by side on all cores.
+"""The inner loops of GPTQ for a CPU, compiled by numba and run on all cores.
 
-Rows are shared out among threads of Python's own, which need no lock in compiled code. numba's threads, or
-OpenMP's, would change how many torch uses.
+Rows are divided among Python threads; the compiled code runs without the GIL. Threads of numba or OpenMP
+would change how many threads torch uses. Rows are independent, so the number of threads changes no result.
 
-Rows do not influence one another, so the number of threads changes no result. Tiles of rows are worked
-on together, their numbers side by side in memory, so that every inner loop is one of vectors. The
-operations are those of the plain version in its order, but for sums, whose terms are added in another one.
+Each thread works on tiles of rows, stored with the rows next to one another, so that every inner loop can be
+vectorized. The operations and their order are those of the plain version, except that sums add their terms in
+another order.
 """
 
 from collections.abc import Callable
@@ -19,22 +19,23 @@ import torch
 from mkaq.quantize.gptq import SHRINK, Kernels
 
 _CONTRACT = {"contract"}
-_TILE = 64  # rows that are worked on side by side
-_PARTS = 4  # of the rows for each thread, so that none waits long for another
-_SHRINK = np.array(SHRINK, dtype=np.float32)  # an argument: a cached loop would keep the old ones
+_TILE = 64  # rows of a tile
+_PARTS = 4  # parts of the rows per thread, which balance the load
+_SHRINKS = np.array(SHRINK, dtype=np.float32)  # passed as an argument: a cached loop would keep old values
 _TINY, _HUGE = np.float32(2.0**-24), np.float32(65504)
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba.njit, kept on disk where there is a place to write; a division by 0 is no error, which would
-    keep loops from being vectorized.
+    """numba.njit with a cache on disk where one can be written.
+
+    A division by 0 is no error: the check would prevent vectorization.
     """
     options["error_model"] = "numpy"
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder can be written: compiled again by every process
+        except RuntimeError:  # no folder is writable: every process compiles again
             return numba.njit(**options)(function)
 
     return decorate
@@ -61,8 +62,8 @@ def round_block(
     by_row = [
         t.numpy() for t in (target.contiguous(), carried.contiguous(), scales, zeros, codes, error, loss)
     ]
-    shared = [local.T.contiguous().numpy(), importance.numpy(), groups.numpy(), _SHRINK]
-    _share_rows(_round_rows, by_row, *shared, search, sym, top, middle)
+    shared = [local.T.contiguous().numpy(), importance.numpy(), groups.numpy(), _SHRINKS]
+    _run_on_rows(_round_rows, by_row, *shared, search, sym, top, middle)
     return codes, error, loss
 
 
@@ -72,11 +73,11 @@ def find_scales(
     """As `gptq.find_scales`, for tensors on a CPU."""
     *shape, size = weight.shape
     grouped = weight.reshape(len(weight), -1, size).contiguous()
-    costs = importance.reshape(-1, size).contiguous()
+    importances = importance.reshape(-1, size).contiguous()
     scales = torch.empty(grouped.shape[:2])
     zeros = torch.empty(grouped.shape[:2], dtype=torch.int32)
     by_row = [grouped.numpy(), scales.numpy(), zeros.numpy()]
-    _share_rows(_search_rows, by_row, costs.numpy(), _SHRINK, sym, *_levels(bits))
+    _run_on_rows(_search_rows, by_row, importances.numpy(), _SHRINKS, sym, *_levels(bits))
     return scales.reshape(shape), zeros.reshape(shape)
 
 
@@ -84,25 +85,25 @@ def _levels(bits: int) -> tuple[Any, Any]:
     return np.float32(2**bits - 1), np.float32(2 ** (bits - 1))
 
 
-def _share_rows(kernel: Callable[..., None], by_row: list[Any], *shared: Any) -> None:
-    """Runs a kernel on rows, shared out among as many threads as torch uses.
+def _run_on_rows(kernel: Callable[..., None], by_row: list[Any], *shared: Any) -> None:
+    """Runs a kernel on parts of the rows, in as many threads as torch uses.
 
     Args:
-        kernel: Takes `by_row`, then `shared`.
-        by_row: Arrays whose rows are shared out; those that it fills are contiguous.
-        shared: What every thread gets whole.
+        kernel: Takes the arrays of `by_row`, then `shared`.
+        by_row: Arrays to split by rows; those that the kernel fills must be contiguous.
+        shared: Arguments that every thread gets unchanged.
     """
     rows, threads = len(by_row[0]), torch.get_num_threads()
     step = _TILE * max(1, -(-rows // (_TILE * _PARTS * threads)))
     parts = [[array[first : first + step] for array in by_row] for first in range(0, rows, step)]
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(kernel, *part, *shared) for part in parts]:
-            done.result()
+        for future in [pool.submit(kernel, *part, *shared) for part in parts]:
+            future.result()
 
 
 @_compiled()
-def _half(value: Any) -> Any:
-    """The nearest float16, never 0 and never infinite: eleven bits are left of the 24 (Veltkamp's split)."""
+def _to_half(value: Any) -> Any:
+    """The nearest float16, never 0 or infinite: Veltkamp's splitting keeps 11 of the 24 bits."""
     if value < np.float32(2.0**-14):
         return max(np.float32(np.rint(value * np.float32(2.0**24)) * _TINY), _TINY)
     large = value * np.float32(8193)
@@ -111,7 +112,7 @@ def _half(value: Any) -> Any:
 
 @_compiled(fastmath=_CONTRACT)
 def _add_products(total: Any, factors: Any, values: Any, start: int, stop: int) -> None:
-    """Adds sum_i factors[i] values[i] over i from `start` to `stop`; four at a time."""
+    """Adds sum_i factors[i] values[i] over i from `start` to `stop`, four terms at a time."""
     i = start
     while i + 4 <= stop:
         a, b, c, d = factors[i], factors[i + 1], factors[i + 2], factors[i + 3]
@@ -132,14 +133,14 @@ def _search(
     importance: Any,
     start: int,
     stop: int,
-    shrink: Any,
+    shrinks: Any,
     sym: bool,
     top: Any,
     middle: Any,
     scales: Any,
     zeros: Any,
 ) -> None:
-    """`gptq.find_scales` of a tile of rows and the group of columns from `start` to `stop`."""
+    """`gptq.find_scales` for a tile of rows and the group of columns from `start` to `stop`."""
     low, high = np.zeros(_TILE, dtype=np.float32), np.zeros(_TILE, dtype=np.float32)
     for j in range(start, stop):
         for row in range(_TILE):
@@ -152,19 +153,19 @@ def _search(
     scale, zero = np.empty(_TILE, dtype=np.float32), np.empty(_TILE, dtype=np.float32)
     cost = np.empty(_TILE, dtype=np.float32)
     scales[:], zeros[:] = np.float32(1), middle
-    for share in shrink:
+    for shrink in shrinks:
         for row in range(_TILE):
-            scale[row] = _half((high[row] - low[row]) * share / top)
-            moved = np.float32(np.rint(-low[row] * share / scale[row]))
-            zero[row] = middle if sym else min(max(moved, np.float32(1)), top)
+            scale[row] = _to_half((high[row] - low[row]) * shrink / top)
+            nearest = np.float32(np.rint(-low[row] * shrink / scale[row]))
+            zero[row] = middle if sym else min(max(nearest, np.float32(1)), top)
             cost[row] = np.float32(0)
         for j in range(start, stop):
-            weight = importance[j]
+            column_importance = importance[j]
             for row in range(_TILE):
                 code = np.rint(values[j, row] / scale[row]) + zero[row]
                 code = min(max(code, np.float32(0)), top)
-                off = (code - zero[row]) * scale[row] - values[j, row]
-                cost[row] += off * off * weight
+                difference = (code - zero[row]) * scale[row] - values[j, row]
+                cost[row] += difference * difference * column_importance
         for row in range(_TILE):
             if cost[row] < best[row]:
                 best[row], scales[row], zeros[row] = cost[row], scale[row], zero[row]
@@ -172,7 +173,7 @@ def _search(
 
 @_compiled(nogil=True)
 def _search_rows(
-    weight: Any, scales: Any, zeros: Any, importance: Any, shrink: Any, sym: bool, top: Any, middle: Any
+    weight: Any, scales: Any, zeros: Any, importance: Any, shrinks: Any, sym: bool, top: Any, middle: Any
 ) -> None:
     rows, groups, size = weight.shape
     tiles = (rows + _TILE - 1) // _TILE
@@ -184,7 +185,7 @@ def _search_rows(
         for row in range(count):
             for j in range(size):
                 values[j, row] = weight[first + row, group, j]
-        _search(values, importance[group], 0, size, shrink, sym, top, middle, scale, zero)
+        _search(values, importance[group], 0, size, shrinks, sym, top, middle, scale, zero)
         for row in range(count):
             scales[first + row, group], zeros[first + row, group] = scale[row], np.int32(zero[row])
 
@@ -201,24 +202,24 @@ def _round_rows(
     columns: Any,
     importance: Any,
     groups: Any,
-    shrink: Any,
+    shrinks: Any,
     search: bool,
     sym: bool,
     top: Any,
     middle: Any,
 ) -> None:
-    """Rounds a block, a tile of rows at a time; row j of `columns` is column j of the factor."""
+    """`round_block`, a tile of rows at a time; row j of `columns` is column j of R within the block."""
     rows, width = target.shape
     for number in range((rows + _TILE - 1) // _TILE):
         first = number * _TILE
         count = min(_TILE, rows - first)
-        wanted = np.zeros((width, _TILE), dtype=np.float32)  # tiles lie with the rows side by side
-        debt = np.zeros((width, _TILE), dtype=np.float32)
+        weights = np.zeros((width, _TILE), dtype=np.float32)  # the rows of a tile are next to one another
+        correction = np.zeros((width, _TILE), dtype=np.float32)
         for row in range(count):
             for j in range(width):
-                wanted[j, row], debt[j, row] = target[first + row, j], carried[first + row, j]
-        own, wish = np.empty((width, _TILE), dtype=np.float32), np.empty((width, _TILE), dtype=np.float32)
-        values = np.empty((width, _TILE), dtype=np.float32)
+                weights[j, row], correction[j, row] = target[first + row, j], carried[first + row, j]
+        errors, shift = np.empty((width, _TILE), dtype=np.float32), np.empty((width, _TILE), dtype=np.float32)
+        values = np.empty((width, _TILE), dtype=np.float32)  # shifted weights of a group, then codes
         scale, zero = np.ones(_TILE, dtype=np.float32), np.zeros(_TILE, dtype=np.float32)
         total = np.zeros(_TILE, dtype=np.float32)
         start = 0
@@ -228,35 +229,35 @@ def _round_rows(
             while stop < width and groups[stop] == group:
                 stop += 1
             for j in range(start, stop):
-                _add_products(debt[j], columns[j], own, 0, start)
+                _add_products(correction[j], columns[j], errors, 0, start)
             if search:
                 for j in range(start, stop):
                     pivot, sums = columns[j, j], np.zeros(_TILE, dtype=np.float32)
-                    _add_products(sums, columns[j], wish, start, j)
+                    _add_products(sums, columns[j], shift, start, j)
                     for row in range(_TILE):
-                        wish[j, row] = (debt[j, row] - sums[row]) / pivot
-                        values[j, row] = wanted[j, row] + wish[j, row]
-                _search(values, importance, start, stop, shrink, sym, top, middle, scale, zero)
+                        shift[j, row] = (correction[j, row] - sums[row]) / pivot
+                        values[j, row] = weights[j, row] + shift[j, row]
+                _search(values, importance, start, stop, shrinks, sym, top, middle, scale, zero)
                 for row in range(count):
                     scales[first + row, group], zeros[first + row, group] = scale[row], np.int32(zero[row])
             else:
                 for row in range(count):
                     scale[row], zero[row] = scales[first + row, group], np.float32(zeros[first + row, group])
             for j in range(start, stop):
-                _add_products(debt[j], columns[j], own, start, j)
+                _add_products(correction[j], columns[j], errors, start, j)
                 pivot = columns[j, j]
                 for row in range(_TILE):
-                    code = np.rint((wanted[j, row] + debt[j, row] / pivot) / scale[row]) + zero[row]
+                    code = np.rint((weights[j, row] + correction[j, row] / pivot) / scale[row]) + zero[row]
                     code = min(max(code, np.float32(0)), top)
                     values[j, row] = code
-                    own[j, row] = wanted[j, row] - (code - zero[row]) * scale[row]
-                    left = debt[j, row] + pivot * own[j, row]
-                    total[row] += left * left
+                    errors[j, row] = weights[j, row] - (code - zero[row]) * scale[row]
+                    residual = correction[j, row] + pivot * errors[j, row]
+                    total[row] += residual * residual
             start = stop
         for row in range(count):
             loss[first + row] = total[row]
             for j in range(width):
-                codes[first + row, j], error[first + row, j] = np.uint8(values[j, row]), own[j, row]
+                codes[first + row, j], error[first + row, j] = np.uint8(values[j, row]), errors[j, row]
 
 
 COMPILED = Kernels(find_scales, round_block)

@@ -1,4 +1,4 @@
-"""GPTQ over a whole checkpoint: the solver inside the walk, layer by layer, true sequential."""
+"""GPTQ of a whole checkpoint: the solver inside the walk, layer by layer, true sequential."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,14 +30,14 @@ from mkaq.walk.walk import LayerWalk
 
 @dataclass(frozen=True)
 class GptqModule:
-    """What is recorded of one quantized layer.
+    """The record of a quantized linear layer.
 
     Attributes:
         name: The module's name in the model.
         error: ||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens.
         weight_error: ||W - Q||^2 / ||W||^2, W the weight that was rounded.
-        damp_percent: The damping that was needed.
-        ridge: If W was solved toward the original model before: the ridge; else None.
+        damp_percent: The damping used.
+        ridge: The ridge, if W was first solved toward the original model; else None.
         fallback: Always false: a failed factorization raises the damping or ends the run.
     """
 
@@ -51,11 +51,11 @@ class GptqModule:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What is recorded of a quantized checkpoint.
+    """The record of a quantized checkpoint.
 
     Attributes:
         modules: Every quantized layer.
-        final_norm: How the final norm was rescaled, if it was.
+        final_norm: How the final norm was rescaled; None if it was not.
         digests: sha256 of the weight files by name.
     """
 
@@ -76,16 +76,17 @@ def quantize_gptq(
     """Writes the quantized checkpoint and returns its record.
 
     Args:
-        walk: Over the checkpoint to quantize.
-        tokens: Calibration token ids, shape (samples, length); of several processes each has its own.
-        options: Of `gptq`: bits, group_size, sym, desc_act, static_groups, damp_percent.
-        config: The quantization_config of what comes out.
+        walk: The walk over the checkpoint to quantize.
+        tokens: This process's calibration token ids, shape (samples, length).
+        options: Options of `gptq`: bits, group_size, sym, desc_act, static_groups, damp_percent.
+        config: The quantization_config of the quantized checkpoint.
         folder: Where the checkpoint goes.
         output: How it is written.
         target: The original model, toward which weights are solved before they are rounded.
 
     Raises:
         UsageError: If a Hessian cannot be factorized with any damping.
+        CheckpointError: If inputs or results of a linear layer are not finite.
     """
     source, dtype = walk.checkpoint, output.dtype
     modules: list[GptqModule] = []
@@ -115,13 +116,13 @@ def quantize_gptq(
                 pieces.finish()
         final_norm = target.rescale(walk, hidden_states) if target else None
         writer.add(norm, rescaled(source, final_norm, dtype))
-    whole = {
+    model_config = {
         **source.config,
         "dtype": str(dtype).removeprefix("torch."),
         "quantization_config": config,
     }
-    whole.pop("torch_dtype", None)
-    write_json(folder / "config.json", whole)
+    model_config.pop("torch_dtype", None)
+    write_json(folder / "config.json", model_config)
     write_json(folder / "quantize_config.json", config)
     copy_side_files(source.path, folder)
     return Quantized(modules, final_norm, writer.digests)
@@ -135,7 +136,7 @@ def _solve_group(
     walk: LayerWalk,
     prefix: str,
 ) -> Iterator[tuple[str, dict[str, torch.Tensor], GptqModule]]:
-    """Solves the linear layers that share one input, and puts their quantized weights in place."""
+    """Solves the linear layers that share an input, and puts their quantized weights in place."""
     linears = [cast(nn.Linear, layer.get_submodule(name)) for name in group]
     if not bool(torch.isfinite(hessian).all()):
         raise CheckpointError(f"the inputs of {prefix}{group[0]} are not finite", where=walk.checkpoint.path)
@@ -170,23 +171,23 @@ def _solve_group(
 def _solve(
     weight: torch.Tensor, hessian: torch.Tensor, ranks: Ranks, options: Mapping[str, Any]
 ) -> GptqResult:
-    """`gptq`, of several processes each for its share of the rows, all with the same damping."""
+    """`gptq`; each process solves its share of the rows, all with the same damping."""
     rows, options = len(weight), dict(options)
     kernels = kernels_for(weight.device)
     fast = ranks.has_fast_bfloat16(weight.device)
     while True:
-        own = gptq(weight[ranks.share(rows)], hessian, **options, kernels=kernels, fast=fast)
-        options["damp_percent"] = ranks.largest(own.damp_percent)
-        if not ranks.largest(own.damp_percent < options["damp_percent"]):
+        part = gptq(weight[ranks.share(rows)], hessian, **options, kernels=kernels, fast=fast)
+        options["damp_percent"] = ranks.largest(part.damp_percent)
+        if not ranks.largest(part.damp_percent < options["damp_percent"]):
             break
     return replace(
-        own,
-        codes=ranks.join(own.codes, rows),
-        scales=ranks.join(own.scales, rows),
-        zeros=ranks.join(own.zeros, rows),
-        weight=ranks.join(own.weight, rows),
-        errors=ranks.join(own.errors, rows),
-        energies=ranks.join(own.energies, rows),
+        part,
+        codes=ranks.join(part.codes, rows),
+        scales=ranks.join(part.scales, rows),
+        zeros=ranks.join(part.zeros, rows),
+        weight=ranks.join(part.weight, rows),
+        errors=ranks.join(part.errors, rows),
+        energies=ranks.join(part.energies, rows),
     )
 
 
@@ -195,7 +196,7 @@ def kernels_for(device: torch.device) -> Kernels:
     if device.type == "cpu":
         return gptq_cpu.COMPILED
     if device.type == "cuda" and torch.version.cuda is not None and find_spec("triton") is not None:
-        from mkaq.quantize import gptq_cuda  # imports Triton, which only torch for CUDA brings along
+        from mkaq.quantize import gptq_cuda  # imports Triton, which only torch for CUDA installs
 
         return gptq_cuda.FUSED if gptq_cuda.works_on(device) else PLAIN
     return PLAIN
@@ -216,6 +217,6 @@ def _hessian(
     total = HessianSum(features, walk.device, walk.ranks)
     for rows in spans(hidden_states):
         total.add(pieces.input_of(name, rows).flatten(0, -2))
-    if not len(hidden_states):  # all are other processes'; what these agree on is agreed on by all
+    if not len(hidden_states):  # without samples too, a process must take part in the exchange of `add`
         total.add(torch.empty(0, features, dtype=walk.dtype, device=walk.device))
     return total.whole()

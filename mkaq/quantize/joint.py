@@ -1,9 +1,9 @@
-"""The joint target: weights that are about to be rounded are first solved toward the original model.
+"""The joint target: weights are solved toward the original model before they are rounded.
 
-What a layer writes to the residual stream (`o_proj`, `down_proj`) is solved in closed form, on what
-the merged and already quantized layers before it hand on, so that the hidden states of the source
-come back; GPTQ then rounds that weight, and in the end the final norm is rescaled. For tokens X, target
-R and W* = argmin |R - X W^T|^2, |R - X Q^T|^2 = |R - X W*^T|^2 + |X (W* - Q)^T|^2: rounding W* is rounding
+The linear layers that write to the residual stream (`o_proj`, `down_proj`) are solved in closed form, on the
+output of the merged and already quantized layers before them, so that it returns to the source's hidden
+states. GPTQ then rounds the solved weights, and at the end the final norm is rescaled. For tokens X, target R
+and W* = argmin |R - X W^T|^2, |R - X Q^T|^2 = |R - X W*^T|^2 + |X (W* - Q)^T|^2: rounding W* is rounding
 toward the source.
 """
 
@@ -20,15 +20,15 @@ from mkaq.fit.targets import add_rows, add_up, advance, fit_together, moments_of
 from mkaq.walk.piecewise import Piecewise
 from mkaq.walk.walk import LayerWalk
 
-NEARLY_BEST = 0.95  # of what a ridge gains: less would leave more of the rounding
+NEARLY_BEST = 0.95  # the fraction of the best gain to keep; a smaller one corrects less of the rounding
 
 
 class JointTarget:
-    """The original model's hidden states, walked beside the model that is quantized.
+    """The original model's hidden states, walked side by side with the model to quantize.
 
     Args:
-        source: Over the original model.
-        groups: For each layer of the model that is quantized, the layers that it stands for.
+        source: The walk over the original model.
+        groups: For each layer of the model to quantize, the original layers that it replaces.
         samples: The calibration samples.
 
     Attributes:
@@ -44,21 +44,21 @@ class JointTarget:
         self._channels = mlp_parts(checkpoint.arch, checkpoint.sizes)
 
     def enter(self, index: int, states: torch.Tensor) -> None:
-        """Moves the original stream past the layers that layer `index` stands for.
+        """Moves the original stream past the layers that layer `index` replaces.
 
         Args:
-            index: Of the model that is quantized.
-            states: What its layers before hand on, shape (samples, length, hidden_size).
+            index: The layer of the model to quantize.
+            states: Its input, shape (samples, length, hidden_size).
         """
         group, writer = self._groups[index], self._heads.writer
         advance(self.source, group, writer, self._original, states, self._attended)
 
     @torch.no_grad()
     def solve(self, pieces: Piecewise, layer: nn.Module, name: str) -> Fit | None:
-        """The weight of a linear layer that is best toward the source; None if it writes no hidden state.
+        """The best weight of a linear layer toward the source; None if it writes no hidden state.
 
         Args:
-            pieces: Of the layer, with all that is quantized already.
+            pieces: The layer's pieces, quantized so far.
             layer: The layer.
             name: The linear layer.
         """
@@ -69,7 +69,7 @@ class JointTarget:
         assert isinstance(linear, nn.Linear)
         width = linear.in_features
         moments = moments_of(self.source, width), moments_of(self.source, width)
-        for half, batches in zip(moments, self._samples.halves(), strict=True):
+        for split, batches in zip(moments, self._samples.halves(), strict=True):
             for rows in batches:
                 inputs, final = pieces.input_of(name, rows), self.source.fetch(self._original[rows])
                 if parts is self._heads:
@@ -78,7 +78,7 @@ class JointTarget:
                     target = final.float() - pieces.input_of(parts.norm, rows)
                 if linear.bias is not None:
                     target = target - linear.bias
-                add_rows(half, inputs, target, final)
+                add_rows(split, inputs, target, final)
         add_up(self.source.ranks, *moments)
         return fit_together(self.source.ranks, *moments, linear.weight, NEARLY_BEST)
 
@@ -86,7 +86,7 @@ class JointTarget:
         """The factor of the final norm, once all layers are quantized.
 
         Args:
-            walk: Over the model that is quantized.
-            states: What its last layer gives.
+            walk: The walk over the quantized model.
+            states: The output of its last layer.
         """
         return rescale(self.source, walk, self._original, states, self._samples)

@@ -1,1 +1,1 @@
-"""Recovery of what merging lost, layer by layer."""
+"""Recovery of quality lost by merging, layer by layer."""

@@ -1,9 +1,8 @@
 """The recover stage: every layer of the compressed model is tuned alone toward the original hidden states.
 
-Knowledge distillation without the whole model: a layer sees what the tuned layers before it hand on,
-and learns to give the hidden state that the source has at the end of the layers that it stands for;
-the final norm is rescaled to what has been reached.
-One layer, its optimizer state and two streams of activations are in memory.
+Knowledge distillation without the whole model: each layer reads the output of the tuned layers before it, and
+its target is the source's hidden state after the group of layers that it replaces. The final norm is rescaled
+at the end. One layer, its optimizer state and two streams of activations are in memory.
 """
 
 import copy
@@ -27,18 +26,18 @@ from mkaq.heap import return_freed_memory
 from mkaq.walk.batches import batch_size
 from mkaq.walk.walk import LayerWalk
 
-CHECKS = 5
+CHECKS = 5  # times that the held-out error of a layer is measured
 
 
 @dataclass(frozen=True)
 class RecoveredLayer:
-    """What tuning did to a layer.
+    """The outcome of tuning a layer.
 
     Attributes:
-        new: Its number.
-        error_before: Mean of |output - original|^2 / |original|^2 over held-out tokens, untuned.
-        error: The same with the weights that it has now.
-        steps: The step at which the held-out error was lowest; 0 if the weights are as they were.
+        new: The layer's number.
+        error_before: Mean of |output - original|^2 / |original|^2 over held-out tokens, before tuning.
+        error: The same, with the final weights.
+        steps: The step with the lowest held-out error; 0 if the weights are unchanged.
     """
 
     new: int
@@ -52,10 +51,10 @@ class Tuning:
     """How layers are tuned.
 
     Attributes:
-        steps: Of the optimizer, for each layer.
-        learning_rate: Of AdamW; `auto` is 0.25 / hidden_size.
-        batch_size: Sequences per step, at most.
-        seed: Of the order of the samples.
+        steps: Optimizer steps per layer.
+        learning_rate: AdamW's learning rate; `auto` is 0.25 / hidden_size.
+        batch_size: Largest number of sequences per step.
+        seed: Seed of the order of the samples.
     """
 
     steps: int
@@ -65,10 +64,10 @@ class Tuning:
 
 
 class Recovered(NamedTuple):
-    """What was done.
+    """The results of `recover`.
 
     Attributes:
-        layers: To each layer.
+        layers: The outcome of every layer.
         final_norm: How the final norm was rescaled.
         digests: sha256 of the weight files by name.
     """
@@ -87,15 +86,15 @@ def recover(
     folder: Path,
     output: Output,
 ) -> Recovered:
-    """Writes the tuned checkpoint.
+    """Tunes every layer and writes the checkpoint.
 
     Args:
-        source: Over the source.
-        walk: Over the compressed checkpoint.
-        groups: For each of its layers the layers of the source that it stands for.
+        source: A walk over the source.
+        walk: A walk over the compressed checkpoint.
+        groups: For each layer, the source layers that it replaces.
         samples: The calibration samples.
-        tuning: How.
-        folder: Where the checkpoint goes.
+        tuning: How layers are tuned.
+        folder: Folder of the checkpoint.
         output: How it is written.
     """
     dtype, progress = output.dtype, output.progress
@@ -141,31 +140,31 @@ def tune(
 ) -> RecoveredLayer:
     """Tunes a layer in place; leaves the weights of the lowest held-out error, rounded to `dtype`.
 
-    The loss is the squared error of a token relative to the target's mean square, as the norms of the
-    layers that follow see it. AdamW without weight decay, products in bfloat16; the learning rate
-    rises over the first steps and falls to 0 along a cosine. A step's batch goes through the layer in
-    parts of `TOKENS_PER_BATCH` tokens, whose gradients are added.
+    The loss is |output - target|^2 / |target|^2, averaged over tokens: the following norms see the same
+    relative error. AdamW without weight decay, with products in bfloat16; the learning rate warms up linearly
+    and then falls to 0 along a cosine. A step's batch goes through the layer in parts of `TOKENS_PER_BATCH`
+    tokens, whose gradients are added.
 
     Args:
-        walk: That the layer belongs to.
-        layer: Placed.
-        new: Its number.
-        inputs: What the layers before it hand on, shape (samples, length, hidden_size).
-        targets: What it should give, of the same shape.
-        samples: Which ones are held out.
-        tuning: How.
-        dtype: In which the weights are kept.
+        walk: The walk that the layer belongs to.
+        layer: The layer, with its weights on the device.
+        new: The layer's number.
+        inputs: The output of the layers before it, shape (samples, length, hidden_size).
+        targets: The target hidden states, of the same shape.
+        samples: Their samples.
+        tuning: How layers are tuned.
+        dtype: Type of the saved weights.
     """
     parameters = dict(layer.named_parameters())
     before = lowest = layer_error(walk, layer, new, inputs, targets, samples)
     if walk.ranks.tell(before == 0):
         return RecoveredLayer(new, 0.0, 0.0, 0)
-    best, found = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
+    best, best_step = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
     layer.float().requires_grad_(True)
     fast = walk.ranks.has_fast_bfloat16(walk.device)
-    speed = 0.25 / inputs.shape[-1] if tuning.learning_rate == "auto" else tuning.learning_rate
-    optimizer = torch.optim.AdamW(layer.parameters(), speed, (0.9, 0.95), weight_decay=0.0)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, tuning.steps))
+    learning_rate = 0.25 / inputs.shape[-1] if tuning.learning_rate == "auto" else tuning.learning_rate
+    optimizer = torch.optim.AdamW(layer.parameters(), learning_rate, (0.9, 0.95), weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, tuning.steps))
     orders = shuffled(samples.learned, math.ceil(tuning.batch_size / walk.ranks.size), tuning.seed)
     for step, chosen in zip(range(1, tuning.steps + 1), orders, strict=False):
         parts = torch.split(chosen, batch_size(inputs)) if len(chosen) else ()
@@ -181,17 +180,17 @@ def tune(
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
         optimizer.step()
-        rate.step()
+        scheduler.step()
         optimizer.zero_grad()
         if step % math.ceil(tuning.steps / CHECKS) == 0 or step == tuning.steps:
             rounded = {name: p.detach().to(dtype).to(walk.dtype) for name, p in layer.named_parameters()}
             error = layer_error(walk, with_weights(layer, rounded), new, inputs, targets, samples)
             if walk.ranks.tell(error < lowest):
-                lowest, best, found = error, rounded, step
+                lowest, best, best_step = error, rounded, step
     best = {name: walk.ranks.from_first(weight.contiguous()) for name, weight in best.items()}
     layer.load_state_dict(best, strict=False, assign=True)
     layer.requires_grad_(False)
-    return RecoveredLayer(new, before, lowest, found)
+    return RecoveredLayer(new, before, lowest, best_step)
 
 
 @torch.no_grad()
@@ -217,15 +216,15 @@ def with_weights(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Mo
 
 
 def schedule(step: int, steps: int) -> float:
-    """The share of the learning rate at a step: up over the first twentieth, then a cosine to 0."""
-    rise = max(1, steps // 20)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    """The fraction of the learning rate at a step: linear warm-up over the first 1/20, then a cosine to 0."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def shuffled(samples: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Batches of sample numbers without end: every sample once, in a new order each time round."""
+    """Yields batches of sample numbers without end: every sample once per epoch, in a new order each time."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     while True:
         order = torch.randperm(samples, generator=generator)
@@ -234,5 +233,5 @@ def shuffled(samples: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]
 
 
 def _line(record: RecoveredLayer) -> str:
-    told = f"step {record.steps}" if record.steps else "kept as it was"
-    return f"  layer {record.new}: held-out error {record.error_before:.4f} -> {record.error:.4f} ({told})"
+    outcome = f"step {record.steps}" if record.steps else "kept as it was"
+    return f"  layer {record.new}: held-out error {record.error_before:.4f} -> {record.error:.4f} ({outcome})"

@@ -1,1 +1,1 @@
-"""A run on disk: the store of published stages, locks, resources, budgets."""
+"""A run on disk: published stages, locks and memory estimates."""

@@ -1,4 +1,4 @@
-"""What a stage is expected to need and to make, before anything is done."""
+"""Estimates of a stage's memory and of the model that it makes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model as it is after a stage; `bytes` counts the weights."""
+    """Size of the model after a stage; `bytes` counts the weights."""
 
     stage: str
     layers: int
@@ -27,41 +27,55 @@ class Need:
     """Bytes that a stage is expected to need at its peak.
 
     Attributes:
-        device: Of the process, or on the GPU, without the hidden states of all samples.
-        states: Of these, wherever they lie.
+        device: Bytes in the process, or on the GPU, without the hidden states of all samples.
+        states: Bytes of the hidden states of all samples, wherever they are stored.
     """
 
     device: int
     states: int = 0
 
     def at(self, place: Place) -> int:
-        """Bytes on the device, with hidden states at a place."""
+        """Bytes on the device if hidden states are stored at `place`."""
         return self.device + (self.states if place == "device" else 0)
 
 
+class Work(NamedTuple):
+    """Floating-point operations of one process.
+
+    Attributes:
+        exact: In the type of an exact walk.
+        fast: In that of a fast one.
+    """
+
+    exact: float = 0.0
+    fast: float = 0.0
+
+
 class Estimate(NamedTuple):
-    """What a stage is expected to come to, from headers alone.
+    """The estimate of a stage, from headers alone.
 
     Attributes:
         need: Memory.
         after: The model that it makes; None if it makes none.
+        work: What it computes.
     """
 
     need: Need
     after: ModelSize | None = None
+    work: Work = Work()
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a stage is estimated for.
+    """The inputs of a stage's estimate.
 
     Attributes:
-        source: The model that goes in.
+        source: The model to compress.
         device: Where layers run.
-        dtype: In which dense weights are written.
-        samples: Of the calibration, in all.
-        length: Tokens of each.
-        processes: That share the samples; a need is that of one.
+        dtype: Type of dense weights on disk.
+        samples: Calibration samples in all.
+        length: Tokens per sample.
+        processes: Processes that share the samples; an estimate is for one of them.
     """
 
     source: Checkpoint
@@ -73,5 +87,5 @@ class Task:
 
     @property
     def own(self) -> int:
-        """Samples of one process."""
+        """Number of samples of one process."""
         return -(-self.samples // self.processes)

@@ -1,4 +1,4 @@
-"""One recipe under way, as its stages see it."""
+"""The state of a recipe in progress, as its stages see it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,25 +24,25 @@ RECORD = "record.json"
 
 
 class Job:
-    """One recipe under way.
+    """A recipe in progress.
 
     Args:
-        source: The model that goes in.
-        digest: Of its files.
+        source: The model to compress.
+        digest: Digest of its files.
         output: How checkpoints are written.
-        seed: Of all that is random.
+        seed: Seed of everything random.
         device: Where layers run.
         ranks: The processes that share the samples; the first one writes.
-        place: Where hidden states lie.
-        folder: Where they go if they go to files.
+        place: Where hidden states are stored.
+        folder: Folder of hidden states stored in files.
 
     Attributes:
-        model: What the last stage made; the source to begin with.
+        model: The model made by the last stage; at first the source.
         last: The name of that stage.
         steps: The records of the stages so far.
-        sizes: The source's, and that of each model.
-        ran_on: On what each stage that computes has run.
-        evaluation: What was measured of each model.
+        sizes: The sizes of the source and of each model.
+        ran_on: The environment of each stage that computes.
+        evaluation: The measurements of each model.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which dense weights are written."""
+        """Type of dense weights on disk."""
         return self.output.dtype
 
     @property
     def progress(self) -> Progress:
-        """Told what happens."""
+        """Progress output."""
         return self.output.progress
 
     def has(self, name: str) -> bool:
@@ -80,33 +80,33 @@ class Job:
         return name in self._paths
 
     def publish(self, name: str, path: Path, digest: str) -> None:
-        """Notes where a stage is published."""
+        """Notes the folder and the digest of a published stage."""
         self._paths[name], self._digests[name] = path, digest
 
     def sizes_with(self, after: Checkpoint) -> dict[str, int]:
-        """The sizes of the model and of the one that is made of it, as a record has them."""
-        before, found = self.sizes[-1], _size("", after)
+        """The size fields of a record: the current model's, and those of the model made from it."""
+        old, new = self.sizes[-1], _size("", after)
         return {
-            "layers_before": before.layers,
-            "layers_after": found.layers,
-            "parameters_before": before.parameters,
-            "parameters_after": found.parameters,
-            "bytes_before": before.bytes,
-            "bytes_after": found.bytes,
+            "layers_before": old.layers,
+            "layers_after": new.layers,
+            "parameters_before": old.parameters,
+            "parameters_after": new.parameters,
+            "bytes_before": old.bytes,
+            "bytes_after": new.bytes,
         }
 
     def advance(self, name: str, record: "type[Step]", mode: "Mode") -> None:
-        """Goes on with what a stage has published, a checkpoint and its record."""
+        """Makes a stage's published checkpoint the current model, and adds its record."""
         step = record.model_validate_json((self.path(name) / RECORD).read_bytes())
         self.model, self.last = open_checkpoint(self.path(name), quantized=True), name
         self.steps.append(step)
         self.sizes.append(_size(name, self.model))
         self.note(name, mode)
-        for what, how in step.modes().items():
-            self.note(what, how)
+        for computation, its_mode in step.modes().items():
+            self.note(computation, its_mode)
 
     def note(self, name: str, mode: "Mode") -> None:
-        """Notes on what a computation has run."""
+        """Notes the environment of a computation."""
         self.ran_on[name] = self.runs_on(mode)
 
     def path(self, name: str) -> Path:
@@ -118,7 +118,7 @@ class Job:
         return {name: self._digests[name] for name in names}
 
     def groups(self) -> Sequence[Sequence[int]]:
-        """For each layer of the model the layers of the source that it stands for."""
+        """For each layer of the model, the source layers that it replaces."""
         for step in self.steps:
             if groups := step.groups():
                 return groups
@@ -140,8 +140,8 @@ class Job:
 
         Args:
             model: The checkpoint.
-            fast: It may differ from the model's own forward pass in the last digits.
-            beside: A walk that goes beside it, with which it shares the place for hidden states.
+            fast: The result may differ from the model's own forward pass in the last digits.
+            beside: A walk run in parallel, whose storage of hidden states is shared.
             ranks: The processes that walk; all if None.
         """
         dtype = compute_dtype(self.source.dtype, self.device, fast=fast, ranks=self.ranks)
@@ -152,7 +152,7 @@ class Job:
         return walk
 
     def runs_on(self, mode: "Mode") -> dict[str, Any]:
-        """What changes the last bits of a stage's computation."""
+        """The environment of a computation: everything that changes its last bits."""
         cuda = self.device.type == "cuda"
         dtype = compute_dtype(self.source.dtype, self.device, fast=mode.fast, ranks=self.ranks)
         return {

@@ -1,4 +1,4 @@
-"""A run's folder, held for one process; what a killed one left half-renamed is put right."""
+"""Exclusive use of a run's folder, and repair of renames that a killed process left unfinished."""
 
 import fcntl
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from mkaq.errors import UsageError
 from mkaq.run.publish import handoff_place, old_of, remove, scratch_of
-from mkaq.run.store import STORE
+from mkaq.run.store import STORE, is_link
 
 _LOCK, _ARTIFACT = ".lock", "artifact"
-_PLACES = ("calibrate", "analyze", "merge", "recover", "quantize", "evaluate", STORE, _ARTIFACT)
-_LOGS = ("recipe.yaml", "run.json", "report.html")
+_FOLDERS = ("calibrate", "analyze", "merge", "recover", "quantize", "evaluate", STORE, _ARTIFACT)
+_FILES = ("recipe.yaml", "run.json", "report.html")
 _FIX = "choose another folder with --output"
 
 
@@ -20,7 +20,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds a run's folder for a `with` block.
 
     Raises:
-        UsageError: If another run holds it, it holds what no run made, or it cannot be written.
+        UsageError: If another run holds it, it contains files that mkaq did not make, or it cannot be
+            written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,34 +39,34 @@ def locked(folder: Path) -> Iterator[None]:
             raise UsageError(
                 "another mkaq run is working here", where=folder, fix=f"wait for it, or {_FIX}"
             ) from None
-        for place in _published(folder):
-            _repair(place)
+        for path in _published(folder):
+            _repair(path)
         yield
 
 
 def _published(folder: Path) -> Iterator[Path]:
-    """Every place where something was published, or half so."""
+    """Every path where something is published, or was being published."""
     yield folder / _ARTIFACT
     hidden = (folder / STORE).glob(".*") if (folder / STORE).is_dir() else ()
     yield from {path.with_name(path.name[1:].rpartition(".")[0]) for path in hidden}
 
 
-def _repair(place: Path) -> None:
-    scratch, old = scratch_of(place), old_of(place)
-    if old.exists() and not place.exists():
-        old.rename(place)
+def _repair(path: Path) -> None:
+    scratch, old = scratch_of(path), old_of(path)
+    if old.exists() and not path.exists():
+        old.rename(path)
     remove(old)
     remove(scratch)
 
 
 def _foreign(folder: Path) -> list[str]:
-    """What lies where a run would write, in a folder that no run has held."""
-    places = [name for name in _PLACES if (folder / name).exists() and not _ours(folder / name)]
-    return places + [name for name in _LOGS if (folder / name).exists()]
+    """What a run would overwrite in a folder that no run has held."""
+    foreign = [name for name in _FOLDERS if (folder / name).exists() and not _is_ours(folder / name)]
+    return foreign + [name for name in _FILES if (folder / name).exists()]
 
 
-def _ours(place: Path) -> bool:
-    if place.is_symlink() or any(handoff_place(place, inside).exists() for inside in (True, False)):
+def _is_ours(path: Path) -> bool:
+    if is_link(path) or any(handoff_place(path, inside).exists() for inside in (True, False)):
         return True
-    below = list(place.iterdir()) if place.is_dir() else []
-    return bool(below) and all(path.is_symlink() or handoff_place(path, True).exists() for path in below)
+    children = list(path.iterdir()) if path.is_dir() else []
+    return bool(children) and all(is_link(child) or handoff_place(child, True).exists() for child in children)

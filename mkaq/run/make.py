@@ -29,14 +29,14 @@ class Maker:
     """Makes the stages of a run's jobs.
 
     Args:
-        folder: Of the run.
+        folder: The run's folder.
         device: Where layers run.
-        progress: Told what happens.
+        progress: Progress output.
         fresh: Make every stage again, once.
         ranks: The processes; the first one writes.
 
     Attributes:
-        log: What was made, how long it took, and its peak of memory.
+        log: For each stage made, its time and peak memory.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Maker:
         self.log: list[dict[str, Any]] = []
 
     def begin(self) -> None:
-        """Before the job whose stages the run's folder is to show."""
+        """Removes the links of earlier jobs; call it before the job whose stages the run's folder shows."""
         self._store.unlink()
 
     def make_model(self, stage: "ModelStage", section: "Section", job: Job) -> None:
@@ -67,21 +67,23 @@ class Maker:
         job.advance(stage.NAME, stage.Record, mode)
 
     def make(self, stage: "Stage", section: "Section", job: Job, of: str = "") -> str:
-        """Makes a stage that makes no model, of the whole job or of one of its models; returns its name."""
+        """Makes a stage that makes no model, for the job or for one of its models; returns its name."""
         name = f"{stage.NAME}/{of}" if of else stage.NAME
         self._make(stage, name, section, job, lambda scratch: stage.run(section, job, scratch).digests)
         return name
 
     def publish_artifact(self, settings: Any, inputs: Mapping[str, str], build: Build) -> Path:
-        """Publishes what the user ships, outside of the store."""
+        """Publishes the artifact, outside the store."""
         folder = self._folder / "artifact"
         fingerprint = fingerprint_of("artifact", settings, inputs)
 
-        def own(build: Build) -> Handoff:
+        def make(build: Build) -> Handoff:
             options = {"fresh": self._fresh, "inside": False}
             return publish(folder, "artifact", fingerprint, inputs, build, say=self._progress.say, **options)
 
-        self._together("artifact", build, own, lambda c: find_published(folder, c, inside=False), alone=True)
+        self._together(
+            "artifact", build, make, lambda claim: find_published(folder, claim, inside=False), alone=True
+        )
         return folder
 
     def _make(self, stage: "Stage", name: str, section: "Section", job: Job, build: Build) -> None:
@@ -92,12 +94,14 @@ class Maker:
         inputs = stage.inputs(section, job)
         fingerprint = fingerprint_of(stage.NAME, settings, inputs)
 
-        def own(build: Build) -> Handoff:
+        def make(build: Build) -> Handoff:
             done = self._store.publish(stage.NAME, fingerprint, inputs, build)
             self._store.link(name, done)
             return done
 
-        done = self._together(name, build, own, lambda c: self._store.find(stage.NAME, c), alone=mode.alone)
+        done = self._together(
+            name, build, make, lambda claim: self._store.find(stage.NAME, claim), alone=mode.alone
+        )
         job.publish(name, done.path, done.digest)
 
     def _together(
@@ -109,27 +113,27 @@ class Maker:
         *,
         alone: bool,
     ) -> Handoff:
-        """Publishes in the first process; unless it is done alone, all processes build.
+        """Publishes in the first process; all processes build, unless `alone`.
 
         Args:
-            name: Of the stage.
-            build: Makes it.
-            publish: Makes it or finds it, in the first process.
-            find: Finds what the first one has published, by its fingerprint and digest.
-            alone: Whether the first process makes it alone.
+            name: Name of the stage.
+            build: Makes the stage.
+            publish: Makes or finds the stage, in the first process.
+            find: Finds the stage that the first process has published, by fingerprint and digest.
+            alone: Whether only the first process builds.
         """
         began = time.time()
-        return_freed_memory()  # what the stage before has let go of is not this one's
+        return_freed_memory()  # memory freed by the stage before must not count
         reset_peak()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         if self._ranks.main:
 
-            def call_all(scratch: Path) -> Mapping[str, str]:
+            def build_with_others(scratch: Path) -> Mapping[str, str]:
                 self._ranks.tell(not alone)
                 return build(scratch)
 
-            done = publish(call_all)
+            done = publish(build_with_others)
             if done.reused:
                 self._ranks.tell(False)
             self._ranks.tell([done.fingerprint, done.digest])

@@ -1,7 +1,7 @@
-"""What each stage needs in memory at its peak, from the headers alone.
+"""Peak memory of each stage, estimated from headers alone.
 
-A stage holds one layer as it is stored, the next one, which is read ahead, and what it computes. The
-constants were set beside measured peaks: benchmarks/memory.py prints both.
+A stage holds one layer as stored, the next one (read ahead), and its computation. The constants were fitted
+to measured peaks: benchmarks/memory.py prints both.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ INTERPRETER = {"cpu": 600_000_000, "cuda": 500_000_000}  # with torch and transf
 
 @dataclass(frozen=True)
 class _Shape:
-    """Sizes of a model; bytes of a number as it is stored, in a fast walk, and in an exact one."""
+    """Sizes of a model; `stored`, `fast`, `exact`: bytes per number on disk, in a fast and an exact walk."""
 
     layer: int  # weights of a decoder layer
     hidden: int
@@ -44,25 +44,25 @@ class _Shape:
         )
 
     def walked(self, item: int) -> int:
-        """A layer as it is stored, the next one, and the one that computes, if it is another."""
+        """Bytes of a layer as stored, of the next one, and of the converted one if its dtype differs."""
         return self.layer * (2 * self.stored + (0 if item == self.stored else item))
 
     def batch(self, tokens: int, item: int) -> int:
-        """What a batch of tokens leaves in a layer while it runs."""
+        """Bytes of a layer's intermediate results for a batch of tokens."""
         return tokens * item * (3 * self.intermediate + 6 * self.hidden)
 
 
 def analyzing(task: Task, points: int, fuse: str, candidates: Sequence[tuple[int, int]]) -> Need:
-    """Comparing layers at so many points, and measuring what groups of them cost."""
+    """Comparing layers at `points` positions, and measuring the costs of candidate groups."""
     shape, tokens = _Shape.of(task), task.own * task.length
     pairs = 8 * 6 * points**2
     if fuse == "average":
         walks = 3 if candidates else 1
-        running = walks * shape.walked(shape.fast) + shape.batch(_batch(tokens, task.length), shape.fast)
-        return Need(running + pairs, walks * tokens * shape.hidden * shape.fast)
+        walking = walks * shape.walked(shape.fast) + shape.batch(_batch(tokens, task.length), shape.fast)
+        return Need(walking + pairs, walks * tokens * shape.hidden * shape.fast)
     if not candidates:
-        running = shape.walked(shape.exact) + shape.batch(_batch(tokens, task.length), shape.exact)
-        return Need(running + pairs, tokens * shape.hidden * shape.exact)
+        walking = shape.walked(shape.exact) + shape.batch(_batch(tokens, task.length), shape.exact)
+        return Need(walking + pairs, tokens * shape.hidden * shape.exact)
     probes = 2 * probe_count(task.own, len(candidates)) * task.length * shape.hidden
     stream = tokens * shape.hidden
     states = max(stream * (2 * shape.exact + 4), len(candidates) * probes * shape.exact)
@@ -75,18 +75,18 @@ def analyzing(task: Task, points: int, fuse: str, candidates: Sequence[tuple[int
 
 
 def merging(task: Task, fuse: str, longest: int, measured: bool) -> Need:
-    """Averaging, where coefficients may be measured, or fusing groups of so many layers at most."""
+    """Averaging, perhaps with measured coefficients, or fusing groups of at most `longest` layers."""
     shape, tokens = _Shape.of(task), task.own * task.length
     if fuse == "average":
         walks = 3 if measured else 1
-        running = walks * shape.walked(shape.fast) + shape.batch(_batch(tokens, task.length), shape.fast)
-        return Need(running, walks * tokens * shape.hidden * shape.fast if measured else 0)
-    running = shape.walked(shape.exact) + _fusing(shape, longest, tokens, task.length)
-    return Need(_holes(running), tokens * shape.hidden * (2 * shape.exact + 4))
+        walking = walks * shape.walked(shape.fast) + shape.batch(_batch(tokens, task.length), shape.fast)
+        return Need(walking, walks * tokens * shape.hidden * shape.fast if measured else 0)
+    walking = shape.walked(shape.exact) + _fusing(shape, longest, tokens, task.length)
+    return Need(_holes(walking), tokens * shape.hidden * (2 * shape.exact + 4))
 
 
 def _fusing(shape: _Shape, group: int, tokens: int, length: int) -> int:
-    """A group of layers as modules, what their channels give for a batch, and the moments of these."""
+    """Bytes of a group's layers as modules, of their channels' outputs for a batch, and of the moments."""
     channels = group * shape.intermediate
     kept = channels if group == 1 else int(CANDIDATES * shape.intermediate)
     moments = 8 * (2 * kept**2 + 3 * kept * shape.hidden)  # the Gram matrix and its inverse
@@ -98,7 +98,7 @@ def _fusing(shape: _Shape, group: int, tokens: int, length: int) -> int:
 def tuning(task: Task, batch_size: int) -> Need:
     """Weights, gradients, optimizer, best and rounded weights in float32; activations for backward.
 
-    Eager attention keeps its weights, and has as many gradients at once: 16 bytes for two tokens and a head.
+    Eager attention keeps its weights and their gradients: 16 bytes per head and pair of tokens.
     """
     shape, length, eager = _Shape.of(task), task.length, task.device.type == "cpu"
     batch = -(-min(batch_size, task.samples) // task.processes) * length
@@ -109,28 +109,30 @@ def tuning(task: Task, batch_size: int) -> Need:
 
 
 def gptq(task: Task, *, desc_act: bool, joint: bool) -> Need:
-    """The Hessian and its factor; the stacked weight, what was rounded, its error and codes."""
+    """The Hessian and its factor; the stacked weight, the rounded weight, its error and its codes."""
     shape, source, tokens = _Shape.of(task), task.source, task.own * task.length
     solving = hessian = 0
     for group in source.arch.inputs:
         sizes = [source.linear_shape(linear.name) for linear in group]
         rows, columns = sum(size[0] for size in sizes), sizes[0][1]
-        hessian = max(hessian, 5 * columns**2)  # and in bfloat16 the upper half of what is taken off products
+        # float32, and in bfloat16 the upper half of the first batch's product
+        hessian = max(hessian, 5 * columns**2)
         copies = 3 if desc_act else 2
         panel = 6 * min(4096, columns) * columns
         solving = max(solving, 4 * copies * columns**2 + rows * columns * (4 + 4 + 1 + 2 + 4) + panel)
         if joint:
-            hessian = max(hessian, 8 * 2 * columns**2)  # moments of two halves
+            hessian = max(hessian, 8 * 2 * columns**2)  # moments of the learning and held-out samples
             solving = max(solving, 8 * 4 * columns**2)
     item = shape.exact if joint else shape.fast
     streams = tokens * item * ((5 if joint else 3) * shape.hidden + shape.intermediate)
     walks = 2 if joint else 1
-    weights = walks * shape.walked(item) + shape.layer * item  # what was read stays mapped beside the new
+    # the stored layer stays mapped beside the new one
+    weights = walks * shape.walked(item) + shape.layer * item
     return Need(weights + max(solving, shape.batch(_batch(tokens, task.length), item) + hessian), streams)
 
 
 def one_layer(task: Task) -> Need:
-    """One layer, or the largest tensor outside of them."""
+    """One layer, or the largest tensor outside the layers."""
     shape = _Shape.of(task)
     outer = shape.vocabulary * shape.hidden * shape.stored
     return Need(max(shape.layer * (2 * shape.stored + 4), outer))
@@ -147,10 +149,10 @@ def measuring(task: Task, sequences: int | None, length: int) -> Need:
 
 
 def _batch(tokens: int, length: int) -> int:
-    """Tokens of a batch."""
+    """Tokens per batch."""
     return min(tokens, max(TOKENS_PER_BATCH, length))
 
 
 def _holes(size: int) -> int:
-    """What a heap takes for `size` bytes in tensors of many sizes."""
+    """Bytes that a fragmented heap takes for `size` bytes of tensors."""
     return int(1.2 * size)

@@ -1,7 +1,7 @@
-"""A published folder and its handoff.json: whole, or not there.
+"""Publishing a folder with its handoff.json atomically: it is complete, or not there.
 
-A stage is built in a scratch folder beside its place, synced to disk and renamed. Its fingerprint says what
-it was made of; a stage whose fingerprint and files match is not made again.
+A stage is built in a scratch folder beside its destination, synced to disk and renamed. Its fingerprint
+identifies everything that it was made from; a stage whose fingerprint and files match is not made again.
 """
 
 import json
@@ -18,7 +18,7 @@ from mkaq.errors import VerificationError
 from mkaq.files import is_blank, replace_json, sync, write_json
 
 HANDOFF = "handoff.json"
-_PATIENCE = 60  # seconds in which a shared file system shows what another process has published
+_TIMEOUT = 60  # seconds until a shared file system must show what another process has published
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Handoff:
 
     Attributes:
         path: Its folder.
-        fingerprint: Of everything that it was made of.
+        fingerprint: Digest of everything that it was made from.
         files: Path, bytes and sha256 of each file, in order of path.
-        reused: Whether it was there already.
+        reused: Whether it existed already.
     """
 
     path: Path
@@ -38,17 +38,17 @@ class Handoff:
     reused: bool
 
     def again(self) -> "Handoff":
-        """The same, found."""
+        """The same stage, marked as reused."""
         return replace(self, reused=True)
 
     @property
     def digest(self) -> str:
-        """One digest for all files."""
+        """One digest of all files."""
         return digest_of(list(self.files))
 
 
 def fingerprint_of(stage: str, section: Any, inputs: Mapping[str, str]) -> str:
-    """The fingerprint of a stage: its part of the recipe, its inputs, mkaq and the libraries."""
+    """The fingerprint of a stage: its recipe section, its inputs, the versions of mkaq and the libraries."""
     return digest_of(
         {
             "stage": stage,
@@ -71,29 +71,28 @@ def publish(
     inside: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> Handoff:
-    """Makes a stage, or finds it made.
+    """Makes and publishes a stage, or finds it published.
 
     Args:
-        folder: Where it is published.
-        stage: Its name.
-        fingerprint: Of everything that it is made of.
-        inputs: Name and digest of what it reads.
-        build: Writes its files into the folder that it is given; returns the sha256 of files that it
-            knows, by path.
-        fresh: Make it again in any case.
-        inside: Put handoff.json into the folder; the artifact's lies beside it instead, hidden,
-            because the folder is for others.
-        say: Told of what was lost in a power cut and is made again.
+        folder: Destination.
+        stage: Name of the stage.
+        fingerprint: Digest of everything that it is made from.
+        inputs: Names and digests of its inputs.
+        build: Writes the files into the given folder; returns known sha256 digests by path.
+        fresh: Make the stage again in any case.
+        inside: Put handoff.json into the folder. The artifact's is a hidden file beside the folder instead,
+            because the folder is shipped.
+        say: Reports a stage lost in a power cut.
 
     Raises:
-        VerificationError: If a handoff.json is there that cannot be read.
+        VerificationError: If there is a handoff.json that cannot be read.
     """
-    place = handoff_place(folder, inside)
-    if not fresh and place.exists():
-        if is_blank(place):
-            say(f"{place} is blank, as after a power cut: {stage} is made again")
-        elif found := _find(folder, place, fingerprint):
-            return found
+    handoff_path = handoff_place(folder, inside)
+    if not fresh and handoff_path.exists():
+        if is_blank(handoff_path):
+            say(f"{handoff_path} is blank, as after a power cut: {stage} is made again")
+        elif existing := _find(folder, handoff_path, fingerprint):
+            return existing
     scratch = scratch_of(folder)
     remove(scratch)
     scratch.mkdir(parents=True)
@@ -107,7 +106,7 @@ def publish(
         _sync(scratch)
         _replace(scratch, folder)
         if not inside:
-            replace_json(place, handoff)
+            replace_json(handoff_path, handoff)
     except BaseException:
         remove(scratch)
         raise
@@ -115,23 +114,23 @@ def publish(
 
 
 def find_published(folder: Path, claim: Sequence[str], *, inside: bool = True) -> Handoff:
-    """The stage that another process has just published.
+    """Finds a stage that another process has just published.
 
     Args:
-        folder: Where.
-        claim: Its fingerprint and digest, as that process has them: a network file system may show an
-            earlier one for a while.
+        folder: Its folder.
+        claim: Its fingerprint and digest according to that process: a network file system may show an earlier
+            stage for a while.
         inside: As for `publish`.
 
     Raises:
         VerificationError: If it does not appear, or its handoff.json is damaged.
     """
-    for _ in range(_PATIENCE):
-        if (place := handoff_place(folder, inside)).exists():
-            data = read_handoff(place)
-            found = Handoff(folder, data["fingerprint"], tuple(data["files"]), reused=True)
-            if [found.fingerprint, found.digest] == list(claim):
-                return found
+    for _ in range(_TIMEOUT):
+        if (path := handoff_place(folder, inside)).exists():
+            data = read_handoff(path)
+            handoff = Handoff(folder, data["fingerprint"], tuple(data["files"]), reused=True)
+            if [handoff.fingerprint, handoff.digest] == list(claim):
+                return handoff
         time.sleep(1)
     raise VerificationError(
         "is not what the first process has published here",
@@ -141,7 +140,7 @@ def find_published(folder: Path, claim: Sequence[str], *, inside: bool = True) -
 
 
 def read_handoff(where: Path) -> dict[str, Any]:
-    """A handoff.json.
+    """Reads a handoff.json.
 
     Raises:
         VerificationError: If it is damaged.
@@ -157,8 +156,8 @@ def read_handoff(where: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def _find(folder: Path, place: Path, fingerprint: str) -> Handoff | None:
-    data = read_handoff(place)
+def _find(folder: Path, handoff_path: Path, fingerprint: str) -> Handoff | None:
+    data = read_handoff(handoff_path)
     if data["fingerprint"] != fingerprint:
         return None
     for file in data["files"]:
@@ -184,23 +183,25 @@ def _replace(scratch: Path, folder: Path) -> None:
 
 
 def handoff_place(folder: Path, inside: bool) -> Path:
-    """Where the handoff.json of a folder lies."""
+    """The path of a folder's handoff.json."""
     return folder / HANDOFF if inside else folder.parent / f".{folder.name}.{HANDOFF}"
 
 
 def scratch_of(folder: Path) -> Path:
-    """Where a folder is built."""
+    """The scratch folder in which a folder is built."""
     return folder.parent / f".{folder.name}.partial"
 
 
 def old_of(folder: Path) -> Path:
-    """Where what a folder replaces lies for a moment."""
+    """The temporary path of the folder that is being replaced."""
     return folder.parent / f".{folder.name}.old"
 
 
 def remove(folder: Path) -> None:
-    """Deletes a folder, if it is there."""
-    if folder.exists():
+    """Deletes a folder if it exists; of a link only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)
 
 

@@ -1,7 +1,7 @@
-"""The store of a run: every stage that was made, in a folder named by its fingerprint.
+"""The store of a run: every stage ever made, in a folder named by its fingerprint.
 
-Another ratio, other bits or a budget's next trial finds there what it shares with those before it. The run's
-own stages are links into it.
+A run with another ratio or other bits, and each trial of a budget, reuses the stages that it shares with
+earlier ones. The run's own stages are links into the store.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +17,9 @@ class Store:
     """The published stages of a run.
 
     Args:
-        folder: Of the run.
+        folder: The run's folder.
         fresh: Make every stage again, once.
-        say: Told of what was lost in a power cut.
+        say: Reports a stage lost in a power cut.
     """
 
     def __init__(self, folder: Path, fresh: bool, say: Callable[[str], None]) -> None:
@@ -33,21 +33,21 @@ class Store:
         inputs: Mapping[str, str],
         build: Callable[[Path], Mapping[str, str]],
     ) -> Handoff:
-        """Makes a stage, or finds it made; what this process has found once it does not read again.
+        """Makes a stage or finds it published; a stage that this process has found before is not read again.
 
         Raises:
-            VerificationError: If it is there and damaged.
+            VerificationError: If it exists and is damaged.
         """
         if fingerprint not in self._checked:
-            place = self.place(stage, fingerprint)
-            place.parent.mkdir(exist_ok=True)
-            done = publish(place, stage, fingerprint, inputs, build, fresh=self._fresh, say=self._say)
+            path = self.place(stage, fingerprint)
+            path.parent.mkdir(exist_ok=True)
+            done = publish(path, stage, fingerprint, inputs, build, fresh=self._fresh, say=self._say)
             self._checked[fingerprint] = done
             return done
         return self._checked[fingerprint].again()
 
     def find(self, stage: str, claim: Sequence[str]) -> Handoff:
-        """What another process has published, by its fingerprint and digest.
+        """Finds a stage that another process has published, by its fingerprint and digest.
 
         Raises:
             VerificationError: If it does not appear.
@@ -59,27 +59,32 @@ class Store:
         return self._folder / STORE / f"{stage}-{fingerprint[:16]}"
 
     def unlink(self) -> None:
-        """Takes the names away that lead to stages: the recipe that comes may have others."""
-        for place in (*self._folder.glob("*"), *(self._folder / "evaluate").glob("*")):
-            if place.is_symlink() and place.parent.joinpath(place.readlink()).parent.name == STORE:
-                place.unlink()
+        """Removes the links to stages: the next recipe may have other stages."""
+        for path in (*self._folder.glob("*"), *(self._folder / "evaluate").glob("*")):
+            if is_link(path):
+                path.unlink()
 
     def link(self, name: str, done: Handoff) -> None:
-        """Makes a name in the run's folder lead to a stage.
+        """Links a name in the run's folder to a stage.
 
         Raises:
-            UsageError: If the name is that of something else.
+            UsageError: If the name belongs to something else.
         """
-        place = self._folder / name
-        place.parent.mkdir(exist_ok=True)
-        if place.is_dir() and not place.is_symlink():
-            if not (place / HANDOFF).is_file():
+        path = self._folder / name
+        path.parent.mkdir(exist_ok=True)
+        if (path.exists() or path.is_symlink()) and not is_link(path):
+            if path.is_symlink() or not (path / HANDOFF).is_file():
                 raise UsageError(
-                    "is no stage of mkaq's", where=place, fix="choose another folder with --output"
+                    "is no stage of mkaq's", where=path, fix="choose another folder with --output"
                 )
-            remove(place)  # of a version without a store
-        above = "../" * name.count("/")
-        fresh = place.with_name(f".{place.name}.link")
+            remove(path)  # made by a version without a store
+        prefix = "../" * name.count("/")
+        fresh = path.with_name(f".{path.name}.link")
         fresh.unlink(missing_ok=True)
-        fresh.symlink_to(f"{above}{STORE}/{done.path.name}")
-        fresh.rename(place)
+        fresh.symlink_to(f"{prefix}{STORE}/{done.path.name}")
+        fresh.rename(path)
+
+
+def is_link(path: Path) -> bool:
+    """Whether a path is a link to a stage."""
+    return path.is_symlink() and path.readlink().parent.name == STORE

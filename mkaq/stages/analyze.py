@@ -1,4 +1,4 @@
-"""What merging rests on: how alike layers are, and what merging each group of them costs."""
+"""The measurements for merging: the similarity of layers, and the cost of merging each group of layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.run.estimate import Estimate, ModelSize, Task, Work
 from mkaq.stages.base import Made, Mode, Part, Row, Section
 
 if TYPE_CHECKING:
@@ -24,18 +24,19 @@ SIMILARITY, COSTS = "similarity.safetensors", "costs.json"
 
 
 class ManifoldSection(Section):
-    """The diffusion map of a layer's hidden states, and the bins in which its information is counted."""
+    """The diffusion map of a layer's hidden states, and the bins that estimate its entropy."""
 
     dimensions: int = Field(default=2, ge=1, le=4)
-    """Diffusion coordinates kept."""
+    """Number of diffusion coordinates."""
     points: int = Field(default=1024, ge=64, le=16384)
-    """Token positions at which hidden states are compared, at most: no more than the calibration has."""
+    """Largest number of token positions at which hidden states are compared; the calibration may have
+    fewer."""
     bandwidth: Literal["median"] | Annotated[float, Field(gt=0)] = "median"
-    """Width of the Gaussian kernel: the median pairwise distance, or a number."""
+    """Width of the Gaussian kernel: a number, or the median pairwise distance."""
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Density normalization: 0 none (graph Laplacian), 0.5 Fokker-Planck, 1 Laplace-Beltrami."""
     time: float = Field(default=1, ge=0, le=100)
-    """Diffusion time: the power of the eigenvalues that scale the coordinates."""
+    """Diffusion time: the exponent of the eigenvalues that scale the coordinates."""
     bins: int = Field(default=4, ge=2, le=32)
     """Equal-frequency bins per coordinate."""
     bias_correction: Literal["miller_madow", "none"] = "miller_madow"
@@ -43,36 +44,36 @@ class ManifoldSection(Section):
 
 
 class AnalysisSection(Section):
-    """What of the merge section an analysis depends on: other ratios share it as far as they can."""
+    """The settings of the merge section that an analysis depends on; other ratios can share the analysis."""
 
     manifold: ManifoldSection | None
     """How layers are compared; null: they are not."""
     fuse: Literal["average", "channels"]
     """How groups are merged to measure them."""
     coefficient: float | None
-    """Of averages; null: the best one of each group."""
+    """Coefficient of averages; null: the best one of each group."""
     candidates: list[tuple[int, int]] = Field(strict=False)
-    """First layer and length of every group that is measured."""
+    """First layer and length of every group to measure."""
 
 
 class MeasuredGroup(Part):
-    """A group of neighbouring layers that was tried."""
+    """A group of neighbouring layers that was measured."""
 
     first: int
     """Its first layer."""
     layers: int
-    """How many layers it has."""
+    """Its number of layers."""
     error: float
-    """What merging it alone costs: mean Kullback-Leibler divergence of the next-token distributions from
-    the source's over held-out tokens, in nats."""
+    """Cost of merging it alone: mean KL divergence of the next-token distributions from the source's over
+    held-out tokens, in nats."""
 
     def row(self) -> Row:
-        """For the report."""
+        """The group's row in the report."""
         return (f"{self.first} - {self.first + self.layers - 1}", f"{self.error:.4f}")
 
 
 def section(recipe: Recipe, source: Checkpoint) -> AnalysisSection | None:
-    """What the merge section needs to know."""
+    """The settings that the analysis needs; None without merging."""
     from mkaq.merge.segment import candidate_groups
 
     merge = recipe.merge
@@ -87,25 +88,29 @@ def section(recipe: Recipe, source: Checkpoint) -> AnalysisSection | None:
 
 
 def mode(section: AnalysisSection) -> Mode:
-    """Averages are compared by fast products."""
+    """Averages are measured in fast walks."""
     return Mode(fast=section.fuse == "average")
 
 
 def inputs(section: AnalysisSection, job: Job) -> Mapping[str, str]:
-    """The source and the tokens."""
+    """The source and the calibration tokens."""
     return job.digests("source", "calibrate")
 
 
 def estimate(section: AnalysisSection, before: ModelSize, task: Task) -> Estimate:
-    """Hidden states at the points; for each candidate what it makes of the samples that measure it."""
+    """Hidden states at the points, and the outputs of each candidate."""
+    from mkaq.run import work
     from mkaq.run.memory import analyzing
 
     points = section.manifold.points if section.manifold else 0
-    return Estimate(analyzing(task, points, section.fuse, section.candidates))
+    operations = work.comparing(task, points) if points else 0.0
+    operations += work.trying(task, section.candidates, fuse=section.fuse == "channels")
+    done = Work(fast=operations) if mode(section).fast else Work(exact=operations)
+    return Estimate(analyzing(task, points, section.fuse, section.candidates), work=done)
 
 
 def run(section: AnalysisSection, job: Job, folder: Path) -> Made:
-    """Writes `SIMILARITY` (npib, coordinates) and `COSTS`, each if it is asked for."""
+    """Writes `SIMILARITY` (npib, coordinates) and `COSTS`, each if the section needs it."""
     from safetensors.numpy import save_file
 
     from mkaq.files import write_json
@@ -114,8 +119,8 @@ def run(section: AnalysisSection, job: Job, folder: Path) -> Made:
 
     walk, tokens = job.walk(job.source, fast=mode(section).fast), job.tokens()
     if section.manifold is not None:
-        found = compare_layers(walk, tokens, job.seed, job.progress, **section.manifold.model_dump())
-        arrays = {"npib": found.matrix, "coordinates": found.coordinates}
+        similarity = compare_layers(walk, tokens, job.seed, job.progress, **section.manifold.model_dump())
+        arrays = {"npib": similarity.matrix, "coordinates": similarity.coordinates}
         save_file(arrays, folder / SIMILARITY)
     if section.candidates:
         average = section.fuse == "average"
@@ -131,7 +136,7 @@ def rows(costs: Mapping[tuple[int, int], float]) -> list[dict[str, Any]]:
 
 
 def load(folder: Path) -> Analysis:
-    """What `run` wrote."""
+    """Reads the files that `run` wrote."""
     from safetensors.numpy import load_file
 
     from mkaq.merge.choose import Analysis

@@ -1,4 +1,4 @@
-"""What stages have in common: sections of the recipe, steps of the manifest, and what a stage must offer."""
+"""The interface of a stage, and the base classes of recipe sections and manifest steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_TEXT = "is no text: it holds half a surrogate pair, or was not UTF-8"
 
 
 class Section(BaseModel):
-    """A part of the recipe; docstrings of its fields are the help."""
+    """A section of the recipe; the docstrings of its fields are the help text."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
@@ -40,9 +40,9 @@ class TextSection(Section):
     """Where text comes from and how much of it is read."""
 
     dataset: Dataset = "builtin"
-    """`builtin` is English that every Python carries; the others read the file or folder in `path`."""
+    """`builtin` is English text that comes with Python; the others read the file or folder in `path`."""
     path: str | None = None
-    """A file or folder, for every dataset but `builtin`. Text may be compressed (.gz, .xz)."""
+    """A file or folder, for every dataset except `builtin`. Text may be compressed (.gz, .xz)."""
 
     @model_validator(mode="after")
     def _path_fits_dataset(self) -> TextSection:
@@ -62,17 +62,17 @@ class Part(BaseModel):
 
 
 class FinalNorm(Part):
-    """How the final norm was rescaled; errors are shares of the energy of its output, held-out tokens."""
+    """How the final norm was rescaled; errors: fractions of the energy of its output, held-out tokens."""
 
     scale: float = Field(gt=0)
     """The factor."""
     error_before: float
-    """With factor 1."""
+    """Error with factor 1."""
     error: float
-    """With this factor."""
+    """Error with this factor."""
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """The record in readable lines."""
         return [f"final norm times {self.scale:.4f}; error {self.error_before:.4f} to {self.error:.4f}"]
 
 
@@ -80,9 +80,9 @@ class Mode(NamedTuple):
     """How a stage computes.
 
     Attributes:
-        fast: It may differ from the model's own forward pass in the last digits.
-        alone: One process does it.
-        plain: It does not compute: what it makes depends on its section and on what it reads alone.
+        fast: The result may differ from the model's own forward pass in the last digits.
+        alone: Only the first process runs it.
+        plain: No floating-point computation: the result depends only on section and inputs.
     """
 
     fast: bool = False
@@ -91,16 +91,16 @@ class Mode(NamedTuple):
 
 
 class Step(Part):
-    """What a stage did to the model: a step of the manifest."""
+    """A step of the manifest: what a stage did to the model."""
 
     layers_before: int
     """Decoder layers before."""
     layers_after: int
     """Decoder layers after."""
     parameters_before: int
-    """Weights before."""
+    """Number of weights before."""
     parameters_after: int
-    """Weights after."""
+    """Number of weights after."""
     bytes_before: int
     """Bytes of all tensors before."""
     bytes_after: int
@@ -111,28 +111,28 @@ class Step(Part):
     """Method."""
 
     def follows(self) -> bool:
-        """Whether every weight that it made follows from its input and this record."""
+        """Whether all weights that the step made follow from its input and this record."""
         return True
 
     def modes(self) -> Mapping[str, Mode]:
-        """What else was computed, and how."""
+        """Additional computations, and their modes."""
         return {}
 
     def proofs(self) -> Sequence[str]:
-        """Files that the artifact carries along, so that the record can be checked."""
+        """Files shipped with the artifact so that the record can be verified."""
         return ()
 
     def groups(self) -> list[list[int]] | None:
-        """For each layer the layers of the source that it stands for; None if it left them alone."""
+        """For each layer, the source layers that it replaces; None if the step does not change them."""
         return None
 
 
 class Made(NamedTuple):
-    """What a stage has to tell beside its files.
+    """The results of a stage besides its files.
 
     Attributes:
-        facts: The fields of its record, but for sizes and settings.
-        digests: sha256 of files that it has hashed already, by name.
+        facts: The fields of its record, without sizes and settings.
+        digests: sha256 of files that it has already hashed, by name.
     """
 
     facts: Mapping[str, Any] = {}
@@ -151,7 +151,7 @@ class Table(NamedTuple):
 
 
 class Description(NamedTuple):
-    """A record for a person.
+    """A record in readable form.
 
     Attributes:
         sentence: For the model card.
@@ -165,24 +165,24 @@ class Description(NamedTuple):
 
 
 class Stage(Protocol):
-    """A module of this package. One that has a `Record` makes a model."""
+    """A module of this package; one with a `Record` makes a model."""
 
     NAME: str
-    """Of its folder, and of its step in the manifest."""
+    """Name of its folder, and of its step in the manifest."""
     LESS: str
-    """What makes it need less memory."""
+    """Advice on how to make it use less memory."""
 
     def section(self, recipe: Recipe, source: Checkpoint) -> Section | None:
-        """What a recipe asks of it; None: nothing."""
+        """Its section of a recipe; None if the recipe does not need it."""
 
     def mode(self, section: Any) -> Mode:
         """How it computes."""
 
     def inputs(self, section: Any, job: Job) -> Mapping[str, str]:
-        """What it reads: names and digests."""
+        """Names and digests of its inputs."""
 
     def estimate(self, section: Any, before: ModelSize, task: Task) -> Estimate:
-        """What it is expected to need and to make.
+        """Its expected memory, and the size of the model that it makes.
 
         Raises:
             UsageError: If the section does not fit the model.
@@ -198,16 +198,16 @@ class ModelStage(Stage, Protocol):
 
     @property
     def Record(self) -> type[Step]:  # noqa: N802
-        """What it did."""
+        """The class of its record."""
 
     def describe(self, record: Any) -> Description:
-        """A record for a person."""
+        """A record in readable form."""
 
     def check(self, record: Any, case: Case) -> None:
-        """What `mkaq verify --source` does for a record.
+        """Verifies a record, for `mkaq verify --source`.
 
         Raises:
-            VerificationError: If it contradicts itself.
+            VerificationError: If the record contradicts itself.
         """
 
 

@@ -1,4 +1,4 @@
-"""The calibration tokens: chosen once, read by every stage that learns or measures."""
+"""The calibration tokens: chosen once, and read by every stage that fits or measures."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ class CalibrationSection(TextSection):
     """The tokens on which layers are compared and quantization errors are measured."""
 
     num_samples: int = Field(default=128, ge=1, le=65536)
-    """How many sequences."""
+    """Number of sequences."""
     max_seq_length: int = Field(default=512, ge=8, le=131072)
     """Tokens per sequence."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Chooses the sequences, and the token positions at which layers are compared."""
+    """Seed of the choice of sequences, and of the token positions at which layers are compared."""
 
 
 def section(recipe: Recipe, source: Checkpoint) -> CalibrationSection | None:
-    """The section, if anything reads it."""
+    """The calibration section, if any stage reads the tokens."""
     return recipe.calibration if recipe.needs_calibration else None
 
 
 def mode(section: CalibrationSection) -> Mode:
-    """A choice, by one process."""
+    """One process chooses the tokens."""
     return Mode(alone=True, plain=True)
 
 
 def inputs(section: CalibrationSection, job: Job) -> Mapping[str, str]:
-    """The source's tokenizer, and the text."""
+    """The source, which has the tokenizer, and the text."""
     from mkaq.calibrate.text import text_digest
 
     return {**job.digests("source"), "text": text_digest(section.dataset, section.path)}
 
 
 def estimate(section: CalibrationSection, before: ModelSize, task: Task) -> Estimate:
-    """Next to nothing.
+    """Almost nothing.
 
     Raises:
-        UsageError: If the model has too few positions.
+        UsageError: If sequences are longer than the model's positions.
     """
     from mkaq.errors import UsageError
 

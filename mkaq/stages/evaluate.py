@@ -1,4 +1,4 @@
-"""Measurements of a model, after each stage that makes one."""
+"""Measurements of the source and of the model after each stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.run.estimate import Estimate, ModelSize, Task, Work
 from mkaq.stages.base import Made, Mode, Section, TextSection
 
 if TYPE_CHECKING:
@@ -26,20 +26,20 @@ class PerplexitySection(TextSection):
     """Perplexity per token over consecutive sequences of a text."""
 
     num_samples: Annotated[int, Field(ge=1)] | None = None
-    """At most this many sequences; null reads the whole text."""
+    """Largest number of sequences; null reads the whole text."""
     max_seq_length: int = Field(default=512, ge=8, le=131072)
     """Tokens per sequence."""
 
 
 class EvaluateSection(Section):
-    """What is measured on the source and after each stage."""
+    """Measurements of the source and of the model after each stage."""
 
     perplexity: PerplexitySection | None = None
     """Perplexity, or null."""
 
 
 def section(recipe: Recipe, source: Checkpoint) -> PerplexitySection | None:
-    """The recipe's."""
+    """The recipe's perplexity section."""
     return recipe.evaluate.perplexity if recipe.evaluate else None
 
 
@@ -56,10 +56,12 @@ def inputs(section: PerplexitySection, job: Job) -> Mapping[str, str]:
 
 
 def estimate(section: PerplexitySection, before: ModelSize, task: Task) -> Estimate:
-    """The sequences' hidden states, and the logits of one."""
+    """The hidden states of all sequences, and the logits of one."""
+    from mkaq.run import work
     from mkaq.run.memory import measuring
 
-    return Estimate(measuring(task, section.num_samples, section.max_seq_length))
+    size = section.num_samples, section.max_seq_length
+    return Estimate(measuring(task, *size), work=Work(exact=work.measuring(task, *size)))
 
 
 def run(section: PerplexitySection, job: Job, folder: Path) -> Made:
@@ -80,6 +82,6 @@ def run(section: PerplexitySection, job: Job, folder: Path) -> Made:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """What `run` wrote."""
-    found: dict[str, Any] = json.loads((folder / EVALUATION).read_text())
-    return found
+    """Reads the file that `run` wrote."""
+    evaluation: dict[str, Any] = json.loads((folder / EVALUATION).read_text())
+    return evaluation

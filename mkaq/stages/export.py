@@ -1,28 +1,27 @@
-"""The artifact: the last model, a model card and the manifest."""
+"""The artifact: the last model with a model card and the manifest."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
 from mkaq.stages.base import Section
 
 if TYPE_CHECKING:
-    from mkaq.manifest import Manifest
     from mkaq.run.job import Job
 
 
 class ExportSection(Section):
-    """The artifact's files."""
+    """The files of the artifact."""
 
     formats: list[Literal["safetensors"]] = Field(default=["safetensors"], min_length=1)
     """Formats to write."""
     shard_size: str = "4GB"
-    """Largest size of one weight file, e.g. `500MB` or `4GB`; a single larger tensor gets its own file."""
+    """Largest size of one weight file, e.g. `500MB` or `4GB`; a larger tensor gets its own file."""
 
     @field_validator("shard_size")
     @classmethod
@@ -33,20 +32,18 @@ class ExportSection(Section):
         return value
 
 
-def run(job: Job, manifest: Manifest, card: str, folder: Path) -> Mapping[str, str]:
-    """Writes what the user ships.
+def run(job: Job, card: str, folder: Path) -> list[dict[str, Any]]:
+    """Writes the artifact, without its manifest.
 
     Args:
-        job: That has made the last model.
-        manifest: Complete but for `files`.
-        card: README.md.
-        folder: Empty.
+        job: The job, with its last model made.
+        card: Text of README.md.
+        folder: An empty folder.
 
     Returns:
-        sha256 of the files by name, but for the manifest's.
+        Path, bytes and sha256 of every file.
     """
     from mkaq.digests import describe_files
-    from mkaq.manifest import MANIFEST, FileEntry, write_manifest
 
     for path in _files(job):
         if path.is_file():
@@ -55,13 +52,11 @@ def run(job: Job, manifest: Manifest, card: str, folder: Path) -> Mapping[str, s
             shutil.copyfile(path, folder / name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    files = [FileEntry(**entry) for entry in describe_files(folder, names)]
-    write_manifest(folder / MANIFEST, manifest.model_copy(update={"files": files}))
-    return {file.path: file.sha256 for file in files}
+    return describe_files(folder, names)
 
 
 def _files(job: Job) -> Iterator[Path]:
-    """The files of the last model, and those that verification needs of the stages before."""
+    """The files of the last model, and those of earlier stages that verification needs."""
     for name in (*job.model.files, "quantize_config.json"):
         yield job.model.path / name
     for step in job.steps:

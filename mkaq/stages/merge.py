@@ -1,4 +1,4 @@
-"""MKA: similar layers become one (arXiv 2406.16330), averaged or fused in function space."""
+"""The merge stage: similar layers become one (MKA, arXiv 2406.16330), averaged or fused in function space."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.run.estimate import Estimate, ModelSize, Task, Work
 from mkaq.stages import analyze
 from mkaq.stages.analyze import ManifoldSection, MeasuredGroup
 from mkaq.stages.base import Description, FinalNorm, Made, Mode, Part, Row, Section, Step, Table
@@ -26,49 +26,49 @@ _INSTEAD = "fuse: average, with recover: {method: layerwise}"
 
 
 class ProtectSection(Section):
-    """Layers that no merge may touch."""
+    """Layers that are never merged."""
 
     first: int = Field(default=1, ge=0)
-    """How many at the start."""
+    """Number of layers at the start."""
     last: int = Field(default=1, ge=0)
-    """How many at the end."""
+    """Number of layers at the end."""
 
     def both(self) -> tuple[int, int]:
-        """First and last."""
+        """`first` and `last`."""
         return self.first, self.last
 
 
 class MergeSection(Section):
-    """MKA: which layers are merged, and how (arXiv 2406.16330)."""
+    """Layer merging with MKA (arXiv 2406.16330)."""
 
     method: Literal["mka"] = "mka"
     """The merging method."""
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The share of the layers to remove (rounded to whole layers); or give `layers`, or a `budget`."""
+    """Fraction of the layers to remove, rounded to whole layers; or give `layers`, or a `budget`."""
     layers: Annotated[int, Field(ge=1)] | None = None
-    """How many layers to remove; or give `ratio`."""
+    """Number of layers to remove; or give `ratio`."""
     order: Literal["similarity", "back_to_front", "measured"] = "similarity"
-    """`similarity` merges the most similar neighbours first; `back_to_front` is the paper's order;
-    `measured` tries every group of neighbours and takes the cheapest cut of the whole model."""
+    """`similarity` merges the most similar neighbours first; `back_to_front` is the paper's order; `measured`
+    tries every group of neighbours and takes the cheapest partition of the model."""
     fuse: Literal["average", "channels"] = "average"
-    """`average` is the paper's weighted mean of every tensor; `channels` keeps the attention heads and
-    MLP channels that matter and solves what they write, so that the original hidden states come back."""
+    """`average` is the paper's weighted mean of every tensor; `channels` keeps the attention heads and MLP
+    channels that matter and solves what they write, to restore the original hidden states."""
     coefficient: Literal["similarity", "sigmoid", "measured"] | Annotated[float, Field(ge=0, le=1)] | None = (
         None
     )
-    """Weight of the earlier layer in an average: its similarity (unless said otherwise), the sigmoid of it
-    (the published script), the best of 0.5 to 1 by what it does to the hidden states, or a number. Null with
-    `fuse: channels`, which has no such weight."""
+    """Weight of the earlier layer in an average: a number; `similarity`, the NPIB (the default); `sigmoid`,
+    its sigmoid (the published script); `measured`, the value from 0.5 to 1 whose hidden states are closest to
+    the original. Null with `fuse: channels`, which has no such weight."""
     manifold: ManifoldSection | None = None
-    """How layers are compared. Null where nothing compares them: with `order: measured`, unless the
-    coefficient is `similarity` or `sigmoid`."""
+    """How layers are compared. Null if nothing compares them: with `order: measured`, unless the coefficient
+    is `similarity` or `sigmoid`."""
     protect: ProtectSection = ProtectSection()
     """Layers left alone."""
 
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, data: Any) -> Any:
-        """Fills in the coefficient and the manifold where they are read, and only there."""
+        """Fills in the coefficient and the manifold, but only where they are read."""
         if not isinstance(data, dict):
             return data
         data = dict(data)
@@ -94,7 +94,7 @@ class MergeSection(Section):
         return self
 
     def removed(self, num_layers: int) -> int:
-        """How many layers of so many go.
+        """The number of layers to remove from a model of `num_layers`.
 
         Raises:
             UsageError: If that leaves nothing to merge, or more than can be merged.
@@ -105,83 +105,83 @@ class MergeSection(Section):
 
 
 class MergeEntry(Part):
-    """One merge of two neighbouring groups, named by their first layers."""
+    """One merge of two neighbouring groups, each named by its first layer."""
 
     into: int
     """The group that stays."""
     from_: int = Field(alias="from")
-    """The group that goes."""
+    """The group that is absorbed."""
     coefficient: float
     """Weight of the group that stays."""
     similarity: float | None
-    """NPIB of the two groups, where it was asked for."""
+    """NPIB of the two groups, if it was computed."""
 
     def row(self) -> Row:
-        """For the report."""
+        """The merge's row in the report."""
         similarity = "-" if self.similarity is None else f"{self.similarity:.3f}"
         return (str(self.into), str(self.from_), f"{self.coefficient:.3f}", similarity)
 
 
 class Solved(Part):
-    """A weight that was solved in closed form; errors are shares of the target's energy, held-out tokens."""
+    """A weight solved in closed form; errors are fractions of the target's energy, on held-out tokens."""
 
     ridge: float | None
-    """The ridge that was best on held-out tokens; null: no ridge helped, the weight is as it was."""
+    """The ridge chosen on held-out tokens; null: no ridge helped and the weight is unchanged."""
     error_before: float
-    """With the weight as it was."""
+    """Error of the original weight."""
     error: float
-    """With the weight as it is."""
+    """Error of the final weight."""
 
     def row(self) -> Row:
-        """For the report."""
+        """The ridge and the errors in the report."""
         return str(self.ridge or "left as it was"), f"{self.error_before:.4f} to {self.error:.4f}"
 
 
 class Fused(Part):
-    """How a layer was put together from heads and channels of several."""
+    """How a layer was fused from heads and channels of several layers."""
 
     origins_sha256: str
     """Digest of the layer's entry in mkaq-origins.json."""
     attention: Solved
-    """`o_proj`."""
+    """The fit of `o_proj`."""
     mlp: Solved
-    """`down_proj`."""
+    """The fit of `down_proj`."""
     residual: float
-    """Mean of |output - original|^2 / |original|^2 over held-out tokens, on the compressed prefix."""
+    """Mean of |output - original|^2 / |original|^2 over held-out tokens, given the fused layers before it."""
 
 
 class NewLayer(Part):
-    """A layer of the result and the layers of the source that it stands for."""
+    """A layer of the result, and the source layers that it replaces."""
 
     new: int
     """Its number."""
     from_: dict[Annotated[str, Field(pattern=r"^\d{1,4}$")], float] = Field(alias="from", min_length=1)
-    """Old layer and weight. Averaged: summed in this order in float32, cast once. Fused: the share of
-    the channels that came from it; the first layer gives the norms."""
+    """Old layer and weight. Averaged: summed in this order in float32, cast once. Fused: the fraction of
+    channels from that layer; the first layer gives the norms."""
     fused: Fused | None = None
     """How it was fused, if it was."""
     sha256: str
-    """Over the names and bytes of its merged tensors, in order of name."""
+    """Digest over the names and bytes of its merged tensors, in order of name."""
 
     @property
     def weights(self) -> dict[int, float]:
-        """Old layers and their weights or shares."""
+        """Old layers and their weights or fractions."""
         return {int(old): weight for old, weight in self.from_.items()}
 
     def line(self) -> str:
-        """For `mkaq inspect`."""
+        """The layer's line in `mkaq inspect`."""
         if self.fused:
-            mix = ", ".join(f"{share:.0%} of {old}" for old, share in self.from_.items())
+            mix = ", ".join(f"{fraction:.0%} of {old}" for old, fraction in self.from_.items())
             return f"layer {self.new}: channels {mix}; error {self.fused.residual:.4f}"
         terms = (f"{weight:.3f} x {old}" for old, weight in self.from_.items())
         return f"layer {self.new} = " + " + ".join(terms)
 
     def row(self) -> Row:
-        """For the report, of a fused layer."""
+        """A fused layer's row in the report."""
         assert self.fused is not None
-        shares = " ".join(f"{old}: {100 * share:.0f} %" for old, share in self.from_.items())
+        fractions = " ".join(f"{old}: {100 * fraction:.0f} %" for old, fraction in self.from_.items())
         solved = (*self.fused.attention.row(), *self.fused.mlp.row())
-        return (str(self.new), shares, *solved, f"{self.fused.residual:.4f}")
+        return (str(self.new), fractions, *solved, f"{self.fused.residual:.4f}")
 
 
 class MergeRecord(Step):
@@ -196,9 +196,9 @@ class MergeRecord(Step):
     settings: dict[str, Any]
     """The recipe's section: order, coefficient, manifold, bins, bias correction."""
     merges: list[MergeEntry]
-    """Of averages, in the order in which they were chosen."""
+    """The merges of averages, in the order in which they were chosen."""
     measured: list[MeasuredGroup] = Field(default=[])
-    """Every group that was tried (order: measured)."""
+    """Every measured group (order: measured)."""
     layers: list[NewLayer]
     """Every layer of the result."""
     final_norm: FinalNorm | None = None
@@ -210,15 +210,15 @@ class MergeRecord(Step):
         return any(layer.fused for layer in self.layers)
 
     def follows(self) -> bool:
-        """Averages do; what was solved does not."""
+        """True for averages; solved weights do not follow from the record."""
         return not self.fused
 
     def proofs(self) -> Sequence[str]:
-        """Where heads and channels came from."""
+        """The file of origins, if layers were fused."""
         return ["mkaq-origins.json"] if self.fused else []
 
     def groups(self) -> list[list[int]]:
-        """For each layer the layers of the source that it stands for."""
+        """For each layer, the source layers that it replaces."""
         return [sorted(layer.weights) for layer in self.layers]
 
 
@@ -226,12 +226,12 @@ Record = MergeRecord
 
 
 def section(recipe: Recipe, source: Checkpoint) -> MergeSection | None:
-    """The recipe's."""
+    """The recipe's merge section."""
     return recipe.merge
 
 
 def mode(section: MergeSection) -> Mode:
-    """Averages do not need the last digits of what they are chosen by."""
+    """Averages use fast walks: their choices do not need the last digits."""
     return Mode(fast=section.fuse == "average")
 
 
@@ -244,13 +244,14 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
     """The largest group in memory.
 
     Raises:
-        UsageError: If so many layers cannot go, or there are too few samples.
+        UsageError: If that many layers cannot be removed, or there are too few samples.
         UnsupportedError: If the model cannot lose layers, or has no closed form.
     """
     from mkaq.arch.config import keep_layers
     from mkaq.fit.targets import check_solvable
     from mkaq.merge.segment import longest_group
     from mkaq.run.memory import merging
+    from mkaq.run.work import fusing
 
     source, removed = task.source, section.removed(before.layers)
     left, free = before.layers - removed, before.layers - sum(section.protect.both())
@@ -258,13 +259,13 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
     if section.fuse == "channels":
         check_solvable(source, task.samples, "merge.fuse: channels", _INSTEAD)
     parameters = before.parameters - removed * source.count_weights(source.layer_tensor_names(0))
-    measured = section.order == "measured" or section.coefficient == "measured"
-    need = merging(task, section.fuse, longest_group(free, removed), measured)
-    return Estimate(need, ModelSize(NAME, left, parameters, parameters * task.dtype.itemsize))
+    need = merging(task, section.fuse, longest_group(free, removed), section.coefficient == "measured")
+    done = Work(exact=fusing(task, left)) if section.fuse == "channels" else Work()
+    return Estimate(need, ModelSize(NAME, left, parameters, parameters * task.dtype.itemsize), done)
 
 
 def run(section: MergeSection, job: Job, folder: Path) -> Made:
-    """Writes the merged checkpoint; where heads and channels came from, if layers were fused."""
+    """Writes the merged checkpoint, and the origins of heads and channels if layers were fused."""
     from mkaq.fit.hold_out import half_shuffled_samples
     from mkaq.merge.averaged import averaged_layers
     from mkaq.merge.choose import choose
@@ -280,10 +281,10 @@ def run(section: MergeSection, job: Job, folder: Path) -> Made:
     plan = choose(analysis, walk, samples, *rules, job.progress)
     if section.fuse == "channels":
         streams = Streams.of(walk, samples)
-        made, merges, final_norm = fused_layers(streams, plan.groups, job.dtype), [], streams.rescale
+        built, merges, final_norm = fused_layers(streams, plan.groups, job.dtype), [], streams.rescale
     else:
-        made, merges, final_norm = averaged_layers(source, plan, job.dtype), plan.as_json()["merges"], None
-    layers = job.progress.track(made, "merge", len(plan.layers))
+        built, merges, final_norm = averaged_layers(source, plan, job.dtype), plan.as_json()["merges"], None
+    layers = job.progress.track(built, "merge", len(plan.layers))
     written = write_merged(source, layers, plan.kept, folder, job.output, job.ranks, final_norm)
     if written.origins:
         write_origins(folder / ORIGINS, written.origins)
@@ -298,7 +299,7 @@ def run(section: MergeSection, job: Job, folder: Path) -> Made:
 
 
 def describe(record: MergeRecord) -> Description:
-    """Which layers became one, and what that left."""
+    """The merged groups, and the remaining errors."""
     groups = [", ".join(layer.from_) for layer in record.layers if len(layer.from_) > 1]
     how = "fused in function space" if record.layers[0].fused else "averaged"
     how += f") from {record.layers_before} to {record.layers_after} layers"
@@ -310,8 +311,8 @@ def _lines(record: MergeRecord) -> Iterator[str]:
     yield from (layer.line() for layer in record.layers if len(layer.from_) > 1)
     if fused := [layer.fused for layer in record.layers if layer.fused]:
         solved = sum(f.attention.ridge is not None or f.mlp.ridge is not None for f in fused)
-        told = f"{solved} of {len(fused)} layers solved toward the original hidden states"
-        yield f"{told}; error at the end {fused[-1].residual:.4f}"
+        summary = f"{solved} of {len(fused)} layers solved toward the original hidden states"
+        yield f"{summary}; error at the end {fused[-1].residual:.4f}"
     yield from record.final_norm.lines() if record.final_norm else ()
 
 
@@ -328,15 +329,14 @@ def _tables(record: MergeRecord) -> Iterator[Table]:
 
 
 def check(record: MergeRecord, case: Case) -> None:
-    """Averaged layers are recomputed whole; of fused ones all but `o_proj` and `down_proj` follows."""
-    import torch
-
+    """Averaged layers are recomputed entirely; fused layers except for `o_proj` and `down_proj`."""
+    from mkaq.dtypes import dtype_named
     from mkaq.merge.origins import ORIGINS, read_origins
     from mkaq.verify.claims import origin_faults, plan_faults
     from mkaq.verify.known import averaged, fused
     from mkaq.verify.remeasure import merge_faults
 
-    dtype = getattr(torch, record.dtype)
+    dtype = dtype_named(record.dtype)
     if record.fused:
         origins = read_origins(case.artifact.path / ORIGINS)
         case.demand(origin_faults(record, origins, case.source))

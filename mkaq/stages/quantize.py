@@ -1,4 +1,4 @@
-"""Quantization: GPTQ with mkaq's own solver, or bitsandbytes through the library."""
+"""The quantize stage: GPTQ with mkaq's own solver, or bitsandbytes through its library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.run.estimate import Estimate, ModelSize, Task, Work
 from mkaq.stages.base import Description, Dtype, FinalNorm, Made, Mode, Part, Section, Step, Table
 
 if TYPE_CHECKING:
@@ -29,26 +29,27 @@ class GptqSection(Section):
     """GPTQ with mkaq's own solver (arXiv 2210.17323)."""
 
     method: Literal["gptq"]
-    """Weight-only quantization that corrects its own rounding on the calibration tokens."""
+    """Weight-only quantization that corrects its rounding errors on the calibration tokens."""
     bits: GptqBits = 4
-    """Bits per weight. With a `budget`: the only ones tried; leave it out to try those of `budget.bits`."""
+    """Bits per weight. With a `budget`, these are the only bits tried; leave it out to try those of
+    `budget.bits`."""
     group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 128
-    """Weights of one row that share a scale; -1 is the whole row."""
+    """Number of weights per scale within a row; -1 is the whole row."""
     sym: bool = True
     """Symmetric: the zero point is the middle of the range. Most runtimes need it."""
     desc_act: bool = False
-    """Solve the columns in order of falling activation, the most used first."""
+    """Quantize columns in order of descending activation, the most active first."""
     static_groups: bool = False
-    """Fix every group's scale before solving, so that a group is `group_size` neighbouring columns
-    whatever the order: with `desc_act` the checkpoint's `g_idx` is then trivial and kernels stay fast."""
+    """Fix the scale of every group before solving, so that a group is always `group_size` neighbouring
+    columns. With `desc_act`, the checkpoint's `g_idx` is then trivial and kernels stay fast."""
     target: Literal["input", "source"] = "input"
-    """What rounding is corrected toward: the hidden states of the model that is quantized (`input`, plain
-    GPTQ), or those of the model that came in, so that it also mends what merging left (`source`)."""
+    """The hidden states that rounding is corrected toward: those of the model being quantized (`input`, plain
+    GPTQ), or those of the source model, which also repairs errors left by merging (`source`)."""
     damp_percent: float = Field(default=0.01, gt=0, lt=1)
-    """Share of the Hessian's mean diagonal that is added to its diagonal; raised where needed."""
+    """Fraction of the Hessian's mean diagonal that is added to its diagonal; raised if needed."""
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The `quantization_config` of what comes out."""
+        """The `quantization_config` of the quantized model."""
         from mkaq.formats.gptq import quantization_config
 
         return quantization_config(
@@ -62,18 +63,18 @@ class GptqSection(Section):
 
 
 class BitsandbytesSection(Section):
-    """bitsandbytes int8 (arXiv 2208.07339) or 4-bit (arXiv 2305.14314), through the library."""
+    """bitsandbytes int8 (arXiv 2208.07339) or 4-bit (arXiv 2305.14314), through its library."""
 
     method: Literal["bitsandbytes"]
     """Quantization without calibration."""
     bits: Literal[4, 8] = 4
     """4 (nf4 or fp4) or 8 (int8)."""
     quant_type: Literal["nf4", "fp4"] | None = None
-    """The 4-bit code; nf4 unless said otherwise."""
+    """The 4-bit code; by default nf4."""
     double_quant: bool | None = None
-    """Quantize the scales of the 4-bit codes too (0.4 bits per weight less); on unless said otherwise."""
+    """Also quantize the scales of the 4-bit codes (0.4 bits per weight less); on by default."""
     compute_dtype: Literal["auto"] | Dtype | None = None
-    """The type in which 4-bit layers are multiplied; `auto` is the checkpoint's."""
+    """The type in which 4-bit layers are multiplied; `auto` (the default) is the checkpoint's."""
 
     @model_validator(mode="before")
     @classmethod
@@ -88,7 +89,7 @@ class BitsandbytesSection(Section):
         return data
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The `quantization_config` of what comes out, if its dense weights are of a type."""
+        """The `quantization_config` of the quantized model, if its dense weights have type `dtype`."""
         from mkaq.formats.bitsandbytes import quantization_config
 
         own = self.compute_dtype not in (None, "auto")
@@ -107,17 +108,17 @@ class QuantizedModule(Part):
     """A quantized linear layer."""
 
     name: str
-    """In the model."""
+    """Its name in the model."""
     weight_error: float
-    """||W - Q||^2 / ||W||^2, W the weight that was rounded."""
+    """||W - Q||^2 / ||W||^2, where W is the weight that was rounded."""
     error: float | None = None
     """||X (W - Q)^T||^2 / ||X W^T||^2 over the calibration tokens (gptq)."""
     damp_percent: float | None = None
-    """The damping that was needed (gptq)."""
+    """The damping that was used (gptq)."""
     ridge: float | None = None
-    """If W was solved toward the original model before it was rounded: the ridge (gptq)."""
+    """The ridge, if W was solved toward the source model before rounding (gptq)."""
     fallback: Literal[False] = False
-    """mkaq has no fallback: a layer is quantized as asked, or the run ends."""
+    """mkaq has no fallback: a layer is quantized as requested, or the run ends."""
 
 
 class QuantizeRecord(Step):
@@ -134,13 +135,13 @@ class QuantizeRecord(Step):
     modules: list[QuantizedModule]
     """Every quantized layer."""
     final_norm: FinalNorm | None = None
-    """How the final norm was rescaled, if weights were solved toward the original model."""
+    """How the final norm was rescaled, if weights were solved toward the source model."""
     residuals: list[float] | None = None
-    """After each layer the mean of |output - original|^2 / |original|^2 over held-out tokens, where weights
-    do not follow from the source: they were fused, tuned or solved before they were quantized."""
+    """Mean of |output - original|^2 / |original|^2 over held-out tokens after each layer, if weights do not
+    follow from the source: they were fused, tuned or solved before they were quantized."""
 
     def modes(self) -> Mapping[str, Mode]:
-        """Errors of hidden states are measured by one process, exactly."""
+        """Errors of hidden states are measured exactly, by one process."""
         return {} if self.residuals is None else {"residuals": Mode(alone=True)}
 
 
@@ -148,25 +149,25 @@ Record = QuantizeRecord
 
 
 def section(recipe: Recipe, source: Checkpoint) -> QuantizeSection | None:
-    """The recipe's."""
+    """The recipe's quantize section."""
     return recipe.quantize
 
 
 def mode(section: QuantizeSection) -> Mode:
-    """bitsandbytes is for one process."""
+    """bitsandbytes runs in one process."""
     if isinstance(section, BitsandbytesSection):
         return Mode(alone=True)
     return Mode(fast=section.target == "input")
 
 
 def inputs(section: QuantizeSection, job: Job) -> Mapping[str, str]:
-    """The model of the stage before; the source and the tokens, where the recipe has calibration."""
+    """The current model; the source and the tokens too, if the recipe has calibration."""
     beside = ("source", "calibrate") if job.has("calibrate") else ()
     return job.digests(job.last, *beside)
 
 
 def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimate:
-    """One layer, what is solved of it, and the hidden states.
+    """One layer, its solver's matrices, and the hidden states.
 
     Raises:
         UsageError: If `group_size` does not fit, or there are too few samples for `target: source`.
@@ -174,7 +175,8 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
     """
     from mkaq.fit.targets import check_solvable
     from mkaq.formats.formats import format_of
-    from mkaq.quantize.check import check_gptq
+    from mkaq.quantize.check import check_bitsandbytes, check_gptq
+    from mkaq.run import work
     from mkaq.run.memory import gptq, one_layer
 
     source, config = task.source, section.config(task.dtype)
@@ -184,28 +186,30 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
         if section.target == "source":
             check_solvable(source, task.samples, "quantize.target: source", "target: input")
         need = gptq(task, desc_act=section.desc_act, joint=section.target == "source")
+        done = Work(fast=work.solving(task, before.layers))
     else:
-        need = one_layer(task)
+        check_bitsandbytes(source, config)
+        need, done = one_layer(task), Work(exact=work.rounding(task, before.layers))
     dense = before.parameters - before.layers * sum(rows * columns for rows, columns in shapes)
     stored = sum(format_of(config).stored_bytes(shape, config) for shape in shapes)
     size = dense * task.dtype.itemsize + before.layers * stored
-    return Estimate(need, ModelSize(NAME, before.layers, before.parameters, size))
+    return Estimate(need, ModelSize(NAME, before.layers, before.parameters, size), done)
 
 
 def run(section: QuantizeSection, job: Job, folder: Path) -> Made:
-    """Writes the quantized checkpoint; measures it, where its weights do not follow from the source."""
+    """Writes the quantized checkpoint; measures its errors if its weights do not follow from the source."""
     if isinstance(section, GptqSection):
-        made = _gptq(section, job, folder)
+        result = _gptq(section, job, folder)
     else:
-        made = _bitsandbytes(section, job, folder)
-    facts = {"method": section.method, "bits": section.bits, **made.facts}
+        result = _bitsandbytes(section, job, folder)
+    facts = {"method": section.method, "bits": section.bits, **result.facts}
     if measured(section, job) and job.ranks.main:
         facts["residuals"] = _residuals(job, folder)
-    return Made(facts, made.digests)
+    return Made(facts, result.digests)
 
 
 def measured(section: QuantizeSection, job: Job) -> bool:
-    """Whether weights do not follow from the source and what is recorded."""
+    """Whether weights do not follow from the source and the records."""
     solved = isinstance(section, GptqSection) and section.target == "source"
     return solved or not all(step.follows() for step in job.steps)
 
@@ -240,7 +244,7 @@ def _gptq(section: GptqSection, job: Job, folder: Path) -> Made:
 
 
 def _residuals(job: Job, folder: Path) -> list[float]:
-    """How far each quantized layer is from the source."""
+    """The error of each quantized layer's output against the source."""
     from mkaq.checkpoint.validate import open_checkpoint
     from mkaq.fit.hold_out import half_shuffled_samples
     from mkaq.fit.residuals import residuals
@@ -248,13 +252,13 @@ def _residuals(job: Job, folder: Path) -> list[float]:
 
     samples = half_shuffled_samples(ALONE, job.tokens(), job.seed)
     source = job.walk(job.source, ranks=ALONE)
-    made = job.walk(open_checkpoint(folder, quantized=True), beside=source, ranks=ALONE)
-    return residuals(source, made, job.groups(), samples.held()).layers
+    quantized = job.walk(open_checkpoint(folder, quantized=True), beside=source, ranks=ALONE)
+    return residuals(source, quantized, job.groups(), samples.held()).layers
 
 
 def describe(record: QuantizeRecord) -> Description:
-    """How it was done, and the worst module."""
-    told = ", ".join(
+    """The settings, and the module with the largest error."""
+    settings = ", ".join(
         f"{key} {value}"
         for key, value in record.settings.items()
         if key not in ("method", "bits") and value is not None
@@ -277,11 +281,11 @@ def describe(record: QuantizeRecord) -> Description:
     title = f"Quantized layers ({record.method}, {record.bits} bits)"
     table = Table(title, ("module", "output error", "weight error", "damping"), rows)
     lines = [line, *(record.final_norm.lines() if record.final_norm else [])]
-    return Description(f"Quantized with {record.method} to {record.bits} bits ({told}).", lines, [table])
+    return Description(f"Quantized with {record.method} to {record.bits} bits ({settings}).", lines, [table])
 
 
 def check(record: QuantizeRecord, case: Case) -> None:
-    """Weight errors are computed again; errors of hidden states, where weights were solved, are measured."""
+    """Weight errors are recomputed; errors of hidden states are measured again if weights were solved."""
     from mkaq.verify.claims import residual_faults
     from mkaq.verify.remeasure import residual_errors
 

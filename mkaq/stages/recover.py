@@ -1,4 +1,4 @@
-"""Recovery: what merging lost is learned again, every layer alone, toward the original hidden states."""
+"""The recover stage: every layer is tuned alone toward the original hidden states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.run.estimate import Estimate, ModelSize, Task, Work
 from mkaq.stages.base import Description, FinalNorm, Made, Mode, Part, Section, Step, Table
 
 if TYPE_CHECKING:
@@ -23,33 +23,35 @@ LESS = "lower recover.batch_size or calibration.max_seq_length, or leave recover
 
 
 class LayerwiseSection(Section):
-    """Recovery without the whole model: every layer is tuned alone toward the original hidden states."""
+    """Recovery without the whole model in memory: every layer is tuned alone toward the original hidden
+    states.
+    """
 
     method: Literal["layerwise"]
     """Knowledge distillation, layer by layer."""
     steps: int = Field(default=100, ge=1, le=100_000)
-    """Optimizer steps for each layer."""
+    """Optimizer steps per layer."""
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
-    """Of AdamW, falling to 0 along a cosine; `auto` is 0.25 / hidden_size."""
+    """AdamW's peak learning rate, falling to 0 along a cosine; `auto` is 0.25 / hidden_size."""
     batch_size: int = Field(default=32, ge=1, le=4096)
-    """Sequences per step, at most: no more than there are to learn from."""
+    """Largest number of sequences per step; the calibration may have fewer."""
 
 
 class RecoveredLayer(Part):
-    """A layer that was tuned; errors are mean of |output - original|^2 / |original|^2, held-out tokens."""
+    """A tuned layer; errors are the mean of |output - original|^2 / |original|^2 over held-out tokens."""
 
     new: int
     """Its number."""
     error_before: float
-    """On the tuned prefix, with the weights that merging gave."""
+    """Error with the merged weights, given the tuned layers before it."""
     error: float
-    """With the weights that it has."""
+    """Error with the final weights."""
     steps: int
-    """The step at which the held-out error was lowest; 0: the weights are those of the merge."""
+    """The step with the lowest held-out error; 0: the weights are those of the merge."""
 
 
 class RecoverRecord(Step):
-    """Tuning, layer by layer, toward the hidden states of the source."""
+    """Layer-by-layer tuning toward the hidden states of the source."""
 
     step: Literal["recover"] = "recover"
     """Kind."""
@@ -60,10 +62,10 @@ class RecoverRecord(Step):
     layers: list[RecoveredLayer]
     """Every layer."""
     final_norm: FinalNorm
-    """How the final norm was rescaled, after the merge did."""
+    """How the final norm was rescaled, on top of the merge's factor."""
 
     def follows(self) -> bool:
-        """Tuned weights follow from nothing that is recorded."""
+        """Tuned weights do not follow from the record."""
         return False
 
 
@@ -71,7 +73,7 @@ Record = RecoverRecord
 
 
 def section(recipe: Recipe, source: Checkpoint) -> LayerwiseSection | None:
-    """The recipe's."""
+    """The recipe's recover section."""
     return recipe.recover
 
 
@@ -81,16 +83,19 @@ def mode(section: LayerwiseSection) -> Mode:
 
 
 def inputs(section: LayerwiseSection, job: Job) -> Mapping[str, str]:
-    """The source, the tokens, and the model to tune."""
+    """The source, the tokens, and the merged model."""
     return job.digests("source", "calibrate", "merge")
 
 
 def estimate(section: LayerwiseSection, before: ModelSize, task: Task) -> Estimate:
     """One layer with its optimizer, and two streams of hidden states."""
+    from mkaq.run import work
     from mkaq.run.memory import tuning
 
     size = before.parameters * task.dtype.itemsize
-    return Estimate(tuning(task, section.batch_size), ModelSize(NAME, before.layers, before.parameters, size))
+    after = ModelSize(NAME, before.layers, before.parameters, size)
+    operations = work.tuning(task, before.layers, section.steps, section.batch_size)
+    return Estimate(tuning(task, section.batch_size), after, Work(fast=operations))
 
 
 def run(section: LayerwiseSection, job: Job, folder: Path) -> Made:
@@ -108,7 +113,7 @@ def run(section: LayerwiseSection, job: Job, folder: Path) -> Made:
 
 
 def describe(record: RecoverRecord) -> Description:
-    """How many layers gained by it."""
+    """The number of tuned layers, and the remaining error."""
     sentence = (
         "Every layer tuned alone toward the hidden states of the original "
         f"({record.settings['steps']} steps)."

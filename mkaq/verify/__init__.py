@@ -1,1 +1,1 @@
-"""Verification of every claim of a manifest."""
+"""Verification of the claims of a manifest."""

@@ -1,4 +1,4 @@
-"""An artifact under examination: what its steps claim, gathered in their order, and compared in the end."""
+"""The claims of a manifest's steps, collected in order and then compared with the artifact."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from mkaq.stages.quantize import QuantizedModule
     from mkaq.verify.remeasure import Tolerance
 
-_SAME = 1e-6
+_RELATIVE_TOLERANCE = 1e-6
 Measure = Callable[[LayerWalk, LayerWalk, Samples, "Tolerance"], Iterator[str]]
-"""Measures recorded errors again, over the source and the artifact; yields what does not hold."""
+"""Measures recorded errors again, over the source and the artifact; yields the claims that do not hold."""
 
 
 def raise_faults(where: Path, faults: list[str]) -> None:
@@ -35,20 +35,19 @@ def raise_faults(where: Path, faults: list[str]) -> None:
 
 
 class Case:
-    """What each step of a manifest says, put together.
+    """The combined claims of a manifest's steps.
 
     Args:
         artifact: The artifact.
         source: The model that it was made from.
 
     Attributes:
-        dtype: Of what is dense.
-        layers: What each layer should be; None: nothing of it follows from the record.
-        groups: For each layer the layers of the source that it stands for.
+        dtype: Type of the dense tensors.
+        layers: The expected tensors of each layer; None if none follow from the record.
+        groups: For each layer, the source layers that it replaces.
         modules: The records of quantized linear layers, by name.
-        measure: Measures the errors that the last step recorded of the artifact's own weights; None: all
-            weights follow from the source.
-        made: How many layers were recomputed, if they were.
+        measure: Measures the errors that the last step recorded; None if all weights follow from the source.
+        recomputed: A phrase for the layers that are recomputed; empty if there are none.
     """
 
     def __init__(self, artifact: Checkpoint, source: Checkpoint) -> None:
@@ -58,65 +57,67 @@ class Case:
         self.groups = [[index] for index in range(count)]
         self.modules: Mapping[str, QuantizedModule] = {}
         self.measure: Measure | None = None
-        self.made = ""
+        self.recomputed = ""
         self._scales: list[float] = []
         self._faults: list[str] = []
         self._untouched = True
 
     def merged(
-        self, layers: Iterator[KnownLayer], groups: list[list[int]], dtype: torch.dtype, made: str
+        self, layers: Iterator[KnownLayer], groups: list[list[int]], dtype: torch.dtype, recomputed: str
     ) -> None:
-        """Layers that follow from those of the source."""
-        self.layers, self.groups, self.dtype, self.made, self._untouched = layers, groups, dtype, made, False
+        """Sets the layers that follow from those of the source."""
+        self.layers, self.groups, self.dtype, self.recomputed = layers, groups, dtype, recomputed
+        self._untouched = False
 
     def unknown(self) -> None:
-        """From here on no layer follows from what is recorded."""
-        self.layers, self.made, self._untouched = None, "", False
+        """Declares that no layer follows from the records any more."""
+        self.layers, self.recomputed, self._untouched = None, "", False
 
     def demand(self, faults: Iterable[str]) -> None:
-        """Claims without which nothing else can be checked.
+        """Raises at once if a claim that other checks depend on does not hold.
 
         Raises:
-            VerificationError: If one does not hold.
+            VerificationError: With the faults, if there are any.
         """
         raise_faults(self.artifact.path, list(faults))
 
     def fault(self, faults: Iterable[str]) -> None:
-        """Claims that do not hold, to be told with all others."""
+        """Adds claims that do not hold, reported later with all others."""
         self._faults += faults
 
     def scale(self, norm: "FinalNorm | None") -> None:
-        """A factor of the final norm, after those before it."""
+        """Adds a factor of the final norm, applied after the earlier ones."""
         if norm is not None:
             self._scales.append(norm.scale)
 
     def compare(self, progress: Progress) -> list[str]:
-        """Compares the artifact with all that was gathered.
+        """Compares the artifact with all collected claims.
 
         Returns:
-            What was checked, a sentence for each.
+            One sentence for each check.
 
         Raises:
             VerificationError: With every claim that does not hold.
         """
-        faults, told = [*self._outer_faults(), *self._faults], []
+        faults, checks = [*self._outer_faults(), *self._faults], []
         if self._untouched:
             self.layers = untouched(self.source, self.dtype)
         if self.layers is not None:
             faults += self._solved_faults()
-            checked = 0
+            count = 0
             for new, known in enumerate(progress.track(self.layers, "verify", len(self.groups))):
                 faults += self._layer_faults(new, known)
                 weights = [name for name in known.tensors if name.endswith(".weight")]
-                checked += sum(_is_rounded(self.modules.get(self._module(new, name))) for name in weights)
-            told += [f"{self.made} recomputed from the source, bit for bit"] if self.made else []
+                count += sum(_is_rounded(self.modules.get(self._module(new, name))) for name in weights)
+            if self.recomputed:
+                checks.append(f"{self.recomputed} recomputed from the source, bit for bit")
             if self.modules:
-                told.append(f"{checked} quantized modules have the weight error that the manifest says")
+                checks.append(f"{count} quantized modules have the weight error that the manifest says")
         raise_faults(self.artifact.path, faults)
-        return told
+        return checks
 
     def _outer_faults(self) -> Iterator[str]:
-        """What is wrong with the tensors outside of the layers."""
+        """Yields the faults of the tensors outside the layers."""
         arch = self.source.arch
         for name, tensor in self.source.each(self.source.outer_tensor_names):
             expected = tensor
@@ -132,20 +133,24 @@ class Case:
                 yield f"{name} is said to be solved, and writes no hidden state"
 
     def _layer_faults(self, new: int, known: KnownLayer) -> Iterator[str]:
-        """What is wrong with a layer of the artifact."""
+        """Yields the faults of a layer of the artifact."""
         arch, stored = self.artifact.arch, self.artifact.read_layer(new)
         present = dense_layer(stored, arch.linear_names, self.artifact.quantization)
         whole = known.tensors if known.whole else stored
-        told = known.sha256 if known.whole or not self.modules else None
-        if told and digest_layer(whole) != told:
+        recorded = known.sha256 if known.whole or not self.modules else None
+        if recorded and digest_layer(whole) != recorded:
             yield f"layer {new} has another digest than the manifest says"
         for name, tensor in known.tensors.items():
             module = self.modules.get(self._module(new, name)) if name.endswith(".weight") else None
             if module is not None:
-                actual, said = relative_error(tensor, present[name]), module.weight_error
-                if _is_rounded(module) and not math.isclose(actual, said, rel_tol=_SAME, abs_tol=1e-12):
-                    claimed = f"the manifest says {said:.6g}"
-                    yield f"{module.name} has a weight error of {actual:.6g}, {claimed}"
+                actual, recorded_error = relative_error(tensor, present[name]), module.weight_error
+                if _is_rounded(module) and not math.isclose(
+                    actual, recorded_error, rel_tol=_RELATIVE_TOLERANCE, abs_tol=1e-12
+                ):
+                    yield (
+                        f"{module.name} has a weight error of {actual:.6g}, "
+                        f"the manifest says {recorded_error:.6g}"
+                    )
             elif not torch.equal(tensor, present[name]):
                 yield f"{arch.in_layer(new, name)} is not what the recorded merge gives"
 
@@ -154,5 +159,5 @@ class Case:
 
 
 def _is_rounded(module: "QuantizedModule | None") -> bool:
-    """Whether the weight that was rounded is the merged model's own, not one solved anew."""
+    """Whether the module was rounded from the merged model's own weight, not from one solved for it."""
     return module is not None and module.ridge is None

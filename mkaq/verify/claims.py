@@ -1,4 +1,4 @@
-"""Claims of a manifest about merging that must fit together: what was made of what, and in which shares."""
+"""Consistency of a manifest's claims about merging, recovery and quantization."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def recovery_faults(step: "RecoverRecord", layers: int) -> Iterator[str]:
-    """Whether the tuned layers are those of the merge."""
+    """Yields wrong layer numbers, and errors that grew."""
     if [layer.new for layer in step.layers] != list(range(layers)):
         yield f"the recovered layers are not 0 to {layers - 1}"
     for layer in step.layers:
@@ -24,7 +24,7 @@ def recovery_faults(step: "RecoverRecord", layers: int) -> Iterator[str]:
 
 
 def origin_faults(step: "MergeRecord", origins: list[Origins], source: Checkpoint) -> Iterator[str]:
-    """Whether the origins are those of the manifest, and can be."""
+    """Yields origins that are impossible or differ from the manifest's."""
     if len(origins) != len(step.layers):
         yield f"{ORIGINS} has {len(origins)} layers, the manifest {len(step.layers)}"
         return
@@ -40,11 +40,11 @@ def origin_faults(step: "MergeRecord", origins: list[Origins], source: Checkpoin
             yield f"layer {layer.new}: its origins are not those of the manifest"
             continue
         for kind, count in counts.items():
-            places = as_tensor(origin[kind])
-            inside = set(places[:, 0].tolist()) <= set(group) and bool(
-                ((places[:, 1] >= 0) & (places[:, 1] < count)).all()
+            parts = as_tensor(origin[kind])
+            inside = set(parts[:, 0].tolist()) <= set(group) and bool(
+                ((parts[:, 1] >= 0) & (parts[:, 1] < count)).all()
             )
-            if len(places) != count or not inside or len(places.unique(dim=0)) != count:  # type: ignore[no-untyped-call]
+            if len(parts) != count or not inside or len(parts.unique(dim=0)) != count:  # type: ignore[no-untyped-call]
                 yield f"layer {layer.new}: its {kind} are not {count} of those of layers {group}"
         for name, solved in (("o_proj", layer.fused.attention), ("down_proj", layer.fused.mlp)):
             if solved.ridge not in (None, *RIDGES):
@@ -52,13 +52,13 @@ def origin_faults(step: "MergeRecord", origins: list[Origins], source: Checkpoin
             if solved.ridge is None and solved.error != solved.error_before:
                 yield f"layer {layer.new}: {name} is said to be as it was, and to leave another error"
         taken = as_tensor(origin["channels"])[:, 0]
-        share = {index: float((taken == index).sum()) / counts["channels"] for index in group}
-        if share != layer.weights:
+        fractions = {index: float((taken == index).sum()) / counts["channels"] for index in group}
+        if fractions != layer.weights:
             yield f"layer {layer.new}: its channels do not have the shares that the manifest says"
 
 
 def residual_faults(step: "QuantizeRecord", needed: bool) -> Iterator[str]:
-    """Whether the errors of hidden states are there where weights do not follow from the source."""
+    """Yields a fault if errors of hidden states are missing, unneeded or incomplete."""
     if (step.residuals is not None) != needed:
         yield "the quantized layers have " + (
             "no recorded errors" if needed else "errors that none asked for"
@@ -68,7 +68,7 @@ def residual_faults(step: "QuantizeRecord", needed: bool) -> Iterator[str]:
 
 
 def plan_faults(step: "MergeRecord", source: Checkpoint) -> Iterator[str]:
-    """Whether the weights of the new layers follow from the recorded merges."""
+    """Yields the faults of averages that do not follow from the recorded merges."""
     groups: dict[int, dict[int, float]] = {index: {index: 1.0} for index in range(source.num_layers)}
     for merge in step.merges:
         if merge.into not in groups or merge.from_ not in groups:

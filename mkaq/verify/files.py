@@ -1,4 +1,4 @@
-"""The files of a folder against the list of a manifest."""
+"""Checking the files of a folder against a manifest's list."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -9,28 +9,28 @@ from mkaq.digests import sha256_file
 
 
 class Listed(Protocol):
-    """An entry of a manifest."""
+    """A listed file."""
 
     @property
     def path(self) -> str:
-        """Relative to the folder."""
+        """Path relative to the folder."""
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Size of the file."""
 
     @property
     def sha256(self) -> str:
-        """Its digest."""
+        """sha256 of the file."""
 
 
 def check_files(folder: Path, files: Sequence[Listed], *, beside: str | None = None) -> list[str]:
-    """What is wrong with the files of a folder.
+    """The faults of a folder's files: missing, changed, outside the folder, or not listed.
 
     Args:
         folder: The folder.
-        files: What should be there.
-        beside: The one file that may be there and is not listed; None: any may.
+        files: The listed files.
+        beside: The one unlisted file that is allowed; None allows any.
     """
     faults = []
     for entry in files:
@@ -50,13 +50,13 @@ def check_files(folder: Path, files: Sequence[Listed], *, beside: str | None = N
 
 
 def _not_listed(folder: Path, listed: set[str]) -> list[str]:
-    """What lies in a folder and is not listed; hidden files are left alone, but for those further below."""
-    above = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
-    extra = []
+    """Unlisted files of a folder; hidden ones count only inside subfolders that hold listed files."""
+    parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
+    unlisted = []
     for path in sorted(folder.iterdir()):
-        if path.name in above and path.is_dir():
-            below = (p.relative_to(folder).as_posix() for p in sorted(path.rglob("*")))
-            extra += [name for name in below if name not in listed and name not in above]
+        if path.name in parents and path.is_dir():
+            inside = (p.relative_to(folder).as_posix() for p in sorted(path.rglob("*")))
+            unlisted += [name for name in inside if name not in listed and name not in parents]
         elif path.name not in listed and not path.name.startswith("."):
-            extra.append(path.name)
-    return extra
+            unlisted.append(path.name)
+    return unlisted

@@ -1,4 +1,4 @@
-"""What every layer of an artifact must be, as far as it follows from the source and the record."""
+"""The tensors of an artifact's layers that follow from the source and the record."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KnownLayer:
-    """The tensors of a layer that follow from what is known.
+    """The tensors of a layer that can be recomputed.
 
     Attributes:
-        tensors: Dense, by their names below the layer.
-        whole: Whether these are all.
+        tensors: Dense tensors by name below the layer.
+        whole: Whether these are all tensors of the layer.
         sha256: The recorded digest of the whole layer, if there is one.
     """
 
@@ -33,13 +33,13 @@ class KnownLayer:
 
 
 def untouched(source: Checkpoint, dtype: torch.dtype) -> Iterator[KnownLayer]:
-    """The source's own layers."""
+    """Yields the source's own layers."""
     every = tuple({index: 1.0} for index in range(source.num_layers))
     yield from map(KnownLayer, merged_layers(source, MergePlan((), every), dtype))
 
 
 def averaged(layers: Sequence["NewLayer"], source: Checkpoint, dtype: torch.dtype) -> Iterator[KnownLayer]:
-    """Layers that are weighted sums of the source's."""
+    """Yields layers that are weighted sums of the source's layers."""
     plan = MergePlan((), tuple(layer.weights for layer in layers))
     for layer, tensors in zip(layers, merged_layers(source, plan, dtype), strict=True):
         yield KnownLayer(tensors, sha256=layer.sha256)
@@ -48,7 +48,7 @@ def averaged(layers: Sequence["NewLayer"], source: Checkpoint, dtype: torch.dtyp
 def fused(
     layers: Sequence["NewLayer"], origins: Sequence[Origins], source: Checkpoint, dtype: torch.dtype
 ) -> Iterator[KnownLayer]:
-    """Layers of heads and channels of the source's, without what was solved."""
+    """Yields layers made of the source's heads and channels, without the solved weights."""
     arch, sizes = source.arch, source.sizes
     kinds = {"heads": attention_parts(arch, sizes), "channels": mlp_parts(arch, sizes)}
     for layer, origin in zip(layers, origins, strict=True):
@@ -56,9 +56,9 @@ def fused(
         tensors = [source.read_layer(index) for index in group]
         parts = []
         for name, kind in kinds.items():
-            places = as_tensor(origin[name])
-            places[:, 0] -= group[0]
-            parts.append((kind, places))
+            positions = as_tensor(origin[name])
+            positions[:, 0] -= group[0]
+            parts.append((kind, positions))
         assert layer.fused is not None
-        left = [solved.ridge is None for solved in (layer.fused.attention, layer.fused.mlp)]
-        yield KnownLayer(known_tensors(tensors, parts, dtype, left), whole=False, sha256=layer.sha256)
+        unsolved = [solved.ridge is None for solved in (layer.fused.attention, layer.fused.mlp)]
+        yield KnownLayer(known_tensors(tensors, parts, dtype, unsolved), whole=False, sha256=layer.sha256)

@@ -1,1 +1,1 @@
-"""The walk over layers: one decoder layer in memory at a time."""
+"""The walk: a forward pass with one decoder layer in memory at a time."""

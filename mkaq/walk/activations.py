@@ -1,4 +1,4 @@
-"""Hidden states of all calibration samples: on the device, in its host's memory, or in files."""
+"""Hidden states of all calibration samples: on the device, in host memory, or in files."""
 
 import mmap
 import tempfile
@@ -14,13 +14,13 @@ Place = Literal["device", "host", "files"]
 class Activations:
     """Makes tensors for hidden states.
 
-    What lies in a file counts as memory only while it is used: `release` gives the pages back to the
-    system's cache, from which they return when they are read.
+    Tensors in files count as memory only while they are used: `release` returns their pages to the system's
+    cache, from which they are read again.
 
     Args:
         device: Where layers run.
-        place: Where hidden states lie. `host` is pinned memory, from which a GPU reads fast.
-        folder: Where files go, each without a name, so that none is left behind.
+        place: Where hidden states lie. `host` is pinned memory, which a GPU reads fast.
+        folder: Where the files lie. They have no names, so none is left behind.
     """
 
     def __init__(self, device: torch.device, place: Place = "device", folder: Path | None = None) -> None:
@@ -31,7 +31,7 @@ class Activations:
         self._spare: defaultdict[tuple[object, ...], list[torch.Tensor]] = defaultdict(list)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor with room for hidden states, shape (samples, length, features)."""
+        """An uninitialized tensor, shape (samples, length, features)."""
         if spare := self._spare[*shape, dtype]:
             return spare.pop()
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -43,29 +43,29 @@ class Activations:
         return torch.frombuffer(self._maps[-1], dtype=dtype).reshape(shape)
 
     def empty_like(self, states: torch.Tensor) -> torch.Tensor:
-        """A tensor with room for as many hidden states of the same type."""
+        """An uninitialized tensor of the same shape and dtype."""
         return self.empty(tuple(states.shape), states.dtype)
 
     def copy(self, states: torch.Tensor) -> torch.Tensor:
-        """Hidden states once more, on their own."""
-        copied = self.empty_like(states)
-        self.overwrite(copied, states)
-        return copied
+        """A copy of hidden states."""
+        copy = self.empty_like(states)
+        self.overwrite(copy, states)
+        return copy
 
     def overwrite(self, states: torch.Tensor, values: torch.Tensor) -> None:
-        """Gives hidden states other values, with few of either in memory at a time."""
-        for place, sample in zip(states, values, strict=True):
-            place.copy_(sample)
+        """Overwrites hidden states sample by sample, so that few of them are in memory at a time."""
+        for state, value in zip(states, values, strict=True):
+            state.copy_(value)
             self.release()
 
     def give_back(self, tensor: torch.Tensor) -> None:
-        """Lets the next `empty` of its shape and type have a tensor that is not needed any more.
+        """Keeps a tensor that is no longer needed for the next `empty` with its shape and dtype.
 
-        New pages are cleared by the system, which takes longer than what is done with most of them.
+        The system clears new pages, which takes longer than most of the work on them.
         """
         self._spare[*tensor.shape, tensor.dtype].append(tensor)
 
     def release(self) -> None:
-        """Lets go of the memory of what lies in files; its contents stay."""
+        """Releases the memory of tensors in files; their contents stay."""
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)

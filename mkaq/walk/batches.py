@@ -1,4 +1,4 @@
-"""Samples in batches of about as many tokens."""
+"""Batches of samples with about the same number of tokens."""
 
 from collections.abc import Iterator
 
@@ -13,11 +13,11 @@ def batches(hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def spans(hidden_states: torch.Tensor) -> Iterator[slice]:
-    """Which samples the batches of `batches` hold."""
+    """The slices of samples that form the batches of `batches`."""
     size, samples = batch_size(hidden_states), len(hidden_states)
     yield from (slice(start, min(start + size, samples)) for start in range(0, samples, size))
 
 
 def batch_size(hidden_states: torch.Tensor) -> int:
-    """Samples in a batch."""
+    """The number of samples in a batch."""
     return max(1, TOKENS_PER_BATCH // hidden_states.shape[1])

@@ -1,4 +1,4 @@
-"""Where layers run, and in which type."""
+"""The device that layers run on, and the dtype they compute in."""
 
 import torch
 
@@ -7,10 +7,10 @@ from mkaq.ranks import ALONE, Ranks
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that is there.
+    """The device named by `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UsageError: If it is not.
+        UsageError: If it does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,17 +27,17 @@ def pick_device(name: str) -> torch.device:
 def compute_dtype(
     stored: torch.dtype, device: torch.device, *, fast: bool = False, ranks: Ranks = ALONE
 ) -> torch.dtype:
-    """The type that a walk computes in.
+    """The dtype that a walk computes in.
 
     Args:
-        stored: Of the checkpoint.
+        stored: The checkpoint's dtype.
         device: Where layers run.
-        fast: Speed counts for more than the last digits.
-        ranks: The processes, all of which compute in it.
+        fast: Whether speed counts for more than the last digits.
+        ranks: The processes; all of them compute in the same dtype.
 
     Returns:
-        On a GPU the checkpoint's own; on a CPU float32, or bfloat16 if that is the checkpoint's own and
-        the CPU multiplies in it.
+        On a GPU `stored`. On a CPU float32, or bfloat16 if `fast`, `stored` is bfloat16 and the CPU
+        multiplies in it.
     """
     if device.type == "cpu" and not (fast and stored == torch.bfloat16 and ranks.has_fast_bfloat16(device)):
         return torch.float32

@@ -1,4 +1,4 @@
-"""What passes through a submodule while a layer runs."""
+"""The inputs and outputs of submodules while a layer runs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ from torch import nn
 
 
 class _Reached(Exception):
-    """Raised by a hook when the input that it waits for has been seen."""
+    """Raised by a hook once it has seen the input that it waits for."""
 
 
 def input_of(module: nn.Module, call: Callable[[], object]) -> torch.Tensor:
-    """The first input of a submodule, where `call` ends.
+    """The first input of a submodule during `call`, which ends there.
 
     Args:
         module: The submodule.
@@ -39,7 +39,7 @@ def input_of(module: nn.Module, call: Callable[[], object]) -> torch.Tensor:
 
 @contextmanager
 def outputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects every output of a submodule for the time of a `with` block."""
+    """Collects every output of a submodule within a `with` block."""
     seen: list[torch.Tensor] = []
     handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     try:

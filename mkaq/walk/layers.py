@@ -1,4 +1,4 @@
-"""The decoder layers of a checkpoint as modules: read, the next one ahead, and given their weights."""
+"""The decoder layers of a checkpoint as modules: read, the next one in advance, and given their weights."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -18,13 +18,13 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Layers:
-    """The layers of a skeleton, each with its weights while it is placed.
+    """The layers of a skeleton, which have weights only while they are placed.
 
     Args:
-        checkpoint: Whose tensors they get; quantized layers behave as in a runtime.
+        checkpoint: The source of the weights; quantized layers behave as in a runtime.
         modules: The layers, on the meta device.
         device: Where they run.
-        dtype: In which they compute.
+        dtype: The dtype they compute in.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Layers:
 
     @contextmanager
     def placed(self, index: int) -> Iterator[nn.Module]:
-        """A layer with its weights, for a `with` block; the next one is read meanwhile."""
+        """A layer with its weights, for a `with` block; meanwhile the next layer is read."""
         layer = self.place(index)
         if index + 1 < len(self.modules):
             self._ahead = index + 1, self._reader.submit(self._read, index + 1)
@@ -51,12 +51,12 @@ class Layers:
                 layer.set_submodule(name, linear)
             for module in layer.modules():  # buffers stay: no checkpoint holds them
                 for name, parameter in module.named_parameters(recurse=False):
-                    gone = nn.Parameter(parameter.to("meta"), requires_grad=False)
-                    module.register_parameter(name, gone)
+                    empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                    module.register_parameter(name, empty)
             return_freed_memory()
 
     def place(self, index: int) -> nn.Module:
-        """Gives a layer its weights, for good."""
+        """Gives a layer its weights permanently."""
         layer = self.modules[index]
         linears, rest = split_linears(self.tensors(index), self._linears[index])
         for name, like in self._linears[index].items():
@@ -69,18 +69,18 @@ class Layers:
         return layer.requires_grad_(False)
 
     def assemble(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-        """A layer of its own, in the place of layer `index`, with weights that are given.
+        """A separate copy of layer `index` with the given weights.
 
         Args:
-            index: Whose attention type and keyword arguments it has.
-            tensors: Dense, by their names below the layer.
+            index: The layer whose attention type and keyword arguments the copy has.
+            tensors: Dense weights, by their names in the layer.
         """
         layer = copy.deepcopy(self.modules[index])
         layer.load_state_dict(self._moved(tensors), assign=True)
         return layer.requires_grad_(False)
 
     def tensors(self, index: int) -> Tensors:
-        """The tensors of a layer by their names below it; what is decoded before it runs is dense."""
+        """The tensors of a layer by their names in it, as the format's `read` gives them."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == index:
             return ahead[1].result()
@@ -99,7 +99,7 @@ class Layers:
 
     @contextmanager
     def _unpacking(self, index: int, name: str) -> Iterator[None]:
-        """Quantized tensors can lie in more ways than their shapes tell."""
+        """Reports an error in unpacking a quantized tensor, which a matching shape does not rule out."""
         try:
             yield
         except torch.OutOfMemoryError:

@@ -1,8 +1,8 @@
-"""What a model does before its first layer and after its last one, by its own code.
+"""The model before its first layer and after its last one, run by its own code.
 
-The model is run with recorders in the place of its layers. The first one's input is what goes before layer 0
-(embeddings, their scale, learned positions). What each is called with beside it (position embeddings, the
-mask of its own type) depends on the sequence length alone.
+The model runs with recorders in place of its layers. The input of the first recorder is the input of layer 0
+(embeddings, their scale, learned positions). The keyword arguments of each recorder (position embeddings, the
+mask of its attention type) depend only on the sequence length.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from mkaq.walk.hooks import input_of
 
 
 class _Recorder(nn.Module):
-    """Stands for a layer: keeps the keyword arguments that it is called with."""
+    """Stands in for a layer and records its keyword arguments."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _Recorder(nn.Module):
 
 
 class _Base(nn.Module):
-    """Stands for the model without its head: gives a hidden state, whatever it is asked."""
+    """Stands in for the model without its head and always returns the same hidden state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ class Outer:
     """A model of transformers without its decoder layers.
 
     Args:
-        checkpoint: Whose tensors it gets while it uses them.
-        hf_config: Of the model; changed by what is set for attention.
+        checkpoint: The source of the tensors, each loaded only while it is used.
+        hf_config: The model's configuration; setting the attention implementation changes it.
         device: Where it runs.
-        dtype: In which it computes.
+        dtype: The dtype it computes in.
 
     Attributes:
-        skeleton: The model, parameters on the meta device but where they are in use.
+        skeleton: The model; parameters that are not in use are on the meta device.
         layers: Its decoder layers, taken out.
     """
 
@@ -77,10 +77,10 @@ class Outer:
 
     @contextmanager
     def embedding(self, used: torch.Tensor) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """For a `with` block, what gives the input of layer 0 for token ids of shape (batch, length).
+        """For a `with` block, a function from token ids, shape (batch, length), to the input of layer 0.
 
         Args:
-            used: Rows of the embedding that are read; ids are positions in it.
+            used: The rows of the embedding to read; the function's ids are indices into `used`.
         """
         embedding = self._base.get_submodule(self._arch.embed)
         rows = self._checkpoint.read_rows(self._arch.embed_weight, used)
@@ -98,24 +98,24 @@ class Outer:
             embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
 
     def arguments(self, length: int) -> list[dict[str, Any]]:
-        """The keyword arguments of every layer for sequences of a length; they go with any batch."""
-        shape, norm = (1, length, self._checkpoint.sizes.hidden), self._arch.final_norm
-        recorders, whole = [_Recorder(layer) for layer in self.layers], self._base.get_submodule(norm)
+        """The keyword arguments of every layer for sequences of a length, for any batch size."""
+        shape, name = (1, length, self._checkpoint.sizes.hidden), self._arch.final_norm
+        recorders, norm = [_Recorder(layer) for layer in self.layers], self._base.get_submodule(name)
         embeds = torch.zeros(shape, device=self._device, dtype=self._dtype)
-        self._base.set_submodule(norm, nn.Identity())
+        self._base.set_submodule(name, nn.Identity())
         try:
             with self._before_layers(recorders):
                 self._base(inputs_embeds=embeds, use_cache=False)
         finally:
-            self._base.set_submodule(norm, whole)
+            self._base.set_submodule(name, norm)
         return [recorder.arguments for recorder in recorders]
 
     @contextmanager
     def _before_layers(self, recorders: list[_Recorder]) -> Iterator[None]:
-        """Recorders in the place of the layers, and all before them with its weights."""
-        after = (self._arch.embed_weight, self._arch.final_norm_weight, self._arch.head_weight)
-        ends = tuple(name.removesuffix("weight") for name in after)
-        names = [name for name in self._checkpoint.outer_tensor_names if not name.startswith(ends)]
+        """Puts recorders in place of the layers and loads the weights of all modules before them."""
+        excluded = (self._arch.embed_weight, self._arch.final_norm_weight, self._arch.head_weight)
+        prefixes = tuple(name.removesuffix("weight") for name in excluded)
+        names = [name for name in self._checkpoint.outer_tensor_names if not name.startswith(prefixes)]
         self._put_layers([*recorders])
         try:
             self._load(names)
@@ -129,7 +129,7 @@ class Outer:
     def final_norm(self) -> Iterator[nn.Module]:
         """The norm after the last layer, for a `with` block."""
         norm = self._base.get_submodule(self._arch.final_norm)
-        self._load(self._named_like(self._arch.final_norm_weight))
+        self._load(self._weight_and_bias(self._arch.final_norm_weight))
         try:
             yield norm
         finally:
@@ -137,17 +137,20 @@ class Outer:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """For a `with` block: from the last layer's output, shape (batch, length, hidden_size), to logits."""
+        """For a `with` block, a function from the last layer's output to logits, through the final norm.
+
+        The last layer's output has shape (batch, length, hidden_size).
+        """
         skeleton, stub = self.skeleton, _Base()
         head = skeleton.get_submodule(self._arch.head)
         with self.final_norm() as norm:
 
             def logits(hidden_states: torch.Tensor) -> torch.Tensor:
                 stub.hidden_states = norm(hidden_states)
-                found: torch.Tensor = skeleton(inputs_embeds=hidden_states, use_cache=False).logits
-                return found
+                output: torch.Tensor = skeleton(inputs_embeds=hidden_states, use_cache=False).logits
+                return output
 
-            self._load(self._named_like(self._arch.head_weight))
+            self._load(self._weight_and_bias(self._arch.head_weight))
             if self._arch.head_weight not in self._checkpoint.tensors:  # tied
                 weight = self._checkpoint.read([self._arch.embed_weight])[self._arch.embed_weight]
                 head.weight = nn.Parameter(weight.to(self._device, self._dtype), requires_grad=False)
@@ -158,8 +161,8 @@ class Outer:
                 skeleton.set_submodule(self._arch.base, self._base)
                 head.to("meta")
 
-    def _named_like(self, weight: str) -> list[str]:
-        """A weight and its bias, as far as they are stored."""
+    def _weight_and_bias(self, weight: str) -> list[str]:
+        """The names of a weight and its bias, if they are stored."""
         names = (weight, weight.removesuffix("weight") + "bias")
         return [name for name in names if name in self._checkpoint.tensors]
 
@@ -173,7 +176,7 @@ class Outer:
             self.skeleton.get_parameter(name).requires_grad_(False)
 
     def whole(self, layers: list[nn.Module]) -> Any:
-        """The model with all its tensors and with layers that have theirs."""
+        """The model with all its tensors and with layers that have their weights."""
         self._put_layers(layers)
         self._load(self._checkpoint.outer_tensor_names)
         self.skeleton.tie_weights()
@@ -184,9 +187,9 @@ def check_known(input_ids: torch.Tensor, checkpoint: Checkpoint) -> None:
     """Refuses tokens that the model has no embedding for.
 
     Raises:
-        CheckpointError: If there is one.
+        CheckpointError: If there is such a token.
     """
-    known = checkpoint.tensors[checkpoint.arch.embed_weight].shape[0]
-    if input_ids.numel() and int(input_ids.max()) >= known:
-        what = f"the tokenizer gives token {int(input_ids.max())}, the model knows {known} tokens"
+    vocabulary = checkpoint.tensors[checkpoint.arch.embed_weight].shape[0]
+    if input_ids.numel() and int(input_ids.max()) >= vocabulary:
+        what = f"the tokenizer gives token {int(input_ids.max())}, the model knows {vocabulary} tokens"
         raise CheckpointError(what, where=checkpoint.path)

@@ -1,4 +1,4 @@
-"""A decoder layer run in pieces: what a part of it gave is not computed again for what follows it."""
+"""Runs a decoder layer in pieces: outputs of its parts are kept, not computed again."""
 
 from functools import partial
 from types import TracebackType
@@ -12,17 +12,16 @@ from mkaq.walk.walk import LayerWalk
 
 
 class Piecewise:
-    """One layer on all samples, for work on its linear layers in the order in which it reaches them.
+    """One layer on all samples, for work on its linear layers in the order of the forward pass.
 
-    The attention and the MLP each begin at a norm and end in a linear layer, the part's writer. What the
-    norm gives and what the writer reads is kept when it is asked for. When something after the part is, the
-    part's outputs are computed from the latter, with the weights of that moment, and the part is not run
-    any more: every norm and every linear layer is run once. Leaving the `with` block makes the layer whole
-    again.
+    The layer's two parts, attention and MLP, each begin at a norm and end in a linear layer, the writer. The
+    norm's output and the writer's input are kept when they are requested. When a later module's input is
+    requested, the part's outputs are computed from the writer's input with its current weights and replace
+    the part, so every norm and every linear layer runs once. Leaving the `with` block restores the layer.
 
     Args:
-        walk: That the layer belongs to.
-        layer: Placed.
+        walk: The walk that the layer belongs to.
+        layer: The layer, placed.
         index: Its number.
         hidden_states: Its input, shape (samples, length, hidden_size).
     """
@@ -38,8 +37,8 @@ class Piecewise:
         arch = walk.checkpoint.arch
         self._parts, self._writers = (arch.attention, arch.mlp), arch.writers
         shared = arch.attention_norm == arch.mlp_norm
-        self._norms = {} if shared else arch.norm_of  # those that only one part reads
-        self._whole: dict[str, nn.Module] = {}
+        self._norms = {} if shared else arch.norm_of  # norms that only one part reads
+        self._originals: dict[str, nn.Module] = {}
         self._kept: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> "Piecewise":
@@ -48,31 +47,31 @@ class Piecewise:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, module in self._whole.items():
+        for name, module in self._originals.items():
             self._replace(name, module)
         for values in self._kept.values():
             self._walk.activations.give_back(values)
 
     def input_of(self, name: str, rows: slice) -> torch.Tensor:
-        """What a submodule reads for some samples, shape (rows, length, features).
+        """The input of a submodule for some samples, shape (rows, length, features).
 
-        What is in neither part comes after the attention and before the end of the MLP.
+        A submodule outside both parts is taken to lie between the attention and the end of the MLP.
         """
         part = self._part_of(name)
         self._end_parts(self._parts.index(part) if part else len(self._parts) - 1)
         norm = self._norms.get(part) if part else None
         if name in self._writers and norm in self._kept:
             self._replace(str(norm), _Replay(self._kept.pop(str(norm)), self._walk, alone=True))
-        found = input_of(self._layer.get_submodule(name), partial(self._run, rows))
-        self._keep(name if name in self._writers else norm, found, rows)
-        return found
+        inputs = input_of(self._layer.get_submodule(name), partial(self._run, rows))
+        self._keep(name if name in self._writers else norm, inputs, rows)
+        return inputs
 
     def _part_of(self, name: str) -> str | None:
         return next((part for part in self._parts if name.startswith(f"{part}.")), None)
 
     def _keep(self, name: str | None, values: torch.Tensor, rows: slice) -> None:
-        """Keeps what a writer reads or a norm gives, unless the norm is replaced already."""
-        if name is None or name in self._whole:
+        """Keeps the input of a writer or the output of a norm, unless the norm is already replaced."""
+        if name is None or name in self._originals:
             return
         if name not in self._kept:
             shape = (len(self._states), *values.shape[1:])
@@ -80,23 +79,23 @@ class Piecewise:
         self._kept[name][rows] = values
 
     def finish(self) -> None:
-        """Replaces the hidden states by the layer's output, with the weights that it has now.
+        """Replaces the hidden states by the layer's output with its current weights.
 
         Raises:
-            CheckpointError: If it gives NaN or infinity.
+            CheckpointError: If the output holds NaN or infinity.
         """
         self._end_parts(len(self._writers))
         for rows in spans(self._states):
             self._states[rows] = self._walk.checked(self._run(rows), self._index)
 
     def _run(self, rows: slice) -> torch.Tensor:
-        for name in self._whole:
+        for name in self._originals:
             if isinstance(module := self._layer.get_submodule(name), _Replay):
                 module.rows = rows
         return self._walk.run(self._layer, self._index, self._states[rows])
 
     def _end_parts(self, count: int) -> None:
-        """Replays the first parts from now on, if the inputs of their writers are kept."""
+        """Replaces the first `count` parts by their outputs, if the inputs of their writers are kept."""
         for part, name in zip(self._parts[:count], self._writers, strict=False):
             if name not in self._kept:
                 continue
@@ -114,20 +113,20 @@ class Piecewise:
             self._replace(part, _Replay(outputs, self._walk, alone=part == self._parts[-1]))
 
     def _replace(self, name: str, module: nn.Module) -> None:
-        before = self._layer.get_submodule(name)
-        self._whole.setdefault(name, before)
-        if isinstance(before, _Replay):
-            self._walk.activations.give_back(before.outputs)
+        replaced = self._layer.get_submodule(name)
+        self._originals.setdefault(name, replaced)
+        if isinstance(replaced, _Replay):
+            self._walk.activations.give_back(replaced.outputs)
         self._layer.set_submodule(name, module)
 
 
 class _Replay(nn.Module):
-    """Stands for a part of a layer: gives what that one gave."""
+    """Stands in for a module and returns its kept outputs."""
 
     def __init__(self, outputs: torch.Tensor, walk: LayerWalk, alone: bool) -> None:
         super().__init__()
         self.outputs, self.rows, self._walk, self._alone = outputs, slice(0), walk, alone
 
     def forward(self, *_: object, **__: object) -> torch.Tensor | tuple[torch.Tensor, None]:
-        found = self._walk.fetch(self.outputs[self.rows])
-        return found if self._alone else (found, None)  # an attention also gives its weights, or None
+        outputs = self._walk.fetch(self.outputs[self.rows])
+        return outputs if self._alone else (outputs, None)  # an attention also returns its weights, or None

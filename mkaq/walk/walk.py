@@ -2,7 +2,7 @@
 
 embed -> [layer 0] -> h0 -> [layer 1] -> h1 -> ... -> [layer L-1] -> norm -> head
 
-The model's own code does everything that depends on the family.
+Everything that depends on the model family is done by the model's own code.
 """
 
 import copy
@@ -25,15 +25,15 @@ from mkaq.walk.outer import Outer, check_known
 
 
 class LayerWalk:
-    """A checkpoint ready to be walked.
+    """A checkpoint that can be walked.
 
     Args:
-        checkpoint: Of any format; quantized layers behave as in a runtime.
+        checkpoint: A checkpoint of any format; quantized layers behave as in a runtime.
         device: Where layers run.
-        dtype: The type that layers compute in.
-        activations: Where hidden states are, on the device if None. Walks side by side share them, so that
-            each lets go of what it has read of the other's.
-        ranks: The processes among which the samples are shared.
+        dtype: The dtype they compute in.
+        activations: Where hidden states lie; None for the device. Walks side by side share one object, so
+            that each releases the other's states after reading them.
+        ranks: The processes that share the samples.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class LayerWalk:
         return len(self._layers.modules)
 
     def use_fast_attention(self) -> None:
-        """Attention that may differ from the model's own in the last bits, where that is faster."""
+        """Uses a faster attention where there is one; its last bits may differ from the model's own."""
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
             attend_by_products(self._outer.skeleton)
             self._arguments.clear()
 
     def use_eager_attention(self) -> None:
-        """Attention as plain matrix products: on a CPU its backward pass is faster than sdpa's."""
+        """Uses attention as plain matrix products: on a CPU its backward pass is faster than sdpa's."""
         self._outer.skeleton.set_attn_implementation("eager")
         self._arguments.clear()
 
@@ -93,37 +93,37 @@ class LayerWalk:
         return hidden_states
 
     def layer(self, index: int) -> AbstractContextManager[nn.Module]:
-        """One decoder layer with its weights, for a `with` block; the next one is read meanwhile."""
+        """A decoder layer with its weights, for a `with` block; meanwhile the next layer is read."""
         return self._layers.placed(index)
 
     def assemble(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-        """A layer of its own, in the place of layer `index`, with dense weights by their names below it."""
+        """A separate copy of layer `index` with the given dense weights, by their names in the layer."""
         return self._layers.assemble(index, tensors)
 
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of a layer by their names below it; what is decoded before it runs is dense."""
+        """The tensors of a layer by their names in it, as the format's `read` gives them."""
         return self._layers.tensors(index)
 
     def whole_model(self) -> Any:
-        """The model of transformers with every weight in place; the walk is over."""
+        """The model of transformers with every weight in place; the walk cannot be used afterwards."""
         return self._outer.whole([self._layers.place(index) for index in range(self.num_layers)])
 
     def fetch(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Hidden states on the device, wherever they lie; themselves if they lie there."""
+        """Hidden states on the device; not copied if they are there."""
         return hidden_states.to(self.device)
 
     def run(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """One layer on one batch, shape (batch, length, hidden_size), to the same shape, on the device."""
+        """Runs one layer on one batch: from and to shape (batch, length, hidden_size), on the device."""
         arguments = self._layer_arguments(hidden_states.shape[1])[index]
         output: torch.Tensor = layer(self.fetch(hidden_states), **arguments)
         self.activations.release()
         return output
 
     def checked(self, output: torch.Tensor, index: int) -> torch.Tensor:
-        """The output of layer `index`, if it is finite.
+        """Returns the output of layer `index`, checked to be finite.
 
         Raises:
-            CheckpointError: If it is not.
+            CheckpointError: If it is not finite.
         """
         if not all_finite(output):
             raise CheckpointError(f"layer {index} gives NaN or infinity", where=self.checkpoint.path)
@@ -131,23 +131,23 @@ class LayerWalk:
 
     @torch.no_grad()
     def run_all(self, layer: nn.Module, index: int, hidden_states: torch.Tensor) -> None:
-        """One layer on all samples, batch by batch, in place.
+        """Runs one layer on all samples, batch by batch, in place.
 
         Raises:
-            CheckpointError: If it gives NaN or infinity.
+            CheckpointError: If the output holds NaN or infinity.
         """
         for batch in batches(hidden_states):
             batch.copy_(self.checked(self.run(layer, index, batch), index))
 
     def pass_layer(self, index: int, hidden_states: torch.Tensor) -> None:
-        """Places one layer, runs it on all samples in place, and lets it go."""
+        """Places one layer, runs it on all samples in place, and frees its weights."""
         with self.layer(index) as layer:
             self.run_all(layer, index, hidden_states)
 
     def hidden_states(self, input_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Walks all layers; yields each one's index and output.
+        """Walks all layers and yields the index and output of each.
 
-        The output is one buffer, overwritten by the next step: copy what must stay.
+        The output is one buffer, overwritten in the next step: copy what must stay.
         """
         hidden_states = self.embed(input_ids)
         for index in range(self.num_layers):
@@ -159,7 +159,7 @@ class LayerWalk:
         return self._outer.final_norm()
 
     def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
-        """The final norm and the output layer, for a `with` block: from the last layer's output to logits."""
+        """For a `with` block, a function from the last layer's output to logits, through the final norm."""
         return self._outer.head()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A whole model in memory, for generating: what a walk does layer by layer, for all layers at once."""
+"""A whole model in memory, for generation: all layers at once instead of one by one."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ def whole_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     """The model of transformers with every weight in place; GPTQ weights are made dense.
 
     Args:
-        checkpoint: Plain, GPTQ or bitsandbytes.
+        checkpoint: A dense, GPTQ or bitsandbytes checkpoint.
         device: Where it runs.
-        dtype: In which it computes.
+        dtype: The dtype it computes in.
 
     Raises:
         ResourceError: If it does not fit into memory.
@@ -26,10 +26,10 @@ def whole_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 
 
 def check_fits(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuses to load what memory cannot hold.
+    """Refuses a model that does not fit into memory.
 
     Raises:
-        ResourceError: If the dense model is larger than what is free.
+        ResourceError: If the dense model is larger than the free memory.
     """
     needed = checkpoint.parameters * dtype.itemsize
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
@@ -43,12 +43,12 @@ def check_fits(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
 
 @torch.no_grad()
 def generate(model: Any, input_ids: torch.Tensor, max_new_tokens: int, stop: set[int]) -> list[int]:
-    """Greedy generation with the KV cache on.
+    """Greedy generation with a KV cache.
 
     Args:
-        model: From `whole_model`.
+        model: The result of `whole_model`.
         input_ids: Shape (1, length), at least one token.
-        max_new_tokens: At most this many.
+        max_new_tokens: The maximum number of new tokens.
         stop: Tokens that end the text.
 
     Returns:

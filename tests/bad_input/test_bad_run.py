@@ -224,7 +224,7 @@ POINTS = [
     ("quantize", "mkaq.stages.write_json", 2),
     ("evaluate/quantize", "mkaq.stages.write_json", 3),
     ("artifact", "mkaq.export.artifact.model_card", 1),
-    ("artifact", "mkaq.export.artifact.write_manifest", 1),
+    ("artifact", "mkaq.manifest.write_manifest", 1),
 ]
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

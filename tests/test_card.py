@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
+from mkaq.card import model_card
 from mkaq.checkpoint.hub_id import hub_id_of, is_hub_id
 from mkaq.checkpoint.resolve import BUILTIN
-from mkaq.export.card import model_card
-from mkaq.export.manifest import read_manifest
+from mkaq.manifest import read_manifest
 from tests.runs import Mkaq, one_message
 from tests.tiny import edit_config, write_recipe
 

@@ -1,8 +1,6 @@
-"""Stages: published whole or not at all, reused when nothing changed, and never when damaged."""
+"""Folders are published whole or not at all, reused when nothing changed, and never when damaged."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,11 @@ import pytest
 
 from mkaq import files
 from mkaq.digests import sha256_file
-from mkaq.errors import UsageError, VerificationError
+from mkaq.errors import VerificationError
 from mkaq.files import replace_json
-from mkaq.run.publish import Handoff, find_published, locked, publish
+from mkaq.run.publish import Handoff, find_published, fingerprint_of, publish
+from tests.runs import tree
 
-HOLD = """import fcntl, sys
-file = open(sys.argv[1], "w")
-fcntl.flock(file, fcntl.LOCK_EX)
-print("held", flush=True)
-input()
-"""
 DAMAGED = (
     "{",
     "[]",
@@ -32,26 +25,25 @@ DAMAGED = (
 )
 
 
-def writes(text: str) -> Callable[[Path], None]:
-    def build(folder: Path) -> None:
+def writes(text: str) -> Callable[[Path], dict[str, str]]:
+    def build(folder: Path) -> dict[str, str]:
         (folder / "sub").mkdir()
         (folder / "a.txt").write_text(text)
         (folder / "sub" / "b.txt").write_text("b")
+        return {}
 
     return build
 
 
-def fails(folder: Path) -> None:
+def fails(folder: Path) -> dict[str, str]:
     (folder / "a.txt").write_text("half")
     raise RuntimeError("stop")
 
 
 def make(folder: Path, text: str = "one", section: Any = 1, source: str = "x", **options: Any) -> Handoff:
-    return publish(folder, "stage", section, {"source": source}, writes(text), **options)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    inputs = {"source": source}
+    fingerprint = fingerprint_of("stage", section, inputs)
+    return publish(folder, "stage", fingerprint, inputs, writes(text), **options)
 
 
 def test_handoff_lists_every_file_with_its_digest(tmp_path: Path) -> None:
@@ -74,7 +66,7 @@ def test_digests_that_the_build_knows_are_not_computed_again(
 
     hashed = []
     monkeypatch.setattr("mkaq.digests.sha256_file", lambda path: hashed.append(path.name) or "computed")
-    done = publish(tmp_path / "stage", "stage", 1, {}, build)
+    done = publish(tmp_path / "stage", "stage", "made", {}, build)
     assert [file["sha256"] for file in done.files] == ["known", "computed"] and hashed == ["b.txt"]
 
 
@@ -191,14 +183,14 @@ def test_failing_build_leaves_the_old_stage(tmp_path: Path) -> None:
     make(tmp_path / "stage")
     before = tree(tmp_path)
     with pytest.raises(RuntimeError, match="stop"):
-        publish(tmp_path / "stage", "stage", 2, {}, fails)
+        publish(tmp_path / "stage", "stage", "other", {}, fails)
     assert tree(tmp_path) == before
     assert make(tmp_path / "stage").reused
 
 
 def test_failing_build_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"):
-        publish(tmp_path / "stage", "stage", 1, {}, fails)
+        publish(tmp_path / "stage", "stage", "made", {}, fails)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,12 +208,12 @@ def test_full_disk_at_the_sync_leaves_the_old_stage(tmp_path: Path, monkeypatch:
 
 
 def test_stage_is_complete_when_it_appears(tmp_path: Path) -> None:
-    def build(folder: Path) -> None:
-        writes("new")(folder)
+    def build(folder: Path) -> dict[str, str]:
         assert tree(tmp_path / "stage")["a.txt"] == b"one"
+        return writes("new")(folder)
 
     make(tmp_path / "stage")
-    publish(tmp_path / "stage", "stage", 2, {}, build)
+    publish(tmp_path / "stage", "stage", "other", {}, build)
     assert tree(tmp_path / "stage")["a.txt"] == b"new"
 
 
@@ -235,53 +227,3 @@ def test_leftovers_of_a_killed_build_do_not_get_in(tmp_path: Path) -> None:
     (tmp_path / ".stage.partial" / "stale.txt").write_text("stale")
     make(tmp_path / "stage")
     assert sorted(tree(tmp_path)) == ["stage/a.txt", "stage/handoff.json", "stage/sub/b.txt"]
-
-
-def test_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match="another mkaq run is working here"), locked(tmp_path):
-            pass
-        other.communicate("\n")
-    with locked(tmp_path), pytest.raises(UsageError), locked(tmp_path):
-        pass
-    with locked(tmp_path):
-        pass
-
-
-def test_folder_that_cannot_be_is_a_usage_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be written"), locked(tmp_path / "file" / "run"):
-        pass
-
-
-@pytest.mark.parametrize("stage", ["merge", "evaluate/source"])
-def test_stage_that_a_killed_run_left_half_renamed_is_restored(tmp_path: Path, stage: str) -> None:
-    place = tmp_path / stage
-    make(place)
-    before = tree(place)
-    place.rename(place.parent / f".{place.name}.old")
-    (place.parent / f".{place.name}.partial").mkdir()
-    with locked(tmp_path):
-        assert tree(place) == before
-        assert [path.name for path in place.parent.iterdir() if path.name != ".lock"] == [place.name]
-        assert make(place).reused
-
-
-def test_old_stage_beside_a_new_one_is_removed(tmp_path: Path) -> None:
-    make(tmp_path / "merge")
-    make(tmp_path / ".merge.old", text="older")
-    with locked(tmp_path):
-        assert not (tmp_path / ".merge.old").exists()
-        assert (tmp_path / "merge" / "a.txt").read_text() == "one"
-
-
-def test_files_of_others_in_the_run_folder_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "notes" / ".draft.partial").mkdir(parents=True)
-    (tmp_path / "notes" / ".draft.partial" / "chapter.txt").write_text("mine")
-    (tmp_path / ".profile.old").write_text("mine")
-    before = tree(tmp_path)
-    with locked(tmp_path):
-        pass
-    assert {k: v for k, v in tree(tmp_path).items() if k != ".lock"} == before
