@@ -19,7 +19,7 @@ from tests.tiny import make_model, write_recipe, write_text
 
 QUICK = (  # the pure functions, and one run through the command line
     "arch budget end_to_end finite gptq gram groups hessian hold_out layers least_squares lock manifold "
-    "measure packing progress publish recipe_keys recipe_rules runtimes segment shuffle similarity text"
+    "packing progress publish recipe_keys recipe_rules runtimes segment shuffle similarity text"
 )
 
 

@@ -53,10 +53,10 @@ class Pretended(Ranks):
     first: list[torch.Tensor] = field(default_factory=list)
     others: list[torch.Tensor] = field(default_factory=list)
 
-    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+    def broadcast_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(self.first.pop(0))
 
-    def add(self, *tensors: torch.Tensor) -> None:
+    def all_reduce(self, *tensors: torch.Tensor) -> None:
         for tensor, other in zip(tensors, self.others, strict=True):
             tensor += other
 
@@ -68,11 +68,11 @@ class Overheard(Ranks):
     first: list[torch.Tensor] = field(default_factory=list)
     sums: list[torch.Tensor] = field(default_factory=list)
 
-    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+    def broadcast_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         self.first.append(tensor.clone())
         return tensor
 
-    def add(self, *tensors: torch.Tensor) -> None:
+    def all_reduce(self, *tensors: torch.Tensor) -> None:
         self.sums.extend(tensor.clone() for tensor in tensors)
 
 

@@ -111,10 +111,10 @@ def test_what_is_chosen_is_the_choice_of_the_first_process(
 class TwoProcesses(Ranks):
     """The other one has needed a damping of 0.1."""
 
-    def largest(self, value: float) -> float:
+    def maximum(self, value: float) -> float:
         return max(value, 0.1) if 0 < value < 1 else value
 
-    def join(self, part: torch.Tensor, count: int) -> torch.Tensor:
+    def gather(self, part: torch.Tensor, count: int) -> torch.Tensor:
         return part
 
 
