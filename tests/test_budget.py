@@ -1,32 +1,34 @@
-"""Budgets: the search on made-up perplexities, its trials, and what a recipe may ask for."""
+"""Budgets: the search on made-up perplexities, and what a recipe may ask for."""
 
+import itertools
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.errors import UsageError, VerificationError
-from mkaq.progress import Progress
-from mkaq.recipe import BitsandbytesSection, GptqSection, Recipe
-from mkaq.recipe_file import load_recipe
-from mkaq.run.budget import (
+from mkaq.budget import (
     Option,
-    Trials,
     describe,
     fit_rise,
     fit_size,
     meet_budget,
+    most_trials,
     options_of,
-    plan_budget,
     settle,
 )
-from mkaq.run.plan import StageSize, plan_run
-from mkaq.run.result import RunResult
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.errors import UsageError
+from mkaq.plan import plan_recipe, plan_run
+from mkaq.progress import Progress
+from mkaq.recipe import Recipe
+from mkaq.recipe_file import load_recipe
+from mkaq.stages.quantize import BitsandbytesSection, GptqSection
 from tests.tiny import make_model
 
 Write = Callable[..., Path]
@@ -151,26 +153,29 @@ def test_settled_recipe_has_the_option_in_place_of_the_budget(recipe: Write) -> 
 
 def test_options_are_every_number_of_bits_and_layers(recipe: Write, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", layers=6)
-    source = open_checkpoint(model)
+    source, cpu = open_checkpoint(model), torch.device("cpu")
     sections: dict[str, Any] = {"model": {"path": str(model)}, "merge": {"protect": {"first": 1, "last": 2}}}
     budget = {"bytes": "1GB", "bits": [3, 8, 4]}
     both = budget_recipe(recipe, **sections, budget=budget)
-    options = options_of(both, source)
+    planned = plan_recipe(both, source, cpu)
+    options = list(planned.options)
     assert [(o.bits, o.removed) for o in options] == [(b, r) for b in (8, 4, 3) for r in (0, 1, 2)]
-    for option in options:
-        planned = plan_run(settle(both, option), source, torch.device("cpu"))
-        assert option.bytes == planned.sizes[-1].bytes > 0
+    plans = [plan_run(settle(both, option), source, cpu) for option in options]
+    assert [o.bytes for o in options] == [plan.sizes[-1].bytes for plan in plans]
     assert [o.bytes for o in options[:3]] == sorted((o.bytes for o in options[:3]), reverse=True)
-    assert options[0].bytes > options[3].bytes > options[6].bytes
-    found, room = plan_budget(both, source, torch.device("cpu"))
-    plans = [plan_run(settle(both, option), source, torch.device("cpu")) for option in options]
-    assert found == options and room.sizes == plans[0].sizes
-    assert room.memory_bytes == max(plan.memory_bytes for plan in plans)
-    assert room.disk_bytes == max(plan.disk_bytes for plan in plans) > plans[0].disk_bytes
+    assert options[0].bytes > options[3].bytes > options[6].bytes > 0
+    assert planned.sizes == plans[0].sizes
+    assert planned.memory_bytes == max(plan.memory_bytes for plan in plans)
+    assert planned.disk_bytes == 3 * max(plan.disk_bytes for plan in plans) > 3 * plans[0].disk_bytes
+    asked: list[Recipe] = []
+    assert options_of(both, 6, lambda settled: asked.append(settled) or 7) == [
+        Option(option.removed, option.bits, 7) for option in options
+    ]
+    assert asked == [settle(both, option) for option in options]
 
     def pairs(**changed: Any) -> list[tuple[int | None, int]]:
-        found = options_of(budget_recipe(recipe, **sections | {"budget": budget} | changed), source)
-        return [(option.bits, option.removed) for option in found]
+        changed_recipe = budget_recipe(recipe, **sections | {"budget": budget} | changed)
+        return [(o.bits, o.removed) for o in plan_recipe(changed_recipe, source, cpu).options]
 
     assert pairs(merge=None) == [(8, 0), (4, 0), (3, 0)]
     budget = {"bytes": "1GB"}
@@ -181,103 +186,89 @@ def test_options_are_every_number_of_bits_and_layers(recipe: Write, tmp_path: Pa
     assert pairs(quantize={"method": "bitsandbytes"}) == [(None, 0), (None, 1), (None, 2)]
 
 
-def made_up(recipe: Recipe) -> tuple[float, float]:
-    """Perplexity rises by a tenth with each layer, and by a fiftieth at 4 bits."""
+def test_disk_has_room_for_all_trials(recipe: Write) -> None:
+    """Every trial stays in the run's folder: no more of them are made than the plan reckons with."""
+    rising = budget_recipe(recipe, budget={"perplexity_increase": "5%"})
+    assert most_trials(budget_recipe(recipe), [*row(8), *row(4)]) == 2
+    for layers in (1, 2, 3, 4, 7, 8, 32):
+        for by_bits in ([row(8, layers)], [row(8, layers), row(4, layers)]):
+            most = most_trials(rising, [option for options in by_bits for option in options])
+            counts = set()
+            for limits in itertools.product(range(layers + 1), repeat=len(by_bits)):
+                fits = {options[0].bits: limit for options, limit in zip(by_bits, limits, strict=True)}
+                rise, asked = noting(lambda o, fits=fits: 0.0 if o.removed < fits[o.bits] else 1.0)
+                with suppress(UsageError):
+                    fit_rise(0.5, by_bits, rise)
+                counts.add(len(asked))
+            assert max(counts) <= most and (len(by_bits) > 1 or max(counts) == most)
+
+
+def made_up(recipe: Recipe) -> float:
+    """Perplexity rises by a tenth with each layer, and by a fiftieth at 4 bits; the source has 50."""
     removed = recipe.merge.layers if recipe.merge is not None else 0
     assert removed is not None and isinstance(recipe.quantize, GptqSection)
-    return 50 * (1 + 0.1 * removed + (0.02 if recipe.quantize.bits == 4 else 0)), 50
+    return 50 * (1 + 0.1 * removed + (0.02 if recipe.quantize.bits == 4 else 0))
+
+
+def making(perplexity: Callable[[Recipe], float]) -> tuple[Callable[[Recipe], Any], list[Recipe]]:
+    """Stands for what makes the models of a recipe, and the recipes that were made."""
+    ran: list[Recipe] = []
+
+    def make(recipe: Recipe) -> Any:
+        ran.append(recipe)
+        found = {"source": 50.0, "merge": 55.0, "quantize": perplexity(recipe)}
+        evaluation = {stage: {"perplexity": {"perplexity": value}} for stage, value in found.items()}
+        return SimpleNamespace(evaluation=evaluation, last="quantize")
+
+    return make, ran
+
+
+def option_of(recipe: Recipe) -> tuple[int | None, int]:
+    """Layers removed and bits."""
+    assert isinstance(recipe.quantize, GptqSection)
+    return (recipe.merge.layers if recipe.merge else 0), recipe.quantize.bits
 
 
 def test_search_is_recorded_and_told(recipe: Write, capsys: pytest.CaptureFixture[str]) -> None:
     asking = budget_recipe(recipe, budget={"perplexity_increase": "12.5%", "bits": [8, 4]})
-    settled, record = meet_budget(asking, [*row(8, 4), *row(4, 4)], made_up, Progress())
+    make, ran = making(made_up)
+    settled, record = meet_budget(asking, [*row(8, 4), *row(4, 4)], make, Progress())
     assert settled == settle(asking, Option(1, 4, 12_000))
     assert record["target"]["perplexity_increase"] == "12.5%"
     assert record["chosen"] == {"removed": 1, "bits": 4, "bytes": 12_000}
-    for tried in record["tried"]:
-        assert tried["perplexity"] == made_up(settle(asking, Option(tried["removed"], tried["bits"], 0)))[0]
+    assert len(record["tried"]) == len(ran) and len({option_of(tried) for tried in ran}) == len(ran)
+    for tried, made in zip(record["tried"], ran, strict=True):
+        assert made == settle(asking, Option(tried["removed"], tried["bits"], tried["bytes"]))
+        assert tried["perplexity"] == made_up(made)
     lines = list(describe(record))
     assert lines[-1].startswith("chosen: 1 layer removed, 4 bits") and len(lines) == len(record["tried"]) + 1
     assert "tried 1 layer removed, 4 bits" in "\n".join(lines) and "perplexity 56.00" in "\n".join(lines)
     assert "trying 1 layer removed, 4 bits" in capsys.readouterr().err
 
     small = budget_recipe(recipe, budget={"bytes": "12KB", "bits": [8, 4]})
-    settled, record = meet_budget(small, [*row(8, 4), *row(4, 4)], made_up, Progress(quiet=True))
+    settled, record = meet_budget(small, [*row(8, 4), *row(4, 4)], making(made_up)[0], Progress(quiet=True))
     assert settled == settle(small, Option(1, 4, 12_000))
     assert [(t["bits"], t["removed"]) for t in record["tried"]] == [(8, 3), (4, 1)]
 
 
-def counting(made: float = 60.0) -> tuple[Callable[[Recipe], RunResult], list[Recipe]]:
-    """Stands for the pipeline: a run that measures what it is told, and the recipes that it ran."""
-    ran: list[Recipe] = []
-
-    def run(recipe: Recipe) -> RunResult:
-        ran.append(recipe)
-        evaluation = {
-            stage: {"perplexity": {"perplexity": value}}
-            for stage, value in (("source", 50.0), ("merge", 55.0), ("quantize", made))
-        }
-        sizes = [StageSize(stage, 4, 10, 20) for stage in ("source", "merge", "quantize")]
-        return RunResult(Path(), sizes, evaluation)
-
-    return run, ran
+@pytest.mark.parametrize("lost", [math.inf, math.nan])
+def test_model_that_is_lost_is_never_chosen(lost: float, recipe: Write) -> None:
+    asking = budget_recipe(recipe, budget={"perplexity_increase": "999999%", "bits": [8, 4]})
+    make, ran = making(lambda tried: made_up(tried) if option_of(tried) == (0, 8) else lost)
+    settled, record = meet_budget(asking, [*row(8, 4), *row(4, 4)], make, Progress(quiet=True))
+    assert option_of(settled) == (0, 8) and len(ran) == len(record["tried"]) > 2
 
 
-def trials_of(path: Path, run: Callable[[Recipe], RunResult], context: str = "text") -> Trials:
-    return Trials(path, lambda tried: f"{context}, {tried.to_yaml()}", run, Progress(quiet=True))
+def test_trial_that_fails_ends_the_search(recipe: Write) -> None:
+    asking = budget_recipe(recipe, budget={"perplexity_increase": "5%", "bits": [8, 4]})
 
-
-def test_trials_are_not_run_again(recipe: Write, tmp_path: Path) -> None:
-    path, asking = tmp_path / "budget.json", budget_recipe(recipe)
-    first, second = settle(asking, Option(1, 4, 0)), settle(asking, Option(2, 4, 0))
-    run, ran = counting()
-    trials = trials_of(path, run)
-    assert trials(first) == trials(first) == (60.0, 50.0)
-    assert trials(second) == (60.0, 50.0) and ran == [first, second]
-    again, later = counting(99.0)
-    assert trials_of(path, again)(first) == (60.0, 50.0) and not later
-    assert trials_of(path, again, "other text")(first) == (99.0, 50.0)
-    assert later == [first]
-    assert [p.name for p in tmp_path.iterdir() if "budget" in p.name] == ["budget.json"]
-
-
-def test_trial_that_fails_is_not_kept_and_others_are(recipe: Write, tmp_path: Path) -> None:
-    path, asking = tmp_path / "budget.json", budget_recipe(recipe)
-    first, second = settle(asking, Option(1, 4, 0)), settle(asking, Option(2, 4, 0))
-    trials_of(path, counting()[0])(first)
-
-    def fail(_: Recipe) -> RunResult:
+    def fail(_: Recipe) -> float:
         raise KeyboardInterrupt
 
+    make, ran = making(fail)
     with pytest.raises(KeyboardInterrupt):
-        trials_of(path, fail)(second)
-    run, ran = counting(70.0)
-    trials = trials_of(path, run)
-    assert trials(first) == (60.0, 50.0) and trials(second) == (70.0, 50.0) and ran == [second]
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[]", "3", '{"a": 1}', '{"a": [1]}', '{"a": [1, null]}', '{"a": [1, 2, 3]}', "\udcff"]
-)
-def test_damaged_trials_are_named(text: str, recipe: Write, tmp_path: Path) -> None:
-    path, (run, ran) = tmp_path / "budget.json", counting()
-    path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(VerificationError) as raised:
-        trials_of(path, run)(settle(budget_recipe(recipe), Option(1, 4, 0)))
-    assert raised.value.exit_code == 5 and raised.value.where == str(path) and raised.value.fix == "delete it"
-    assert not ran and path.read_bytes() == text.encode(errors="surrogateescape")
-
-
-@pytest.mark.parametrize("size", [0, 300])
-def test_trials_that_a_power_cut_has_blanked_are_run_again(
-    size: int, recipe: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, (run, ran) = tmp_path / "budget.json", counting()
-    path.write_bytes(b"\0" * size)
-    asked = settle(budget_recipe(recipe), Option(1, 4, 0))
-    trials = Trials(path, lambda tried: tried.to_yaml(), run, Progress())
-    assert trials(asked) == trials(asked) == (60.0, 50.0) and len(ran) == 1
-    assert "budget.json is blank, as after a power cut: the search begins anew" in capsys.readouterr().err
+        meet_budget(asking, [*row(8, 4), *row(4, 4)], make, Progress(quiet=True))
+    assert len(ran) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import pytest
 
-from mkaq.export.manifest import MANIFEST, manifest_schema, read_manifest
+from mkaq import pipeline
+from mkaq.manifest import MANIFEST, manifest_schema, read_manifest
 from mkaq.recipe import Recipe
-from mkaq.run.budget import Trials
 from mkaq.units import human
 from tests.runs import Mkaq, Outcome, tree
 from tests.tiny import write_recipe
@@ -52,6 +53,17 @@ def tried(outcome: Outcome) -> int:
     return outcome.err.count("budget: trying ")
 
 
+def made(outcome: Outcome) -> list[str]:
+    """The stages that a run made anew, in order."""
+    lines = [line.partition(": done in ") for line in outcome.err.splitlines()]
+    return [stage for stage, done, _ in lines if done]
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """When each file below a folder was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def record(folder: Path) -> Any:
     """The budget in the manifest, and that the run is the one that it names."""
     manifest = read_manifest(folder / "artifact")
@@ -72,7 +84,7 @@ def record(folder: Path) -> Any:
 def test_other_text_under_the_same_path_is_measured_anew(
     budget: Callable[..., Path], text: Path, mkaq: Mkaq, tmp_path: Path
 ) -> None:
-    """Trials were once kept by path, and the manifest shipped what the old text had given."""
+    """Else the manifest would ship what the old text had given."""
     folder, own = tmp_path / "run", tmp_path / "own.txt"
     own.write_text(text.read_text())
     evaluate = {"perplexity": {"dataset": "text", "path": str(own), "num_samples": 2, "max_seq_length": 32}}
@@ -84,6 +96,7 @@ def test_other_text_under_the_same_path_is_measured_anew(
     own.write_text(text.read_text()[5000:])
     again = mkaq("run", recipe, "--output", folder)
     assert again.code == 0, again.err
+    assert sorted(made(again)) == sorted(made(first))
     tried_again = record(folder).tried
     assert not {row.perplexity for row in told} & {row.perplexity for row in tried_again}
     manifest = read_manifest(folder / "artifact")
@@ -153,7 +166,7 @@ def test_size_is_met_by_layers_or_bits_whichever_costs_less(
     assert verified.code == 0, verified.err
 
 
-def test_second_run_reuses_the_trials(
+def test_second_run_makes_nothing_anew(
     budget: Callable[..., Path], mkaq: Mkaq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A generous rise takes the smallest; what was measured once is only looked up."""
@@ -163,55 +176,97 @@ def test_second_run_reuses_the_trials(
     found = record(folder)
     assert (found.chosen.removed, found.chosen.bits) == (2, 4)
     assert tried(outcome) == len(found.tried) >= 2
-    before, known = tree(folder / "artifact"), (folder / "budget.json").read_bytes()
-    assert len(json.loads(known)) == len(found.tried)
+    stages = len(made(outcome)) + outcome.err.count("unchanged, kept")
+    before, written = tree(folder / "artifact") | tree(folder / "store"), times(folder / "store")
 
     def again(*arguments: object) -> None:
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mkaq.stages.perplexity", again)
+        patch.setattr("mkaq.evaluate.perplexity.perplexity", again)
         outcome = mkaq("run", recipe, "--output", folder)
     assert outcome.code == 0, outcome.err
-    assert "done in" not in outcome.err and outcome.err.count("unchanged, kept") == 7
-    assert tree(folder / "artifact") == before and (folder / "budget.json").read_bytes() == known
+    assert not made(outcome) and outcome.err.count("unchanged, kept") == stages
+    assert tree(folder / "artifact") | tree(folder / "store") == before
+    assert times(folder / "store") == written and record(folder) == found
 
-    (folder / "budget.json").write_text("{")
+
+def handoff_of_a_trial(folder: Path) -> Path:
+    """The handoff.json of a quantization that was tried, and not chosen."""
+    chosen = (folder / "quantize").resolve()
+    return next(path for path in folder.glob("store/quantize-*/handoff.json") if path.parent != chosen)
+
+
+def test_damaged_trial_is_named(budget: Callable[..., Path], mkaq: Mkaq, tmp_path: Path) -> None:
+    recipe, folder = budget({"perplexity_increase": "1000%"}), tmp_path / "run"
+    assert mkaq("run", recipe, "--output", folder).code == 0
+    before, handoff = tree(folder / "artifact"), handoff_of_a_trial(folder)
+    handoff.write_text("{")
     outcome = mkaq("run", recipe, "--output", folder)
-    assert outcome.code == 5 and "budget.json: is damaged" in outcome.err and "delete it" in outcome.err
+    assert outcome.code == 5 and f"{handoff}: the handoff is damaged" in outcome.err
+    assert "fix: delete it, or use --fresh" in outcome.err
+    assert tree(folder / "artifact") == before
+    handoff.unlink()
+    outcome = mkaq("run", recipe, "--output", folder)
+    assert outcome.code == 0 and made(outcome) == ["quantize"], outcome.err
     assert tree(folder / "artifact") == before
 
 
-def test_interrupted_search_goes_on_where_it_was(
-    budget: Callable[..., Path], mkaq: Mkaq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [0, 300])
+def test_trial_that_a_power_cut_has_blanked_is_run_again(
+    size: int, budget: Callable[..., Path], mkaq: Mkaq, tmp_path: Path
 ) -> None:
     recipe, folder = budget({"perplexity_increase": "1000%"}), tmp_path / "run"
-    original, calls = Trials.__call__, []
+    assert mkaq("run", recipe, "--output", folder).code == 0
+    before, handoff = tree(folder / "artifact") | tree(folder / "store"), handoff_of_a_trial(folder)
+    handoff.write_bytes(b"\0" * size)
+    outcome = mkaq("run", recipe, "--output", folder)
+    assert outcome.code == 0 and made(outcome) == ["quantize"], outcome.err
+    assert f"{handoff} is blank, as after a power cut: quantize is made again" in outcome.err
+    assert tree(folder / "artifact") | tree(folder / "store") == before
 
-    def stop_after_the_first(self: Trials, settled: Any) -> tuple[float, float]:
+
+@pytest.mark.parametrize("target", ["mkaq.pipeline.make", "mkaq.quantize.gptq_layers.quantize_gptq"])
+def test_interrupted_search_goes_on_where_it_was(
+    target: str, budget: Callable[..., Path], mkaq: Mkaq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = budget({"perplexity_increase": "1000%"}), tmp_path / "run"
+    module, _, name = target.rpartition(".")
+    original, calls = getattr(__import__(module, fromlist=[name]), name), []
+
+    def stop_at_the_second(*arguments: Any) -> Any:
         if calls:
             raise KeyboardInterrupt
-        calls.append(settled)
-        return original(self, settled)
+        calls.append(arguments)
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trials, "__call__", stop_after_the_first)
-        assert mkaq("run", recipe, "--output", folder).code == 75
-    known = json.loads((folder / "budget.json").read_text())
-    assert len(known) == 1 and not (folder / "artifact").exists()
-    assert mkaq("run", recipe, "--output", folder).code == 0
-    after = json.loads((folder / "budget.json").read_text())
-    assert known.items() <= after.items() and len(after) == len(record(folder).tried)
+        patch.setattr(target, stop_at_the_second)
+        stopped = mkaq("run", recipe, "--output", folder)
+    assert stopped.code == 75 and tried(stopped) == 2, stopped.err
+    known = tree(folder / "store")
+    assert not (folder / "artifact").exists()
+    outcome = mkaq("run", recipe, "--output", folder)
+    assert outcome.code == 0, outcome.err
+    first = outcome.err.split("budget: trying ")[1]
+    assert "done in" not in first and first.count("unchanged, kept") >= 3
+    assert known.items() <= tree(folder / "store").items()
+    assert tried(outcome) == len(record(folder).tried)
+    stages = [path.name.partition("-")[0] for path in (folder / "store").iterdir()]
+    all_made = [stage.partition("/")[0] for stage in made(stopped) + made(outcome)]
+    assert sorted(all_made) == sorted([*stages, "artifact"])  # each once
 
 
 def test_rise_that_nothing_meets(
     budget: Callable[..., Path], mkaq: Mkaq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def worse(self: Trials, settled: Recipe) -> tuple[float, float]:
+    def worse(settled: Recipe, *_: object) -> Any:
         assert settled.quantize is not None
-        return 10.0 + 1 / settled.quantize.bits, 10.0
+        found = {"source": 10.0, "quantize": 10 + 1 / settled.quantize.bits}
+        evaluation = {stage: {"perplexity": {"perplexity": value}} for stage, value in found.items()}
+        return SimpleNamespace(evaluation=evaluation, last="quantize")
 
-    monkeypatch.setattr(Trials, "__call__", worse)
+    monkeypatch.setattr(pipeline, "make", worse)
     outcome = mkaq("run", budget({"perplexity_increase": "1%"}), "--output", tmp_path / "run")
     assert outcome.code == 2 and outcome.out == ""
     assert "budget.perplexity_increase: nothing keeps the rise of perplexity at 1.00% or less" in outcome.err
@@ -229,7 +284,7 @@ def test_size_that_nothing_meets(
     told = f"nothing fits into 1,000 bytes: the smallest has {smallest:,} (2 layers removed, 4 bits, "
     assert told in outcome.err and "fix: allow more bytes, fewer bits" in outcome.err
     assert "Traceback" not in outcome.err
-    assert not (folder / "merge").exists() and not (folder / "artifact").exists()
+    assert not any((folder / name).exists() for name in ("store", "merge", "artifact"))
 
 
 @pytest.mark.parametrize("merge", [None, {"fuse": "channels", "order": "measured"}])

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mkaq import __version__
-from mkaq.export.manifest import MANIFEST, manifest_schema, read_manifest
+from mkaq.manifest import MANIFEST, manifest_schema, read_manifest
 from mkaq.recipe import Recipe
 from mkaq.recipe_file import load_recipe
 from tests.runs import MAIN, ROOT, STAGES, Mkaq, command, told, tree
@@ -58,7 +58,7 @@ def test_commands_that_run_no_model_do_not_load_torch(name: str) -> None:
 
 
 def test_commands_that_quantize_nothing_do_not_load_the_compiler(plain: Path) -> None:
-    line = mkaq_then("assert 'mkaq.run.budget' in sys.modules and 'numba' not in sys.modules")
+    line = mkaq_then("assert 'mkaq.budget' in sys.modules and 'numba' not in sys.modules")
     told = subprocess.run([*line, "plan", str(plain)], capture_output=True, text=True)
     assert (told.returncode, told.stderr) == (0, "")
 
@@ -133,7 +133,7 @@ def test_damaged_stage_is_made_again(plain: Path, done: Path, copy: Path, mkaq: 
 def test_run_until_a_stage_stops_there_and_goes_on(
     plain: Path, done: Path, tmp_path: Path, mkaq: Mkaq
 ) -> None:
-    folder, until = tmp_path / "run", {"calibrate": 2, "merge": 4, "quantize": 6}
+    folder, until = tmp_path / "run", {"calibrate": 2, "analyze": 3, "merge": 5, "quantize": 7}
     kept = 0
     for stage, count in until.items():
         outcome = mkaq("run", plain, "--output", folder, "--until", stage)
@@ -152,6 +152,7 @@ def test_run_until_a_stage_stops_there_and_goes_on(
         ("name=other", "artifact"),
         ("quantize.bits=8", "quantize"),
         ("merge.coefficient=0.25", "merge"),
+        ("merge.manifold.points=64", "analyze"),
         ("calibration.num_samples=9", "calibrate"),
     ],
 )
@@ -169,7 +170,8 @@ def test_changed_recipe_redoes_only_what_it_must(
 
 def test_changed_measurement_redoes_measurements_only(plain: Path, copy: Path, mkaq: Mkaq) -> None:
     outcome = mkaq("run", plain, "--output", copy, "--set", "evaluate.perplexity.num_samples=3")
-    assert [stage for stage, kept in told(outcome).items() if kept] == ["calibrate", "merge", "quantize"]
+    kept = [stage for stage, kept in told(outcome).items() if kept]
+    assert kept == ["calibrate", "analyze", "merge", "quantize"]
 
 
 def test_changed_source_redoes_everything(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mkaq.errors import UsageError
 from mkaq.run.publish import handoff_place, old_of, remove, scratch_of
-from mkaq.run.store import STORE
+from mkaq.run.store import STORE, is_link
 
 _LOCK, _ARTIFACT = ".lock", "artifact"
 _PLACES = ("calibrate", "analyze", "merge", "recover", "quantize", "evaluate", STORE, _ARTIFACT)
@@ -65,7 +65,7 @@ def _foreign(folder: Path) -> list[str]:
 
 
 def _ours(place: Path) -> bool:
-    if place.is_symlink() or any(handoff_place(place, inside).exists() for inside in (True, False)):
+    if is_link(place) or any(handoff_place(place, inside).exists() for inside in (True, False)):
         return True
     below = list(place.iterdir()) if place.is_dir() else []
-    return bool(below) and all(path.is_symlink() or handoff_place(path, True).exists() for path in below)
+    return bool(below) and all(is_link(path) or handoff_place(path, True).exists() for path in below)

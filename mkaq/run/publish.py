@@ -199,8 +199,10 @@ def old_of(folder: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a folder, if it is there."""
-    if folder.exists():
+    """Deletes a folder, if it is there; of a link only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)
 
 

@@ -61,7 +61,7 @@ class Store:
     def unlink(self) -> None:
         """Takes the names away that lead to stages: the recipe that comes may have others."""
         for place in (*self._folder.glob("*"), *(self._folder / "evaluate").glob("*")):
-            if place.is_symlink() and place.parent.joinpath(place.readlink()).parent.name == STORE:
+            if is_link(place):
                 place.unlink()
 
     def link(self, name: str, done: Handoff) -> None:
@@ -72,8 +72,8 @@ class Store:
         """
         place = self._folder / name
         place.parent.mkdir(exist_ok=True)
-        if place.is_dir() and not place.is_symlink():
-            if not (place / HANDOFF).is_file():
+        if (place.exists() or place.is_symlink()) and not is_link(place):
+            if place.is_symlink() or not (place / HANDOFF).is_file():
                 raise UsageError(
                     "is no stage of mkaq's", where=place, fix="choose another folder with --output"
                 )
@@ -83,3 +83,8 @@ class Store:
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(f"{above}{STORE}/{done.path.name}")
         fresh.rename(place)
+
+
+def is_link(place: Path) -> bool:
+    """Whether a place is a link to a stage."""
+    return place.is_symlink() and place.readlink().parent.name == STORE
