@@ -44,7 +44,7 @@ def recipe(tmp_path: Path, model: Path, text: Path) -> Callable[..., Path]:
 @pytest.fixture
 def folder(earlier: Path, tmp_path: Path) -> Path:
     """A copy of the earlier run's folder, to run in."""
-    return shutil.copytree(earlier, tmp_path / "run")
+    return shutil.copytree(earlier, tmp_path / "run", symlinks=True)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mkaq.run.publish import locked
+from mkaq.run.lock import locked
+from tests.bad_input.after import added, stopped_in
 from tests.runs import STAGES, Mkaq, Outcome, command, kept, one_message, told, tree
 from tests.tiny import PROTECT
 
@@ -69,7 +70,7 @@ def test_fault_of_mkaq_itself_is_one_message(
     def fail(*arguments: object) -> None:
         raise RuntimeError("unforeseen")
 
-    monkeypatch.setattr("mkaq.stages.calibration_tokens", fail)
+    monkeypatch.setattr("mkaq.calibrate.tokens.calibration_tokens", fail)
     outcome = mkaq("run", recipe(), "--output", folder)
     assert outcome.code == 1 and "fault of mkaq itself: RuntimeError: unforeseen" in outcome.err
     assert "Traceback" not in outcome.err and "report" in outcome.err
@@ -100,31 +101,30 @@ def test_folder_that_cannot_be_written(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", [".lock", ".calibrate.partial", ".merge.partial"])
+@pytest.mark.parametrize("pattern", [".lock", ".calibrate-*.partial", ".merge-*.partial"])
 def test_read_only_folder(
-    name: str,
+    pattern: str,
     mkaq: Mkaq,
     recipe: Callable[..., Path],
     folder: Path,
     earlier: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also one that becomes read-only in the middle of a run. Root may write anywhere, so it is faked."""
 
     def denied(method: Any) -> Any:
         def maybe(self: Path, *arguments: Any, **options: Any) -> Any:
-            if self.name == name:
+            if self.match(pattern):
                 raise PermissionError(errno.EACCES, "Permission denied", str(self))
             return method(self, *arguments, **options)
 
         return maybe
 
-    monkeypatch.setattr(Path, "open", denied(Path.open))
-    monkeypatch.setattr(Path, "mkdir", denied(Path.mkdir))
-    outcome = mkaq("run", recipe(), "--output", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", denied(Path.open))
+        patch.setattr(Path, "mkdir", denied(Path.mkdir))
+        outcome = mkaq("run", recipe(), "--output", folder)
     one_message(outcome, 2, str(folder), "written", "--output")
-    for stage in ("merge", "quantize", "artifact"):
-        assert tree(folder / stage) == tree(earlier / stage)
+    assert added(folder, earlier) <= {"calibrate", "analyze"}
     assert mkaq("verify", folder / "artifact").code == 0
 
 
@@ -148,16 +148,18 @@ def test_files_of_others_in_the_folder_stay(mkaq: Mkaq, recipe: Callable[..., Pa
     assert {name: data for name, data in tree(mine).items() if name in before} == before
 
 
+@pytest.mark.parametrize("name", ["merge", "store", "evaluate", "artifact"])
 def test_folders_that_mkaq_did_not_make_are_left_alone(
-    mkaq: Mkaq, recipe: Callable[..., Path], tmp_path: Path
+    name: str, mkaq: Mkaq, recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "mine" / "merge").mkdir(parents=True)
-    (tmp_path / "mine" / "merge" / "thesis.txt").write_text("mine")
-    one_message(mkaq("run", recipe(), "--output", tmp_path / "mine"), 2, "mine", "merge", "did not make")
-    assert (tmp_path / "mine" / "merge" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "mine" / name).mkdir(parents=True)
+    (tmp_path / "mine" / name / "thesis.txt").write_text("mine")
+    before = tree(tmp_path / "mine")
+    one_message(mkaq("run", recipe(), "--output", tmp_path / "mine"), 2, "mine", name, "did not make")
+    assert tree(tmp_path / "mine") == before
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "run.json", "report.html", "budget.json"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "run.json", "report.html"])
 def test_files_that_mkaq_did_not_make_are_left_alone(
     name: str, mkaq: Mkaq, recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -193,9 +195,9 @@ def test_memory_that_runs_out(
     def out(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("mkaq.merge.stage.write_layer", out)
+    monkeypatch.setattr("mkaq.merge.write.write_layer", out)
     one_message(mkaq("run", recipe(), "--output", folder), 6, "out of memory")
-    assert tree(folder / "merge") == tree(earlier / "merge")
+    assert added(folder, earlier) == {"calibrate", "analyze"}
 
 
 @pytest.mark.parametrize("place", ["calibrate/handoff.json", "merge/handoff.json", ".artifact.handoff.json"])
@@ -203,11 +205,12 @@ def test_memory_that_runs_out(
 def test_damaged_handoff(
     place: str, content: str, mkaq: Mkaq, recipe: Callable[..., Path], whole: Path, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(whole, tmp_path / "run")
-    (folder / place).write_bytes(content.encode(errors="surrogateescape"))
+    folder = shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    damaged = (folder / place).resolve()
+    damaged.write_bytes(content.encode(errors="surrogateescape"))
     before = kept(folder)
     outcome = mkaq("run", recipe(), "--output", folder)
-    one_message(outcome, 5, str(folder / place), "handoff is damaged", "fix: delete it, or use --fresh")
+    one_message(outcome, 5, str(damaged), "handoff is damaged", "fix: delete it, or use --fresh")
     assert kept(folder) == before
 
 
@@ -216,14 +219,15 @@ def test_damaged_handoff(
 
 # The stage in which it happens; the function after whose n-th call it happens.
 POINTS = [
-    ("calibrate", "mkaq.stages.save_file", 1),
-    ("merge", "mkaq.merge.stage.write_layer", 2),
-    ("merge", "mkaq.merge.stage.copy_side_files", 1),
-    ("evaluate/merge", "mkaq.stages.write_json", 1),
-    ("quantize", "mkaq.quantize.gptq_stage.pack_linear", 9),
-    ("quantize", "mkaq.stages.write_json", 2),
-    ("evaluate/quantize", "mkaq.stages.write_json", 3),
-    ("artifact", "mkaq.export.artifact.model_card", 1),
+    ("calibrate", "safetensors.torch.save_file", 1),
+    ("analyze", "safetensors.numpy.save_file", 1),
+    ("merge", "mkaq.merge.write.write_layer", 2),
+    ("merge", "mkaq.merge.write.copy_side_files", 1),
+    ("evaluate/merge", "mkaq.files.write_json", 1),
+    ("quantize", "mkaq.quantize.gptq_layers.pack_linear", 9),
+    ("quantize", "mkaq.run.make.write_json", 2),
+    ("evaluate/quantize", "mkaq.files.write_json", 2),
+    ("artifact", "mkaq.card.model_card", 1),
     ("artifact", "mkaq.manifest.write_manifest", 1),
 ]
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -246,22 +250,21 @@ def stop_after(patch: pytest.MonkeyPatch, target: str, call: int, error: BaseExc
     patch.setattr(target, counted)
 
 
-def stopped_in(stage: str, folder: Path, earlier: Path, whole: Path) -> None:
-    """The stages before `stage` are published, the others are the earlier run's, and that is all."""
-    expected = {}
-    for number, name in enumerate(STAGES):
-        origin = whole if number < STAGES.index(stage) else earlier
-        expected |= {f"{name}/{file}": data for file, data in tree(origin / name).items()}
-    for name in (".artifact.handoff.json", "report.html"):
-        expected[name] = (earlier / name).read_bytes()
-    found = kept(folder)
-    assert found.keys() == expected.keys()
-    assert [name for name in found if found[name] != expected[name]] == []
+def stop_before_the_rename(patch: pytest.MonkeyPatch, stage: str, error: BaseException) -> None:
+    """Raises when a stage that is done is about to get its name."""
+    rename = Path.rename
+
+    def stop(self: Path, target: Path) -> Path:
+        if self.name.startswith(f".{stage}") and self.suffix == ".partial":
+            raise error
+        return rename(self, target)
+
+    patch.setattr(Path, "rename", stop)
 
 
 CTRL_C = (KeyboardInterrupt(), 75, ("interrupted", "fix: the same command resumes"))
 DISK_FULL = (FULL, 6, ("disk is full", "the same command resumes"))
-STOPS = [(*point, *CTRL_C) for point in POINTS] + [(*point, *DISK_FULL) for point in POINTS[1:8:2]]
+STOPS = [(*point, *CTRL_C) for point in POINTS] + [(*point, *DISK_FULL) for point in POINTS[1::2]]
 
 
 @pytest.mark.parametrize(
@@ -309,21 +312,30 @@ def test_stop_while_a_stage_is_put_in_its_place(
     earlier: Path,
     whole: Path,
 ) -> None:
-    """Between the two renames: the old stage has left its place, the new one has not come."""
-    rename = Path.rename
-
-    def stop(self: Path, target: Path) -> Path:
-        if self.name == f".{stage}.partial":
-            raise error
-        return rename(self, target)
-
+    """The old artifact has left its place, the new one has not come."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "rename", stop)
+        stop_before_the_rename(patch, stage, error)
         outcome = mkaq("run", recipe(), "--output", folder)
     assert outcome.code in (6, 75)
     stopped_in(stage, folder, earlier, whole)
     assert mkaq("run", recipe(), "--output", folder).code == 0
     assert tree(folder / "artifact") == tree(whole / "artifact")
+
+
+@pytest.mark.parametrize("stage", ["merge", "artifact"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), FULL], ids=["Ctrl-C", "disk full"])
+def test_stop_while_a_stage_that_is_made_afresh_is_put_in_its_place(
+    stage: str, error: BaseException, mkaq: Mkaq, recipe: Callable[..., Path], whole: Path, tmp_path: Path
+) -> None:
+    """Between the two renames: the old stage has left its place, the new one has not come."""
+    folder = shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before_the_rename(patch, stage, error)
+        outcome = mkaq("run", recipe(), "--output", folder, "--fresh")
+    assert outcome.code in (6, 75)
+    assert kept(folder) == kept(whole)
+    outcome = mkaq("run", recipe(), "--output", folder)
+    assert outcome.code == 0 and told(outcome) == dict.fromkeys(STAGES, True)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -332,7 +344,7 @@ def test_signal_stops_a_process(
 ) -> None:
     """A real process, in the middle of a stage: it says where it is, and waits for the signal there."""
     wait = "print('here', file=sys.stderr, flush=True), time.sleep(60)"
-    hold = f"import time, mkaq.merge.stage; mkaq.merge.stage.write_layer = lambda *_: ({wait})"
+    hold = f"import time, mkaq.merge.write; mkaq.merge.write.write_layer = lambda *_: ({wait})"
     process = subprocess.Popen(
         command("run", recipe(), "--output", folder, first=hold),
         stdout=subprocess.PIPE,
@@ -348,7 +360,7 @@ def test_signal_stops_a_process(
         lines = []
         while not lines or lines[-1] not in ("here\n", ""):
             lines.append(process.stderr.readline())
-        assert (folder / ".merge.partial" / ".part-0").exists()
+        assert len(list(folder.glob("store/.merge-*.partial/.part-0"))) == 1
         os.kill(process.pid, sent)
         out, err = process.communicate(timeout=60)
     outcome = Outcome(process.returncode, out, "".join(lines) + err)
@@ -357,7 +369,7 @@ def test_signal_stops_a_process(
     assert mkaq("verify", folder / "artifact").code == 0
     outcome = mkaq("run", recipe(), "--output", folder)
     assert outcome.code == 0, outcome.err
-    assert told(outcome) == {stage: stage in ("evaluate/source", "calibrate") for stage in STAGES}
+    assert told(outcome) == {stage: n < 3 for n, stage in enumerate(STAGES)}
     assert tree(folder / "artifact") == tree(whole / "artifact")
 
 

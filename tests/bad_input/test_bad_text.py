@@ -13,7 +13,6 @@ import pytest
 
 from mkaq.calibrate.text import documents, text_digest
 from mkaq.console import escape_unencodable, print_json
-from mkaq.recipe import TextSection
 from tests.runs import Mkaq, Outcome, one_message
 from tests.tiny import edit_config
 
@@ -23,7 +22,7 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9")
 
 
 def read(dataset: Any, path: Path) -> list[str]:
-    return documents(TextSection(dataset=dataset, path=str(path)), "calibrate")
+    return documents(dataset, str(path), "calibrate")
 
 
 def test_half_a_surrogate_pair_becomes_the_replacement_character(tmp_path: Path) -> None:
@@ -77,8 +76,8 @@ def test_files_may_have_names_that_are_not_utf8(tmp_path: Path) -> None:
     folder = tmp_path / NOT_UTF8
     folder.mkdir()
     (folder / f"{NOT_UTF8}.txt").write_text("words")
-    assert documents(TextSection.model_construct(dataset="text", path=str(folder)), "calibrate") == ["words"]
-    assert len(text_digest(TextSection.model_construct(dataset="text", path=str(folder)))) == 64
+    assert documents("text", str(folder), "calibrate") == ["words"]
+    assert len(text_digest("text", str(folder))) == 64
 
 
 def test_folder_whose_name_is_not_utf8(

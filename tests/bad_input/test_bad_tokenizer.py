@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.bad_input.after import added
 from tests.bad_input.damage import EMBED, Damage, change_tensors
-from tests.runs import Mkaq, one_message, tree
+from tests.runs import Mkaq, one_message
 from tests.tiny import edit_config
 
 
@@ -51,8 +52,7 @@ def test_tokenizer_that_cannot_be_used(
     sections = {} if evaluated else {"evaluate": None}
     outcome = mkaq("run", recipe(model={"path": str(path)}, **sections), "--output", folder)
     one_message(outcome, 4, str(path), word)
-    for stage in ("merge", "quantize", "artifact", "evaluate"):
-        assert tree(folder / stage) == tree(earlier / stage)
+    assert added(folder, earlier) <= {"calibrate"}
 
 
 def test_no_tokenizer_is_needed_where_no_text_is_read(

@@ -92,7 +92,7 @@ def test_int8_of_a_weight_beyond_float16_names_it(
     recipe = write_recipe(tmp_path / "r.yaml", path, text, merge=merge, quantize=quantize, evaluate=None)
     outcome = mkaq("run", recipe, "--output", tmp_path / "run")
     assert outcome.code == 3
-    where = tmp_path / "run" / "merge" / SINGLE if merge else path / SINGLE
+    where = (tmp_path / "run" / "merge").resolve() / SINGLE if merge else path / SINGLE
     for words in (
         f"mkaq: {where}: tensor {name} has weights beyond float16",
         "fix: use quantize.bits: 4, or",
