@@ -14,6 +14,7 @@ from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import describe_files, digest_of
 from mkaq.heap import arrange_heap
+from mkaq.pipeline import STAGES
 from mkaq.plan import RunPlan, check_resources, output_of, plan_recipe, remarks
 from mkaq.progress import Progress
 from mkaq.ranks import ALONE, Ranks
@@ -23,7 +24,7 @@ from mkaq.result import RunResult, write_log
 from mkaq.run.job import Job
 from mkaq.run.lock import locked
 from mkaq.run.make import Maker
-from mkaq.stages import analyze
+from mkaq.stages import analyze, evaluate
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def session(
     plan = plan_recipe(recipe, source, device, max_memory, ranks.size)
     check_resources(plan, folder, device, max_memory, ranks.local_size)
     arrange_heap(sparing=max_memory is not None)
-    with locked(folder) if ranks.is_main else nullcontext():
+    names = [stage.NAME for stage in (*STAGES, evaluate)]
+    with locked(folder, names) if ranks.is_main else nullcontext():
         progress.say(f"reading {recipe.model.path}")
         for remark in source.remarks:
             progress.say(f"note: {remark}")

@@ -1,5 +1,6 @@
 """The shipped recipes: in an installed package, or beside it in a checkout."""
 
+import itertools
 from pathlib import Path
 
 from mkaq.errors import UsageError
@@ -8,10 +9,14 @@ _FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "r
 
 
 def shipped_recipes() -> list[tuple[Path, str]]:
-    """The file of every shipped recipe, and the first line of its comment."""
+    """The file of every shipped recipe, and the first paragraph of its comment."""
     folder = next(path for path in _FOLDERS if path.is_dir())
-    files = sorted(folder.glob("*.yaml"))
-    return [(file, file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")) for file in files]
+    return [(file, _about(file.read_text(encoding="utf-8"))) for file in sorted(folder.glob("*.yaml"))]
+
+
+def _about(text: str) -> str:
+    lines = (line.lstrip("# ") for line in text.splitlines())
+    return " ".join(itertools.takewhile(bool, lines))
 
 
 def find_recipe(name: str) -> Path:

@@ -101,7 +101,7 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, help="Number of processes that torchrun will start.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run would do: layers, sizes, memory, disk. Changes nothing."""
+    """Show what a run would do: layers, sizes, memory, time, disk. Changes nothing."""
     loaded, folder = options.load(recipe, settings, output)
     options.quiet_libraries()
     from mkaq.checkpoint.resolve import resolve_model

@@ -1,7 +1,7 @@
 """Exclusive use of a run's folder, and repair of renames that a killed process left unfinished."""
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,14 +10,17 @@ from mkaq.run.publish import handoff_place, old_of, remove, scratch_of
 from mkaq.run.store import STORE, is_link
 
 _LOCK, _ARTIFACT = ".lock", "artifact"
-_FOLDERS = ("calibrate", "analyze", "merge", "recover", "quantize", "evaluate", STORE, _ARTIFACT)
 _FILES = ("recipe.yaml", "run.json", "report.html")
 _FIX = "choose another folder with --output"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, stages: Sequence[str]) -> Iterator[None]:
     """Holds a run's folder for a `with` block.
+
+    Args:
+        folder: The run's folder.
+        stages: The names of what it publishes or links there, beside the store and the artifact.
 
     Raises:
         UsageError: If another run holds it, it contains files that mkaq did not make, or it cannot be
@@ -25,12 +28,14 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        foreign = [] if (folder / _LOCK).exists() else _foreign(folder)
-        file = (folder / _LOCK).open("w")
+        held_before = (folder / _LOCK).exists()
+        foreign = [name for name in stages if not _may_link(folder / name)]
+        foreign += [] if held_before else _foreign(folder)
+        if not foreign:
+            file = (folder / _LOCK).open("w")
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot be written ({error})", where=folder, fix=_FIX) from None
     if foreign:
-        (folder / _LOCK).unlink()
         raise UsageError(f"holds {', '.join(foreign)}, which mkaq did not make", where=folder, fix=_FIX)
     with file:
         try:
@@ -60,13 +65,19 @@ def _repair(path: Path) -> None:
 
 
 def _foreign(folder: Path) -> list[str]:
-    """What a run would overwrite in a folder that no run has held."""
-    foreign = [name for name in _FOLDERS if (folder / name).exists() and not _is_ours(folder / name)]
-    return foreign + [name for name in _FILES if (folder / name).exists()]
+    """What else a run would overwrite in a folder that no run has held."""
+    folders = [name for name in (STORE, _ARTIFACT) if not _may_link(folder / name)]
+    return folders + [name for name in _FILES if (folder / name).exists()]
 
 
-def _is_ours(path: Path) -> bool:
-    if is_link(path) or any(handoff_place(path, inside).exists() for inside in (True, False)):
+def _may_link(path: Path) -> bool:
+    """Whether a path is free, or what is there was published or linked by mkaq."""
+    if not (path.exists() or path.is_symlink()) or is_link(path):
         return True
-    children = list(path.iterdir()) if path.is_dir() else []
-    return bool(children) and all(is_link(child) or handoff_place(child, True).exists() for child in children)
+    if any(handoff_place(path, inside).exists() for inside in (True, False)):
+        return True
+    if not path.is_dir() or path.is_symlink():
+        return False
+    children = list(path.iterdir())
+    ours = all(is_link(child) or handoff_place(child, True).exists() for child in children)
+    return ours and (bool(children) or path.name == "evaluate")
