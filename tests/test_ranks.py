@@ -99,7 +99,8 @@ def test_what_is_chosen_is_the_choice_of_the_first_process(
         "num_samples": 19,
         "max_seq_length": 32,
     }  # not a multiple of anything
-    written = recipe(merge=CHANNELS, recover=RECOVER, quantize=None, calibration=calibration)
+    merge = {**CHANNELS, "protect": {"first": 0, "last": 0}}  # several groups to choose among
+    written = recipe(merge=merge, recover=RECOVER, quantize=None, calibration=calibration)
     made = []
     for name, program in (("alike", "mkaq"), ("contrary", "tests.choices_worker")):
         done = launch("-m", program, "run", written, "--output", tmp_path / name)
