@@ -78,6 +78,6 @@ def _may_link(path: Path) -> bool:
         return True
     if not path.is_dir() or path.is_symlink():
         return False
-    children = list(path.iterdir())
+    children = [child for child in path.iterdir() if not child.name.startswith(".")]  # but leftovers
     ours = all(is_link(child) or handoff_place(child, True).exists() for child in children)
     return ours and (bool(children) or path.name == "evaluate")
