@@ -156,7 +156,9 @@ def products_of(options: argparse.Namespace, model: Path) -> tuple[list[Product]
     def mkaq_run(quantize: dict[str, Any]) -> Callable[[Calibration, Path], list[str]]:
         def command(calibration: Calibration, out: Path) -> list[str]:
             recipe = {"version": 1, "name": "speed", "model": {"path": str(model)}, "merge": None}
-            recipe |= {"calibration": calibration.section, "quantize": quantize, "evaluate": None}
+            recipe |= {"quantize": quantize, "evaluate": None}
+            if quantize["method"] == "gptq":
+                recipe["calibration"] = calibration.section
             path = out.with_suffix(".yaml")
             path.write_text(yaml.safe_dump(recipe))
             return [*MKAQ, str(path), "--output", str(out), "--device", "cpu"]
