@@ -100,15 +100,17 @@ def meet_budget(
             float(job.evaluation[of]["perplexity"]["perplexity"]) for of in (job.last, "source")
         )
         tried.append(asdict(option) | {"perplexity": perplexity})
-        progress.say(f"budget: perplexity {perplexity:.2f}, the source's {source_perplexity:.2f}")
-        return perplexity / source_perplexity - 1 if math.isfinite(perplexity) else math.inf
+        increase = perplexity / source_perplexity - 1 if math.isfinite(perplexity) else math.inf
+        before = f"on the source's {source_perplexity:.2f}"
+        progress.say(f"budget: perplexity {perplexity:.2f}, {increase:+.1%} {before}")
+        return increase
 
     by_bits = _by_bits(options)
     if budget.bytes is not None:
         chosen = fit_size(parse_size(budget.bytes), by_bits, rise)
     else:
         chosen = fit_rise(budget.increase, by_bits, rise)
-    progress.say(f"budget: {_summary(chosen)}")
+    progress.say(f"budget: chosen: {_summary(chosen)}")
     record = {"target": budget.model_dump(mode="json"), "tried": tried, "chosen": asdict(chosen)}
     return settle(recipe, chosen), record
 

@@ -199,12 +199,14 @@ def check_resources(
         )
 
 
-def refusal(plan: RunPlan, folder: Path, device: torch.device, limit: int | None = None) -> str | None:
-    """Why `check_resources` would refuse a run; None if it would not."""
+def refusal(
+    plan: RunPlan, folder: Path, device: torch.device, limit: int | None = None, processes: int = 1
+) -> ResourceError | None:
+    """The error with which `check_resources` would refuse a run; None if it would not."""
     try:
-        check_resources(plan, folder, device, limit)
+        check_resources(plan, folder, device, limit, processes)
     except ResourceError as error:
-        return error.what
+        return error
     return None
 
 

@@ -44,10 +44,24 @@ def test_plan_tells_the_time_and_what_a_run_would_refuse(
     fits = json.loads(mkaq("plan", recipe, "--json").out)
     assert fits["refused"] is None and fits["seconds"].keys() == fits["memory"].keys()
     little = ("plan", recipe, "--max-memory", "100MB")
-    assert "--max-memory allows 100.00 MB" in json.loads(mkaq(*little, "--json").out)["refused"]
+    refused = mkaq(*little, "--json")
+    assert "--max-memory allows 100.00 MB" in json.loads(refused.out)["refused"]
     shown = mkaq(*little)
-    assert shown.code == 0 and "mkaq run would refuse it: the run is expected to need" in shown.out
+    assert shown.code == refused.code == 6 and "the run is expected to need" in shown.err
     assert "time:   about " in shown.out
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize("section", ["calibration", "evaluate"])
+def test_text_that_is_not_there_is_found_before_any_work(
+    section: str, command: str, tiny: Path, text: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    missing = {"dataset": "text", "path": str(tmp_path / "no.txt"), "max_seq_length": 32}
+    sections = {section: {"perplexity": missing} if section == "evaluate" else missing}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny, text, **sections)
+    refused = mkaq(command, recipe, "--output", tmp_path / "run")
+    one_message(refused, 2, str(tmp_path / "no.txt"), "no such file or folder")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("until", ["merge", "recover"])

@@ -45,9 +45,8 @@ def documents(dataset: str, where: str | None, split: Split) -> list[str]:
             for number, text in enumerate(builtin_documents())
             if (number % 5 == 4) == (split == "evaluate")
         ]
+    check_exists(dataset, where)
     path = user_path(where or "")
-    if not path.exists():
-        raise UsageError("no such file or folder", where=path, fix=f"give dataset {dataset} an existing path")
     readers: dict[str, Callable[[Path, Split], list[str]]] = {
         "text": _text,
         "jsonl": _jsonl,
@@ -162,6 +161,17 @@ def _mmlu(path: Path, split: Split) -> list[str]:
             questions.append(f"{row[0]}\n{choices}\nAnswer: {row[5]}\n")
         result.append("\n".join(questions))
     return result
+
+
+def check_exists(dataset: str, where: str | None) -> None:
+    """Checks that a data set's path exists.
+
+    Raises:
+        UsageError: If it does not.
+    """
+    path = user_path(where or "")
+    if dataset != "builtin" and not path.exists():
+        raise UsageError("no such file or folder", where=path, fix=f"give dataset {dataset} an existing path")
 
 
 def text_digest(dataset: str, where: str | None) -> str:

@@ -13,6 +13,7 @@ from mkaq.console import print_json, print_table
 from mkaq.pipeline import LAST, STAGES
 
 if TYPE_CHECKING:
+    from mkaq.errors import ResourceError
     from mkaq.formats.runtimes import Runtime
     from mkaq.plan import RunPlan
     from mkaq.result import RunResult
@@ -101,7 +102,7 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, help="Number of processes that torchrun will start.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run would do: layers, sizes, memory, time, disk. Changes nothing."""
+    """Show what a run would do: layers, sizes, memory, time, disk; fail as it would. Changes nothing."""
     loaded, folder = options.load(recipe, settings, output)
     options.quiet_libraries()
     from mkaq.checkpoint.resolve import resolve_model
@@ -127,6 +128,8 @@ def plan(
         _print_plan_as_json(forecast)
     else:
         _print_plan(forecast, processes)
+    if forecast.refused:
+        raise forecast.refused
 
 
 class _Forecast(NamedTuple):
@@ -134,7 +137,7 @@ class _Forecast(NamedTuple):
 
     plan: "RunPlan"
     seconds: "Mapping[str, float]"
-    refused: str | None
+    refused: "ResourceError | None"
     notes: Sequence[str]
     runtimes: "Sequence[Runtime]"
     folder: Path
@@ -153,7 +156,7 @@ def _print_plan_as_json(forecast: _Forecast) -> None:
             "seconds": {stage: round(seconds) for stage, seconds in forecast.seconds.items()},
             "remarks": forecast.notes,
             "disk_bytes": planned.disk_bytes,
-            "refused": forecast.refused,
+            "refused": forecast.refused.what if forecast.refused else None,
             "runtimes": [vars(row) for row in forecast.runtimes],
             "run": str(forecast.folder),
         }
@@ -185,7 +188,5 @@ def _print_plan(forecast: _Forecast, processes: int) -> None:
     for line in forecast.notes:
         print(line)
     print(f"disk:   {human(planned.disk_bytes)} in {forecast.folder}")
-    if forecast.refused:
-        print(f"mkaq run would refuse it: {forecast.refused}")
     for line in describe(forecast.runtimes):
         print(line)

@@ -91,7 +91,7 @@ def publish(
     if not fresh and handoff_path.exists():
         if is_blank(handoff_path):
             say(f"{handoff_path} is blank, as after a power cut: {stage} is made again")
-        elif existing := _find(folder, handoff_path, fingerprint):
+        elif existing := _find(folder, handoff_path, fingerprint, say):
             return existing
     scratch = scratch_of(folder)
     remove(scratch)
@@ -156,13 +156,14 @@ def read_handoff(where: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def _find(folder: Path, handoff_path: Path, fingerprint: str) -> Handoff | None:
+def _find(folder: Path, handoff_path: Path, fingerprint: str, say: Callable[[str], None]) -> Handoff | None:
     data = read_handoff(handoff_path)
     if data["fingerprint"] != fingerprint:
         return None
     for file in data["files"]:
         path = folder / file["path"]
         if not path.is_file() or path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
+            say(f"{path} is not as it was written: {data.get('stage', 'its stage')} is made again")
             return None
     return Handoff(folder, fingerprint, tuple(data["files"]), reused=True)
 

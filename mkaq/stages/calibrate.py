@@ -55,8 +55,10 @@ def estimate(section: CalibrationSection, before: ModelSize, task: Task) -> Esti
     Raises:
         UsageError: If sequences are longer than the model's positions.
     """
+    from mkaq.calibrate.text import check_exists
     from mkaq.errors import UsageError
 
+    check_exists(section.dataset, section.path)
     longest = task.source.sizes.positions
     if section.max_seq_length > longest:
         raise UsageError(

@@ -57,9 +57,11 @@ def inputs(section: PerplexitySection, job: Job) -> Mapping[str, str]:
 
 def estimate(section: PerplexitySection, before: ModelSize, task: Task) -> Estimate:
     """The hidden states of all sequences, and the logits of one."""
+    from mkaq.calibrate.text import check_exists
     from mkaq.run import work
     from mkaq.run.memory import measuring
 
+    check_exists(section.dataset, section.path)
     size = section.num_samples, section.max_seq_length
     return Estimate(measuring(task, *size), work=Work(exact=work.measuring(task, *size)))
 
