@@ -128,7 +128,7 @@ class Arch:
         number, _, relative = name.removeprefix(self.on_disk(f"{self.base}.{self.layers}.")).partition(".")
         if (
             not relative
-            or not re.fullmatch("[0-9]{1,9}", number)
+            or not re.fullmatch("[0-9]{1,18}", number)
             or self.in_layer(int(number), relative) != name
         ):
             return None
