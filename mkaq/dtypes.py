@@ -13,6 +13,17 @@ FLOATS: Mapping[str, torch.dtype] = {
 """The floating-point dtypes that weights may have."""
 
 
+DTYPES: Mapping[str, torch.dtype] = {
+    **FLOATS,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+"""All types that tensors may have."""
+
+
 def dtype_named(name: str) -> torch.dtype:
     """The dtype of a name such as `bfloat16`."""
     dtype = getattr(torch, name)

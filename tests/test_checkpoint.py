@@ -110,3 +110,41 @@ def test_file_that_is_cut_short_or_gone_meanwhile(tmp_path: Path) -> None:
     missing = Checkpoint(tmp_path, {}, {"a": TensorInfo("t.safetensors", "F32", (1,), 0)})
     with pytest.raises(CheckpointError, match="tensor t is missing"):
         next(missing.blocks("t"))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(5, 7),
+        torch.arange(6, dtype=torch.int32).reshape(2, 3),
+        torch.arange(-4, 4, dtype=torch.int8),
+        torch.tensor(3, dtype=torch.uint8),
+        torch.randn(9).bfloat16(),
+    ],
+    ids=["float32", "int32", "int8", "scalar", "bfloat16"],
+)
+def test_file_that_torch_cannot_map_is_read_all_the_same(
+    tensor: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file larger than memory."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 274877907034 bytes from file: Cannot allocate memory (12)")
+
+    source = lone(tmp_path, tensor)
+    monkeypatch.setattr(reader, "safe_open", refuse)
+    found = source.read(["t"])["t"]
+    assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+
+
+def test_header_of_a_file_larger_than_memory(tmp_path: Path) -> None:
+    path, size = tmp_path / "t.safetensors", 2**42
+    header = b'{"t":{"dtype":"BF16","shape":[%d],"data_offsets":[0,%d]}}' % (size // 2, size)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        try:
+            file.truncate(8 + len(header) + size)
+        except OSError:
+            pytest.skip("no sparse file of 4 TiB here")
+    found = validate._read_header(tmp_path, path.name)["t"]
+    assert found == TensorInfo("t.safetensors", "BF16", (size // 2,), 8 + len(header))

@@ -17,7 +17,7 @@ from mkaq.arch.families import arch_of
 from mkaq.arch.skeleton import dense_tensors
 from mkaq.checkpoint.finite import all_finite
 from mkaq.checkpoint.side_files import side_files
-from mkaq.dtypes import FLOATS
+from mkaq.dtypes import DTYPES, FLOATS
 from mkaq.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -154,9 +154,18 @@ class Checkpoint:
                         result[name] = handle.get_tensor(name)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"cannot be read: {error}", where=self.path / file) from None
+            except RuntimeError:  # torch does not map a file that is larger than memory
+                result |= {name: self._read_whole(name) for name in wanted}
         for name, tensor in result.items():
             self._check_finite(name, tensor)
         return result
+
+    def _read_whole(self, name: str) -> torch.Tensor:
+        info = self._info(name)
+        tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        with self._opened(info) as handle:
+            _read_at(handle, info.start, tensor, self.path / info.file)
+        return tensor
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """Reads a floating-point tensor in flat blocks, in order, each checked to be finite.

@@ -168,7 +168,9 @@ def _check_links(path: Path, weight_files: list[str]) -> None:
 
 def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
     try:
-        with safe_open(path / file, framework="pt") as handle:  # validates the whole header
+        with safe_open(
+            path / file, framework="np"
+        ) as handle:  # validates the whole header; torch maps the file
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
         with (path / file).open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
