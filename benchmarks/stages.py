@@ -13,10 +13,9 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.progress import Progress
 from mkaq.ranks import ALONE
 from mkaq.recipe import Recipe
-from mkaq.run.job import Job
+from mkaq.run.job import TOKENS, Job
 from mkaq.stages import analyze, merge
 from mkaq.stages.base import Made
-from mkaq.stages.calibrate import TOKENS
 
 SHARD_SIZE = 4 * 10**9
 

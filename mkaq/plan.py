@@ -66,9 +66,13 @@ class RunPlan:
 
 def output_of(recipe: Recipe, source: Checkpoint, progress: Progress) -> Output:
     """How a recipe's checkpoints are written."""
+    return Output(dtype_of(recipe, source), parse_size(recipe.export.shard_size), progress)
+
+
+def dtype_of(recipe: Recipe, source: Checkpoint) -> torch.dtype:
+    """Type of the dense weights that a recipe writes."""
     named = recipe.model.dtype
-    dtype: torch.dtype = source.dtype if named == "auto" else getattr(torch, named)
-    return Output(dtype, parse_size(recipe.export.shard_size), progress)
+    return source.dtype if named == "auto" else getattr(torch, named)
 
 
 def plan_recipe(
@@ -114,7 +118,7 @@ def plan_run(
     """Plans a run without a budget; arguments and errors as for `plan_recipe`."""
     if recipe.merge is None and recipe.quantize is None:
         raise UsageError("nothing to do: merge and quantize are both null", where="recipe")
-    calibration, dtype = recipe.calibration, output_of(recipe, source, Progress(quiet=True)).dtype
+    calibration, dtype = recipe.calibration, dtype_of(recipe, source)
     samples, length = calibration.num_samples, calibration.max_seq_length
     task = Task(source, device, dtype, samples, length, processes)
     sizes = [ModelSize("source", source.num_layers, source.parameters, source.nbytes)]
@@ -147,7 +151,7 @@ def plan_run(
 
 def quantizations(recipe: Recipe, source: Checkpoint, plan: RunPlan) -> list[dict[str, Any] | None]:
     """The quantization_config of each model that a run may make; None if it is not quantized."""
-    dtype = output_of(recipe, source, Progress(quiet=True)).dtype
+    dtype = dtype_of(recipe, source)
     settled = [settle(recipe, option) for option in plan.options] or [recipe]
     return [each.quantize.config(dtype) if each.quantize else None for each in settled]
 

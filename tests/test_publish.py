@@ -11,6 +11,7 @@ from mkaq import files
 from mkaq.digests import sha256_file
 from mkaq.errors import VerificationError
 from mkaq.files import replace_json
+from mkaq.run import publish as publish_module
 from mkaq.run.publish import Handoff, find_published, fingerprint_of, publish
 from tests.runs import tree
 
@@ -90,10 +91,10 @@ def test_changed_stage_is_made_again(tmp_path: Path, change: dict[str, Any]) -> 
 
 def test_other_versions_make_a_stage_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "stage")
-    monkeypatch.setattr("mkaq.run.publish.library_versions", lambda: {"torch": "99"})
+    monkeypatch.setattr(publish_module, "library_versions", lambda: {"torch": "99"})
     assert not make(tmp_path / "stage").reused
     assert make(tmp_path / "stage").reused
-    monkeypatch.setattr("mkaq.run.publish.__version__", "99")
+    monkeypatch.setattr(publish_module, "__version__", "99")
     assert not make(tmp_path / "stage").reused
 
 

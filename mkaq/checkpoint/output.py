@@ -1,6 +1,7 @@
 """How a stage writes a checkpoint."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +21,13 @@ class Output(NamedTuple):
     dtype: torch.dtype
     shard_size: int
     progress: Progress
+
+
+def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A config.json that names this dtype, under the newer of its two keys alone."""
+    result = {**config, "dtype": str(dtype).removeprefix("torch.")}
+    result.pop("torch_dtype", None)
+    return result
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from mkaq import __version__
 from mkaq.arch.arch import Arch
@@ -122,15 +121,7 @@ def read(tensors: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Te
     return rest | {"weight": dequantize(tensors, config)}
 
 
-def restore(
-    tensors: dict[str, torch.Tensor],
-    like: nn.Linear,
-    config: Config,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> nn.Module:
-    """The dense layer: runtimes multiply by the decoded weight too."""
-    return dense.restore(tensors, like, config, device, dtype)
+restore = dense.restore  # runtimes multiply by the decoded weight too
 
 
 def dequantize(tensors: dict[str, torch.Tensor], config: Config) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from mkaq.arch.arch import Arch
 from mkaq.arch.config import keep_layers
 from mkaq.checkpoint.layout import layout_like
-from mkaq.checkpoint.output import Output, cast
+from mkaq.checkpoint.output import Output, cast, with_dtype
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.shard import checksum_of
 from mkaq.checkpoint.side_files import copy_side_files
@@ -101,10 +101,7 @@ def write_layer(writer: Writer, arch: Arch, new: int, tensors: Mapping[str, Iter
 def merged_config(source: Checkpoint, kept: Sequence[int], dtype: torch.dtype) -> dict[str, object]:
     """config.json of the merged checkpoint, whose layers take the positions `kept`."""
     where = source.path / "config.json"
-    config = keep_layers(source.config, source.hf_config.to_dict(), kept, where)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    return config
+    return with_dtype(keep_layers(source.config, source.hf_config.to_dict(), kept, where), dtype)
 
 
 def digest_layer(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mkaq.checkpoint.output import Output
+from mkaq.checkpoint.output import Output, with_dtype
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.checkpoint.writer import ShardWriter
@@ -81,12 +81,6 @@ def quantize_each(
                 for part, value in stored.items():
                     writer.add(f"{module}.{part}", value)
             return_freed_memory()
-    model_config = {
-        **source.config,
-        "dtype": str(dtype).removeprefix("torch."),
-        "quantization_config": config,
-    }
-    model_config.pop("torch_dtype", None)
-    write_json(folder / "config.json", model_config)
+    write_json(folder / "config.json", {**with_dtype(source.config, dtype), "quantization_config": config})
     copy_side_files(source.path, folder)
     return modules, writer.digests

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mkaq.checkpoint.finite import all_finite
-from mkaq.checkpoint.output import Output
+from mkaq.checkpoint.output import Output, with_dtype
 from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.checkpoint.writer import writer_of
 from mkaq.errors import CheckpointError, UsageError
@@ -116,13 +116,7 @@ def quantize_gptq(
                 pieces.finish()
         final_norm = target.rescale(walk, hidden_states) if target else None
         writer.add(norm, rescaled(source, final_norm, dtype))
-    model_config = {
-        **source.config,
-        "dtype": str(dtype).removeprefix("torch."),
-        "quantization_config": config,
-    }
-    model_config.pop("torch_dtype", None)
-    write_json(folder / "config.json", model_config)
+    write_json(folder / "config.json", {**with_dtype(source.config, dtype), "quantization_config": config})
     write_json(folder / "quantize_config.json", config)
     copy_side_files(source.path, folder)
     return Quantized(modules, final_norm, writer.digests)

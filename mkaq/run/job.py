@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mkaq.stages.base import Mode, Step
 
 RECORD = "record.json"
+TOKENS = "calibration.safetensors"
 
 
 class Job:
@@ -126,7 +127,7 @@ class Job:
 
     def tokens(self) -> torch.Tensor:
         """The calibration tokens of all processes, shape (samples, length)."""
-        return load_file(self.path("calibrate") / "calibration.safetensors")["input_ids"]
+        return load_file(self.path("calibrate") / TOKENS)["input_ids"]
 
     def walk(
         self,

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 NAME = "calibrate"
 LESS = "use a larger machine"
-TOKENS = "calibration.safetensors"
 
 
 class CalibrationSection(TextSection):
@@ -69,12 +68,13 @@ def estimate(section: CalibrationSection, before: ModelSize, task: Task) -> Esti
 
 
 def run(section: CalibrationSection, job: Job, folder: Path) -> Made:
-    """Writes `TOKENS`: input_ids, int32, shape (num_samples, max_seq_length)."""
+    """Writes the tokens that `Job.tokens` reads: input_ids, int32, shape (num_samples, max_seq_length)."""
     from safetensors.torch import save_file
 
     from mkaq.calibrate.text import documents
     from mkaq.calibrate.tokenizer import load_tokenizer
     from mkaq.calibrate.tokens import calibration_tokens
+    from mkaq.run.job import TOKENS
 
     texts = documents(section.dataset, section.path, "calibrate")
     tokenizer = load_tokenizer(job.source.path)

@@ -53,25 +53,23 @@ class Case:
     def __init__(self, artifact: Checkpoint, source: Checkpoint) -> None:
         self.artifact, self.source, self.dtype = artifact, source, artifact.dtype
         count = source.num_layers
-        self.layers: Iterator[KnownLayer] | None = None
+        self.layers: Iterator[KnownLayer] | None = untouched(source, self.dtype)
         self.groups = [[index] for index in range(count)]
         self.modules: Mapping[str, QuantizedModule] = {}
         self.measure: Measure | None = None
         self.recomputed = ""
         self._scales: list[float] = []
         self._faults: list[str] = []
-        self._untouched = True
 
     def merged(
         self, layers: Iterator[KnownLayer], groups: list[list[int]], dtype: torch.dtype, recomputed: str
     ) -> None:
         """Sets the layers that follow from those of the source."""
         self.layers, self.groups, self.dtype, self.recomputed = layers, groups, dtype, recomputed
-        self._untouched = False
 
     def unknown(self) -> None:
         """Declares that no layer follows from the records any more."""
-        self.layers, self.recomputed, self._untouched = None, "", False
+        self.layers, self.recomputed = None, ""
 
     def demand(self, faults: Iterable[str]) -> None:
         """Raises at once if a claim that other checks depend on does not hold.
@@ -100,8 +98,6 @@ class Case:
             VerificationError: With every claim that does not hold.
         """
         faults, checks = [*self._outer_faults(), *self._faults], []
-        if self._untouched:
-            self.layers = untouched(self.source, self.dtype)
         if self.layers is not None:
             faults += self._solved_faults()
             count = 0
