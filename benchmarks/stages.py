@@ -43,6 +43,7 @@ def merged(
     """
     model = {"path": str(source.path)}
     recipe = Recipe.model_validate({"version": 1, "name": "benchmark", "model": model, "merge": settings})
+    recipe = recipe.fitted(source.arch)
     compared = analyze.section(recipe, source)
     assert recipe.merge is not None and compared is not None
     folder.mkdir(exist_ok=True)

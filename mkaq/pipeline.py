@@ -55,6 +55,7 @@ def run(
     budget = None
     _check_until(recipe, until)
     with session(recipe, folder, device, progress, fresh, max_memory, ranks) as active:
+        recipe = active.recipe
         if recipe.budget is not None:
             recipe, budget = meet_budget(recipe, active.options, lambda tried: make(tried, active), progress)
         active.begin(recipe)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from mkaq.arch.arch import Arch
 from mkaq.checkpoint.hub_id import is_hub_id
 from mkaq.stages.base import Dtype, Section
 from mkaq.stages.calibrate import CalibrationSection
@@ -94,7 +95,7 @@ class Recipe(Section):
     budget: BudgetSection | None = None
     """A target size or perplexity instead of `merge.ratio` and `quantize.bits`, or null."""
     recover: LayerwiseSection | None = None
-    """Layer-by-layer tuning of the merged model, or null."""
+    """Layer-by-layer tuning of the merged model, or null. Left out, a merged model is tuned."""
     quantize: Annotated[QuantizeSection, Field(discriminator="method")] | None = None
     """Quantization, or null."""
     export: ExportSection = ExportSection()
@@ -110,10 +111,14 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, data: Any) -> Any:
-        """Fills in the bits that a budget tries; drops a null that stands for a default."""
+        """Fills in the recovery of a merge and the bits that a budget tries; drops a null that stands for a
+        default.
+        """
         if not isinstance(data, dict):
             return data
         data = {key: value for key, value in data.items() if (key, value) != ("calibration", None)}
+        if data.get("merge") is not None and "recover" not in data:
+            data["recover"] = {"method": "layerwise"}
         budget, quantize = data.get("budget"), data.get("quantize")
         if not (isinstance(budget, dict) and isinstance(quantize, dict) and quantize.get("method") == "gptq"):
             return data
@@ -156,6 +161,10 @@ class Recipe(Section):
         elif self.evaluate is None or self.evaluate.perplexity is None:
             raise ValueError("a budget is met by measuring: it needs evaluate.perplexity")
         return self
+
+    def fitted(self, arch: Arch) -> "Recipe":
+        """This recipe with the defaults that depend on the model's family."""
+        return self.model_copy(update={"merge": self.merge.fitted(arch)}) if self.merge else self
 
     def dump(self) -> dict[str, Any]:
         """The resolved recipe as plain data: defaults filled in, unread settings left out."""

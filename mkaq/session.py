@@ -32,6 +32,7 @@ class Session:
     """A run in progress.
 
     Attributes:
+        recipe: The recipe, with the defaults of the model's family.
         folder: The run's folder.
         source: The model to compress.
         source_files: Path, bytes and sha256 of its files; empty except in the first process.
@@ -42,6 +43,7 @@ class Session:
         maker: Makes stages.
     """
 
+    recipe: Recipe
     folder: Path
     source: Checkpoint
     source_files: list[dict[str, Any]]
@@ -94,6 +96,7 @@ def session(
     """
     ranks = ranks or ALONE
     source = open_checkpoint(resolve_model(recipe.model.path, recipe.model.revision))
+    recipe = recipe.fitted(source.arch)
     for line in remarks(recipe, ranks.size):
         progress.say(line)
     plan = plan_recipe(recipe, source, device, max_memory, ranks.size)
@@ -108,7 +111,7 @@ def session(
         ranks.barrier()
         maker = Maker(folder, device, progress, fresh, ranks)
         try:
-            yield Session(folder, source, files, plan, device, ranks, progress, maker)
+            yield Session(recipe, folder, source, files, plan, device, ranks, progress, maker)
         finally:
             if ranks.is_main:
                 write_log(folder, maker.log, plan, device, ranks)

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from mkaq.cli import main
 from tests import runs
 from tests.runs import Mkaq, Outcome, run_quietly
-from tests.tiny import make_model, write_recipe, write_text
+from tests.tiny import SIMILAR, make_model, write_recipe, write_text
 
 QUICK = (  # the pure functions, and one run through the command line
     "arch budget end_to_end finite gptq gram groups hessian hold_out layers least_squares lock manifold "
@@ -99,7 +99,8 @@ def recipe(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
             "name": "test",
             "model": {"path": str(tiny)},
             "calibration": {"dataset": "builtin", "num_samples": 8, "max_seq_length": 32},
-            "merge": {"layers": 1, "manifold": {"points": 128}},
+            "merge": {"layers": 1, **SIMILAR},
+            "recover": None,
             "quantize": {"method": "gptq", "bits": 4, "group_size": 32},
         }
         data.update(sections)

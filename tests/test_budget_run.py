@@ -14,7 +14,7 @@ from mkaq.manifest import MANIFEST, manifest_schema, read_manifest
 from mkaq.recipe import Recipe
 from mkaq.units import human
 from tests.runs import Mkaq, Outcome, tree
-from tests.tiny import write_recipe
+from tests.tiny import PROTECT, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +26,7 @@ def budget(tmp_path: Path, tiny: Path, text: Path) -> Callable[..., Path]:
     def write(budget: dict[str, Any], **sections: Any) -> Path:
         plain: dict[str, Any] = {
             "calibration": {"dataset": "text", "path": str(text), "num_samples": 16, "max_seq_length": 32},
-            "merge": {"protect": {"first": 1, "last": 0}, "manifold": {"points": 128}},
+            "merge": PROTECT,
             "quantize": {"method": "gptq", "group_size": 32},
         }
         bits = {"bits": [8, 4]} if "quantize" not in sections else {}

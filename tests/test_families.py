@@ -13,7 +13,7 @@ from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.walk.walk import LayerWalk
 from mkaq.walk.whole_model import generate, whole_model
 from tests.runs import Outcome
-from tests.tiny import FAMILIES, make_model
+from tests.tiny import FAMILIES, PROTECT, SIMILAR, make_model
 
 CPU = torch.device("cpu")
 IDS = torch.randint(2, 4096, (3, 40), generator=torch.Generator().manual_seed(1))
@@ -61,7 +61,7 @@ def test_artifact_reloads_and_generates(
 ) -> None:
     path = recipe(
         model={"path": str(model_path)},
-        merge={"layers": 2, "manifold": {"points": 128}, "protect": {"first": 1, "last": 0}},
+        merge={"layers": 2, **PROTECT},
         quantize=QUANTIZERS[quantizer],
     )
     done = mkaq("run", path, "--output", tmp_path / "run", "--device", "cpu")
@@ -87,9 +87,7 @@ def test_artifact_reloads_and_generates(
 def test_per_layer_lists_are_sliced(
     model_path: Path, recipe: Callable[..., Path], mkaq: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    path = recipe(
-        model={"path": str(model_path)}, merge={"layers": 1, "manifold": {"points": 128}}, quantize=None
-    )
+    path = recipe(model={"path": str(model_path)}, merge={"layers": 1, **SIMILAR}, quantize=None)
     assert mkaq("run", path, "--output", tmp_path / "run").code == 0
     config = json.loads((tmp_path / "run" / "artifact" / "config.json").read_text())
     manifest = json.loads((tmp_path / "run" / "artifact" / "mkaq-manifest.json").read_text())

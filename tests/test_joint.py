@@ -18,7 +18,7 @@ from mkaq.quantize.joint import JointTarget
 from mkaq.stages.quantize import GptqSection, QuantizeRecord
 from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq, one_message
-from tests.tiny import make_model, write_recipe
+from tests.tiny import PROTECT, make_model, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def test_merged_model_is_mended_while_it_is_rounded(
         model,
         text,
         calibration={"dataset": "text", "path": str(text), "num_samples": 16, "max_seq_length": 32},
-        merge={"layers": 2, "protect": {"first": 1, "last": 0}, "manifold": {"points": 128}, "fuse": fuse},
+        merge={"layers": 2, **PROTECT, "fuse": fuse, "coefficient": None},
         quantize={"method": "gptq", "bits": 8, "group_size": 32},
         evaluate=None,
     )

@@ -13,6 +13,7 @@ import yaml
 from benchmarks.memory import write_model
 from mkaq.walk.activations import Activations
 from tests.runs import Mkaq, command, one_message, tree
+from tests.tiny import SIMILAR
 
 DEPTHS = (8, 16, 32)
 
@@ -62,7 +63,7 @@ def test_peak_is_as_planned(logs: dict[int, dict[str, Any]], layers: int) -> Non
 @pytest.mark.parametrize(
     "sections",
     [
-        {"merge": {"layers": 1, "manifold": {"points": 128}}},
+        {"merge": {"layers": 1, **SIMILAR}},
         {"merge": {"layers": 1, "fuse": "average", "order": "measured", "coefficient": "measured"}},
         {
             "merge": {"layers": 1, "fuse": "channels", "order": "measured"},

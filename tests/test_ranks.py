@@ -18,8 +18,9 @@ from mkaq.quantize.gptq_cpu import NUMBA
 from mkaq.quantize.gptq_layers import _solve
 from mkaq.ranks import Ranks
 from tests.runs import Outcome
+from tests.tiny import SIMILAR
 
-AVERAGE = {"layers": 1, "fuse": "average", "manifold": {"points": 128}}
+AVERAGE = {"layers": 1, **SIMILAR}
 CHANNELS = {"layers": 1, "fuse": "channels", "order": "measured"}
 RECOVER = {"method": "layerwise", "steps": 5, "batch_size": 4}
 EVALUATE = {"perplexity": {"dataset": "builtin", "num_samples": 4, "max_seq_length": 32}}

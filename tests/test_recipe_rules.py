@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mkaq.arch.families import FAMILIES
 from mkaq.checkpoint.resolve import BUILTIN, resolve_model
 from mkaq.errors import UsageError
 from mkaq.recipe import Recipe
@@ -30,30 +31,59 @@ def resolved(**sections: Any) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("section", "coefficient", "manifold"),
+    ("section", "fuse", "coefficient", "manifold"),
     [
-        ({}, "similarity", ManifoldSection()),
-        ({"coefficient": None, "manifold": None}, "similarity", ManifoldSection()),
-        ({"manifold": POINTS}, "similarity", ManifoldSection(points=128)),
-        ({"coefficient": 0.3}, 0.3, ManifoldSection()),
-        ({"order": "measured"}, "similarity", ManifoldSection()),
-        ({"order": "measured", "coefficient": "sigmoid"}, "sigmoid", ManifoldSection()),
-        ({"order": "measured", "coefficient": "measured"}, "measured", None),
-        ({"order": "measured", "coefficient": 0.5}, 0.5, None),
-        ({"fuse": "channels"}, None, ManifoldSection()),
+        ({}, None, None, None),
+        ({"coefficient": None, "manifold": None}, None, None, None),
+        ({"order": "similarity"}, None, None, ManifoldSection()),
+        ({"order": "similarity", "manifold": POINTS}, None, None, ManifoldSection(points=128)),
+        ({"coefficient": 0.3}, "average", 0.3, None),
+        ({"fuse": "average"}, "average", "measured", None),
+        ({"coefficient": "sigmoid"}, "average", "sigmoid", ManifoldSection()),
+        ({"order": "measured", "coefficient": "measured"}, "average", "measured", None),
+        ({"order": "back_to_front", "coefficient": 0.5}, "average", 0.5, ManifoldSection()),
         (
             {"fuse": "channels", "order": "back_to_front", "manifold": POINTS},
+            "channels",
             None,
             ManifoldSection(points=128),
         ),
-        ({"fuse": "channels", "order": "measured"}, None, None),
+        ({"fuse": "channels", "order": "similarity"}, "channels", None, ManifoldSection()),
+        ({"fuse": "channels", "order": "measured"}, "channels", None, None),
     ],
 )
 def test_coefficient_and_manifold_are_there_where_they_are_read(
-    section: dict[str, Any], coefficient: Any, manifold: ManifoldSection | None
+    section: dict[str, Any], fuse: str | None, coefficient: Any, manifold: ManifoldSection | None
 ) -> None:
     merge = resolved(merge={"layers": 1, **section}).merge
-    assert merge is not None and (merge.coefficient, merge.manifold) == (coefficient, manifold)
+    assert merge is not None and merge.order == section.get("order", "measured")
+    assert (merge.fuse, merge.coefficient, merge.manifold) == (fuse, coefficient, manifold)
+
+
+@pytest.mark.parametrize(
+    ("family", "section", "fuse", "coefficient"),
+    [
+        ("llama", {}, "channels", None),
+        ("gemma2", {}, "average", "measured"),
+        ("gemma2", {"order": "similarity"}, "average", "measured"),
+        ("llama", {"fuse": "average"}, "average", "measured"),
+        ("llama", {"coefficient": "sigmoid"}, "average", "sigmoid"),
+        ("gemma2", {"fuse": "channels"}, "channels", None),  # asked for by name: refused later, by name
+    ],
+)
+def test_a_merge_of_which_nothing_is_said_is_what_measured_best(
+    family: str, section: dict[str, Any], fuse: str, coefficient: Any
+) -> None:
+    recipe = resolved(merge={"layers": 1, **section})
+    assert recipe.recover is not None and recipe.recover.method == "layerwise"
+    merge = recipe.fitted(FAMILIES[family]).merge
+    assert merge is not None and (merge.fuse, merge.coefficient) == (fuse, coefficient)
+    assert resolved(merge=merge.model_dump()).merge == merge
+
+
+def test_recovery_is_left_out_where_the_recipe_says_so() -> None:
+    assert resolved(merge={"layers": 1}, recover=None).recover is None
+    assert resolved(quantize=NF4).recover is None
 
 
 @pytest.mark.parametrize(
@@ -138,4 +168,4 @@ def test_advice_of_the_shipped_recipes_works() -> None:
         assert fixed.budget is not None and fixed.budget.bits is None
         assert free.budget is not None and free.budget.bits == [8, 4, 3]
         averaged = load_recipe(path, ["merge.fuse=average", "merge.order=similarity"]).merge
-        assert averaged is not None and averaged.coefficient == "similarity" and averaged.manifold is not None
+        assert averaged is not None and averaged.coefficient == "measured" and averaged.manifold is not None

@@ -19,7 +19,7 @@ from mkaq.recover.layerwise import RecoveredLayer, Tuning, layer_error, schedule
 from mkaq.stages.recover import RecoverRecord
 from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq, Outcome, forge, tree
-from tests.tiny import make_model, write_recipe
+from tests.tiny import PROTECT, make_model, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -141,12 +141,11 @@ def test_samples_come_in_whole_rounds() -> None:
 def tuned_recipe(path: Path, model: Path, text: Path, **sections: Any) -> Path:
     plain: dict[str, Any] = {
         "calibration": {"dataset": "text", "path": str(text), "num_samples": 16, "max_seq_length": 32},
-        "merge": {"layers": 2, "protect": {"first": 1, "last": 0}, "coefficient": 0.7},
+        "merge": {"layers": 2, **PROTECT, "coefficient": 0.7},
         "recover": {"method": "layerwise", "steps": 20, "batch_size": 4},
         "quantize": None,
         "evaluate": None,
     }
-    plain["merge"]["manifold"] = {"points": 128}
     return write_recipe(path, model, text, **plain | sections)
 
 

@@ -13,12 +13,12 @@ from mkaq.recipe_file import load_recipe
 from mkaq.run.publish import HANDOFF
 from mkaq.run.store import STORE
 from tests.runs import STAGES, Mkaq, Outcome, one_message, run_quietly, told, tree
-from tests.tiny import make_model, write_recipe
+from tests.tiny import SIMILAR, make_model, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROTECTED = {"protect": {"first": 1, "last": 1}}
 MERGES: dict[str, dict[str, Any]] = {
-    "similarity": {**PROTECTED, "manifold": {"points": 128}},
+    "similarity": {**PROTECTED, **SIMILAR},
     "measured": {**PROTECTED, "order": "measured", "fuse": "channels"},
 }
 ANALYSES = {"similarity": 1, "measured": 2}  # to remove 3 of 4 layers takes groups of 4, else 3 are enough

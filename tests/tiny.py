@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mkaq.checkpoint.resolve import BUILTIN
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
-PROTECT = {"protect": {"first": 1, "last": 0}, "manifold": {"points": 128}}
+SIMILAR = {"order": "similarity", "fuse": "average", "coefficient": "similarity", "manifold": {"points": 128}}
+PROTECT = {"protect": {"first": 1, "last": 0}, **SIMILAR}
 CHANNELS = {"layers": 1, "fuse": "channels", "order": "measured", "protect": {"first": 1, "last": 0}}
 _SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
@@ -81,6 +82,7 @@ def write_recipe(path: Path, model: Path, text: Path, /, **sections: Any) -> Pat
         "model": {"path": str(model)},
         "calibration": {**plain, "num_samples": 8},
         "merge": {"layers": 1, **PROTECT},
+        "recover": None,
         "quantize": {"method": "gptq", "bits": 4, "group_size": 32},
         "evaluate": {"perplexity": {**plain, "num_samples": 2}},
     }

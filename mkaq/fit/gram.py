@@ -47,6 +47,19 @@ def factorize(gram: torch.Tensor) -> torch.Tensor | None:
     return None if int(failed) else factor
 
 
+def inverse_of(factor: torch.Tensor) -> torch.Tensor:
+    """The inverse of A = L L^T, computed in the memory of L and of one more matrix.
+
+    torch's `cholesky_inverse` runs on one core of a CPU, which takes twice as long as this on two.
+
+    Args:
+        factor: L, shape (n, n), lower triangular; its contents are lost.
+    """
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False, out=identity)
+    return torch.mm(inverse.T, inverse, out=factor)
+
+
 def solve_positive(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Solves A X = B for symmetric positive definite A by Cholesky factorization.
 
@@ -55,7 +68,7 @@ def solve_positive(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     of MKL, in torch 2.13, can loop forever on blocks of about 192 or more.)
 
     Args:
-        matrices: A, shape (..., n, n), float64.
+        matrices: A, shape (..., n, n).
         right: B, shape (..., n, k).
 
     Returns:

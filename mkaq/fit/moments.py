@@ -12,7 +12,7 @@ from mkaq.fit.gram import add_gram, factorize, mirror
 
 
 class Moments:
-    """The moments of a weighted regression: float64 sums of float32 products.
+    """The moments of a weighted regression, in float32: the products round as much as the sums.
 
     Args:
         features: The number of features.
@@ -25,9 +25,9 @@ class Moments:
     """
 
     def __init__(self, features: int, targets: int, device: torch.device) -> None:
-        self._gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(features, features, device=device)
         self._upper_only = False  # whether only its upper triangle is up to date
-        self.cross = torch.zeros(features, targets, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(features, targets, device=device)
         self.energy = 0.0
 
     def add(self, features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
@@ -38,9 +38,9 @@ class Moments:
             targets: Shape (tokens, targets).
             weights: Weights of the tokens, shape (tokens,).
         """
-        root = weights.sqrt().unsqueeze(1)
+        root = weights.float().sqrt().unsqueeze(1)
         z, r = features.float() * root, targets.float() * root
-        self.cross += z.T @ r
+        self.cross.addmm_(z.T, r)
         self.energy += float(r.double().square().sum())
         add_gram(self._gram, z)
         self._upper_only = True
@@ -64,8 +64,8 @@ class Moments:
         """sum w |r - W z|^2 / sum w |r|^2 for a weight W, shape (targets, features)."""
         if not self.energy > 0:
             return 0.0
-        w = weight.double()
-        change = ((w @ self.gram) * w).sum() - 2 * (w * self.cross.T).sum()
+        w = weight.float()
+        change = (w @ self.gram).sub_(self.cross.T, alpha=2).mul_(w).double().sum()
         return max(0.0, 1 + float(change) / self.energy)
 
 

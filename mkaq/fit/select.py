@@ -2,7 +2,7 @@
 
 import torch
 
-from mkaq.fit.gram import solve_positive
+from mkaq.fit.gram import inverse_of, solve_positive
 from mkaq.fit.moments import Moments, damped_factor
 
 
@@ -26,8 +26,8 @@ def keep_columns(moments: Moments, keep: int, ridge: float, group: int = 1) -> t
     factor = damped_factor(moments.gram, ridge)
     if factor is None:
         raise ArithmeticError("the damped Gram matrix is not positive definite")
-    inverse = torch.cholesky_inverse(factor, out=factor)
-    weight = inverse @ moments.cross
+    weight = torch.cholesky_solve(moments.cross, factor)
+    inverse = inverse_of(factor)
     count = len(inverse) // group
     alive = torch.ones(count, dtype=torch.bool, device=inverse.device)
     at_once = max(1, (count - keep) // 40)

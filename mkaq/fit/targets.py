@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from mkaq.arch.arch import Arch
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import UnsupportedError, UsageError
 from mkaq.fit.hold_out import HELD_OUT, token_weights
@@ -41,12 +42,16 @@ def check_solvable(source: Checkpoint, samples: int, where: str, instead: str) -
             where="calibration.num_samples",
             fix=f"use at least {HELD_OUT}, better 128 or more",
         )
-    reason = "normalizes what its layers write" if source.arch.written_norms else ""
-    if source.arch.parallel:
-        reason = "runs attention and MLP side by side"
-    if reason:
+    if reason := unsolvable(source.arch):
         what = f"{source.config['model_type']} {reason}, so no closed form exists"
         raise UnsupportedError(what, where=where, fix=f"use {instead}")
+
+
+def unsolvable(arch: Arch) -> str | None:
+    """Why a family has no closed form for what its layers write; None if it has one."""
+    if arch.parallel:
+        return "runs attention and MLP side by side"
+    return "normalizes what its layers write" if arch.written_norms else None
 
 
 def advance(

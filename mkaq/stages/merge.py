@@ -15,6 +15,7 @@ from mkaq.stages.analyze import ManifoldSection, MeasuredGroup
 from mkaq.stages.base import Description, FinalNorm, Made, Mode, Part, Row, Section, Step, Table
 
 if TYPE_CHECKING:
+    from mkaq.arch.arch import Arch
     from mkaq.checkpoint.reader import Checkpoint
     from mkaq.recipe import Recipe
     from mkaq.run.job import Job
@@ -47,18 +48,19 @@ class MergeSection(Section):
     """Fraction of the layers to remove, rounded to whole layers; or give `layers`, or a `budget`."""
     layers: Annotated[int, Field(ge=1)] | None = None
     """Number of layers to remove; or give `ratio`."""
-    order: Literal["similarity", "back_to_front", "measured"] = "similarity"
-    """`similarity` merges the most similar neighbours first; `back_to_front` is the paper's order; `measured`
-    tries every group of neighbours and takes the cheapest partition of the model."""
-    fuse: Literal["average", "channels"] = "average"
-    """`average` is the paper's weighted mean of every tensor; `channels` keeps the attention heads and MLP
-    channels that matter and solves what they write, to restore the original hidden states."""
+    order: Literal["similarity", "back_to_front", "measured"] = "measured"
+    """`measured` tries every group of neighbours and takes the cheapest partition of the model; `similarity`
+    merges the most similar neighbours first; `back_to_front` is the paper's order."""
+    fuse: Literal["channels", "average"] | None = None
+    """`channels` keeps the attention heads and MLP channels that matter and solves what they write, to
+    restore the original hidden states; `average` is the paper's weighted mean of every tensor. Null:
+    `channels` if the family allows it and no coefficient is given, else `average`."""
     coefficient: Literal["similarity", "sigmoid", "measured"] | Annotated[float, Field(ge=0, le=1)] | None = (
         None
     )
-    """Weight of the earlier layer in an average: a number; `similarity`, the NPIB (the default); `sigmoid`,
-    its sigmoid (the published script); `measured`, the value from 0.5 to 1 whose hidden states are closest to
-    the original. Null with `fuse: channels`, which has no such weight."""
+    """Weight of the earlier layer in an average: a number; `measured`, the value from 0.5 to 1 whose hidden
+    states are closest to the original (the default); `similarity`, the NPIB; `sigmoid`, its sigmoid (the
+    published script). Null with `fuse: channels`, which has no such weight."""
     manifold: ManifoldSection | None = None
     """How layers are compared. Null if nothing compares them: with `order: measured`, unless the coefficient
     is `similarity` or `sigmoid`."""
@@ -72,10 +74,12 @@ class MergeSection(Section):
         if not isinstance(data, dict):
             return data
         data = dict(data)
-        if data.get("fuse", "average") == "average" and data.get("coefficient") is None:
-            data["coefficient"] = "similarity"
+        if data.get("coefficient") is not None and data.get("fuse") is None:
+            data["fuse"] = "average"
+        if data.get("fuse") == "average" and data.get("coefficient") is None:
+            data["coefficient"] = "measured"
         compared = data.get("coefficient") in ("similarity", "sigmoid")
-        if data.get("manifold") is None and (data.get("order") != "measured" or compared):
+        if data.get("manifold") is None and (data.get("order", "measured") != "measured" or compared):
             data["manifold"] = {}
         return data
 
@@ -92,6 +96,15 @@ class MergeSection(Section):
                 "similarity or sigmoid; leave it out"
             )
         return self
+
+    def fitted(self, arch: Arch) -> MergeSection:
+        """This section with the `fuse` that a family allows, if it names none."""
+        from mkaq.fit.targets import unsolvable
+
+        if self.fuse is not None:
+            return self
+        given = self.model_dump(exclude_none=True)
+        return MergeSection.model_validate(given | {"fuse": "average" if unsolvable(arch) else "channels"})
 
     def removed(self, num_layers: int) -> int:
         """The number of layers to remove from a model of `num_layers`.
