@@ -72,26 +72,32 @@ def fuse(
     layers = [walk.layer_tensors(index) for index in group]
     attended = walk.activations.empty(tuple(original.shape), torch.float32)
     advance(walk, group, heads.out_proj, original, compressed, attended)
-    folded = [
-        fold_norm(layer, heads, layers[0], dtype) | fold_norm(layer, channels, layers[0], dtype)
-        for layer in layers
-    ]
     new = untouched(layers, (heads, channels), dtype)
-    candidates = [walk.assemble(group[0], new | readers) for readers in folded]
-    solver = PartSolver(walk, group[0], original, samples, layers, folded, dtype)
+    solver = PartSolver(walk, group[0], original, samples, layers, dtype)
+
+    def readers_of(kind: Parts, part: str) -> tuple[list[dict[str, torch.Tensor]], list[nn.Module]]:
+        """The readers of each layer, and the part (attention or MLP) up to its writer with each of them."""
+        readers = [fold_norm(layer, kind, layers[0], dtype) for layer in layers]
+        rest = below(new, part, kind.norm)
+        del rest[f"{kind.out_proj}.weight"]
+        return readers, [walk.assemble(group[0], rest | own, partial=True) for own in readers]
 
     def submodule_input(module: nn.Module, name: str, rows: slice) -> torch.Tensor:
         return input_of(module.get_submodule(name), partial(walk.run, module, group[0], compressed[rows]))
+
+    readers, candidates = readers_of(heads, arch.attention)
 
     def heads_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         features = torch.cat([submodule_input(each, heads.out_proj, rows) for each in candidates], -1)
         return features, without_bias(walk.to_device(attended[rows]), new, heads.out_proj)
 
-    head_origins, attention = solver.solve(heads, heads_at, new)
+    head_origins, attention = solver.solve(heads, readers, heads_at, new)
     walk.activations.recycle(attended)
-    module = walk.assemble(group[0], new)
+    module = walk.assemble(group[0], below(new, arch.attention, heads.norm, channels.norm), partial=True)
     for rows in spans(compressed):
         compressed[rows] = submodule_input(module, channels.norm, rows)
+
+    readers, candidates = readers_of(channels, arch.mlp)
 
     def channels_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         states = walk.to_device(compressed[rows])
@@ -103,7 +109,7 @@ def fuse(
         target = walk.to_device(original[rows]).float() - states
         return torch.cat(features, -1), without_bias(target, new, channels.out_proj)
 
-    channel_origins, mlp = solver.solve(channels, channels_at, new)
+    channel_origins, mlp = solver.solve(channels, readers, channels_at, new)
     return FusedLayer(tuple(group), new, head_origins, channel_origins, attention, mlp)
 
 
@@ -132,6 +138,12 @@ def pass_fused(
         states.copy_(walk.checked(before + mlp(norm(before)), first))
         walk.activations.release()
     return held_out_error(walk, samples, compressed, original)
+
+
+def below(tensors: Mapping[str, torch.Tensor], *modules: str) -> dict[str, torch.Tensor]:
+    """The tensors of some modules of a layer."""
+    prefixes = tuple(f"{module}." for module in modules)
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
 
 
 def known_tensors(

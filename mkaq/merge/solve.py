@@ -34,7 +34,6 @@ class PartSolver:
         original: The source's hidden states after the group, shape (samples, length, hidden_size).
         samples: The samples of the stream.
         layers: The tensors of each layer of the group, by name below the layer.
-        readers: The readers of each layer, rewritten to follow the first layer's norms.
         dtype: Type of the new tensors.
     """
 
@@ -43,14 +42,20 @@ class PartSolver:
     original: torch.Tensor
     samples: Samples
     layers: Sequence[Mapping[str, torch.Tensor]]
-    readers: Sequence[Mapping[str, torch.Tensor]]
     dtype: torch.dtype
 
-    def solve(self, parts: Parts, rows_at: Rows, new: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Fit]:
+    def solve(
+        self,
+        parts: Parts,
+        readers: Sequence[Mapping[str, torch.Tensor]],
+        rows_at: Rows,
+        new: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, Fit]:
         """Adds the readers and the solved writer of one kind of part to a new layer.
 
         Args:
             parts: Heads or channels.
+            readers: The readers of each layer, rewritten to follow the first layer's norm.
             rows_at: For some samples, the features of all parts of all layers side by side, and the target.
             new: The new layer's tensors.
 
@@ -69,7 +74,7 @@ class PartSolver:
         held_out = self._moments(parts, origins, rows_at, held)
         prior = take_columns(self.layers, parts, origins).to(self.walk.device)
         solved = fit_together(ranks, moments, held_out, prior, NEARLY_BEST)
-        new.update(take_parts(self.readers, parts, origins))
+        new.update(take_parts(readers, parts, origins))
         rounded = solved.weight.to(self.dtype)
         new[f"{parts.out_proj}.weight"] = rounded.cpu()
         origins[:, 0] += self.first

@@ -68,15 +68,18 @@ class Layers:
         layer.load_state_dict(self._moved(rest), strict=False, assign=True)
         return layer.requires_grad_(False)
 
-    def assemble(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    def assemble(
+        self, index: int, tensors: Mapping[str, torch.Tensor], *, partial: bool = False
+    ) -> nn.Module:
         """A separate copy of layer `index` with the given weights.
 
         Args:
             index: The layer whose attention type and keyword arguments the copy has.
             tensors: Dense weights, by their names in the layer.
+            partial: Whether some may be missing; the modules that need them cannot run.
         """
         layer = copy.deepcopy(self.modules[index])
-        layer.load_state_dict(self._moved(tensors), assign=True)
+        layer.load_state_dict(self._moved(tensors), strict=not partial, assign=True)
         return layer.requires_grad_(False)
 
     def tensors(self, index: int) -> Tensors:

@@ -96,9 +96,14 @@ class LayerWalk:
         """A decoder layer with its weights, for a `with` block; meanwhile the next layer is read."""
         return self._layers.placed(index)
 
-    def assemble(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-        """A separate copy of layer `index` with the given dense weights, by their names in the layer."""
-        return self._layers.assemble(index, tensors)
+    def assemble(
+        self, index: int, tensors: Mapping[str, torch.Tensor], *, partial: bool = False
+    ) -> nn.Module:
+        """A separate copy of layer `index` with the given dense weights, by their names in the layer.
+
+        With `partial` some may be missing; the modules that need them cannot run.
+        """
+        return self._layers.assemble(index, tensors, partial=partial)
 
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer by their names in it, as the format's `read` gives them."""
