@@ -2,7 +2,8 @@
 
 Run it with any Python that has torch and transformers, and GPTQModel for GPTQ checkpoints. The last
 line on standard output is a JSON object: tokens per second, each the median of several runs after one
-that is not counted.
+that is not counted. `cpu_share` is the part of its threads' time in which it ran: others were busy on the
+machine if it is well below that of other runs.
 """
 
 import argparse
@@ -40,7 +41,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return arguments.prompt_tokens / (read - began), arguments.new_tokens / (written - read)
 
     run()
+    began, busy = time.perf_counter(), time.process_time()
     prefill, decode = zip(*(run() for _ in range(arguments.repeats)), strict=True)
+    share = (time.process_time() - busy) / (time.perf_counter() - began) / arguments.threads
     layers = model.get_decoder().layers
     return {
         "prefill": statistics.median(prefill),
@@ -48,6 +51,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "prefill_runs": prefill,
         "decode_runs": decode,
         "linear": type(layers[0].mlp.down_proj).__name__,
+        "cpu_share": share,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -102,7 +102,7 @@ def main() -> None:
     for name, path in {"python": None, **dict(options.text)}.items():
         evaluated[name] = load_text(path, tokenizer, seen, options.eval_length, options.eval_sequences)
     bench = Bench(options, source, tokens, evaluated)
-    record = describe_run(options, bench)
+    record = describe_run(options, bench, evaluated, "quality")
     chosen = jobs(options.methods, bench.removals, options.bits)
     if options.finished:
         chosen = [job for job in chosen if bench.name(job) in bench.finished()]
@@ -138,12 +138,14 @@ def jobs(methods: Sequence[str], removals: Sequence[int], bits: int) -> list[Job
     return result
 
 
-def describe_run(options: argparse.Namespace, bench: Bench) -> dict[str, Any]:
-    """What the results depend on, without this machine's paths."""
+def describe_run(
+    options: argparse.Namespace, bench: Maker, texts: dict[str, Text], module: str
+) -> dict[str, Any]:
+    """What the results of a benchmark (a module here) depend on, without this machine's paths."""
     shown = {**vars(options), "text": [f"{name}={path}" for name, path in options.text]}
     config = bench.source.hf_config
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.quality", *map(without_folder, sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *map(without_folder, sys.argv[1:])]),
         "machine": {
             "processor": platform.machine(),
             "cores": os.cpu_count(),
@@ -158,7 +160,7 @@ def describe_run(options: argparse.Namespace, bench: Bench) -> dict[str, Any]:
             "parameters": bench.source.parameters,
         },
         "calibration": list(bench.tokens.shape),
-        "left_out": {name: text.left_out for name, text in bench.texts.items()},
+        "left_out": {name: text.left_out for name, text in texts.items()},
         "options": {key: without_folder(value) for key, value in shown.items()},
         "libraries": library_versions(),
     }
