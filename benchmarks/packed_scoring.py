@@ -116,9 +116,8 @@ class PackedModel(HFLM):  # type: ignore[misc]
                 for number, tokens, places in row.requests
             ]
             logits = self._logits(rows, [place for _, _, places in wanted for place in places])
-            for (number, tokens, _), part in zip(
-                wanted, logits.split([len(tokens) for _, tokens, _ in wanted]), strict=True
-            ):
+            parts = torch.split(logits, [len(tokens) for _, tokens, _ in wanted])
+            for (number, tokens, _), part in zip(wanted, parts, strict=True):
                 targets = torch.tensor(tokens, device=part.device)
                 scores = part.float().log_softmax(-1).gather(1, targets[:, None])
                 result[number] = scores.sum().item(), bool((part.argmax(-1) == targets).all())
@@ -137,6 +136,7 @@ class PackedModel(HFLM):  # type: ignore[misc]
             mask = torch.zeros(attends.shape, dtype=self.model.dtype, device=self.device)
             mask.masked_fill_(~attends, torch.finfo(mask.dtype).min)
             output = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
-            return output.logits[0]
+            logits: torch.Tensor = output.logits[0]
+            return logits
         finally:
             hook.remove()

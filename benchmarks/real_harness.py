@@ -5,7 +5,9 @@ Nothing is read from a network.
 
 import logging
 import os
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ def prepare() -> None:
     if missing := [name for name in NEEDED if not find_spec(name)]:
         fix = "pip install 'lm-eval[ifeval]'"
         raise UsageError(f"needs {', '.join(missing)}", where="--eval-data", fix=fix)
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TQDM_DISABLE"):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
         os.environ[name] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -73,14 +75,15 @@ class Harness:
             model = whole_model(*self._of)
             self._model = PackedModel(model, self._tokenizer, BATCH_TOKENS, self._batch_size)
         chat = task == IFEVAL and bool(getattr(self._tokenizer, "chat_template", None))
-        found = simple_evaluate(
-            self._model,
-            tasks=[PREFIX + task],
-            task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-            bootstrap_iters=0,
-            apply_chat_template=chat,
-            log_samples=True,
-        )
+        with redirect_stderr(StringIO()):  # progress bars
+            found = simple_evaluate(
+                self._model,
+                tasks=[PREFIX + task],
+                task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+                bootstrap_iters=0,
+                apply_chat_template=chat,
+                log_samples=True,
+            )
         assert found is not None
         samples = sorted(found["samples"][PREFIX + task], key=lambda sample: int(sample["doc_id"]))
         if task in ZERO_SHOT:

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,7 @@ class Bench(Maker):
             return measure(self.walk_over(model), self.texts[name], source)
 
         def each(kind: str, keys: dict[str, Any], make: Callable[[str], Any]) -> dict[str, Any]:
-            found = {
-                name: self._kept(job, f"{kind}-{name}", keys[name], lambda n=name: make(n)) for name in keys
-            }
+            found = {n: self._kept(job, f"{kind}-{n}", key, partial(make, n)) for n, key in keys.items()}
             return {name: measured for name, measured in found.items() if measured}
 
         row["texts"] = each("text", {name: t.sequences for name, t in self.texts.items()}, text)

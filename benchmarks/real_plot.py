@@ -53,5 +53,4 @@ def draw(axes: Axes, points: list[tuple[Row, float]]) -> None:
                 if row["method"] == method and bool(row["bits"]) == quantized
             )
             if line:
-                style = {"marker": "s" if quantized else "o", "ls": "--" if quantized else "-"}
-                axes.plot(*zip(*line, strict=True), color=COLOURS[method], **style)
+                axes.plot(*zip(*line, strict=True), "s--" if quantized else "o-", color=COLOURS[method])

@@ -98,7 +98,7 @@ def text_cells(row: Row, texts: Sequence[str]) -> list[str]:
             continue
         part, away = measured["share"], measured.get("kl")
         cells += [perplexity_of(measured), "-" if part is None else f"{part:.2f}"]
-        cells.append("-" if away is None else with_error(away, measured["kl_error"], 3))
+        cells.append("-" if away is None else with_error(away, measured["kl_error"], 4))
     return cells
 
 
@@ -188,13 +188,12 @@ def introduction(record: dict[str, Any], texts: Sequence[str], generates: bool) 
     ]
     if speeds:
         linears = ", ".join(sorted({speed["linear"] for speed in speeds}))
-        share_of_time = min(speed["cpu_share"] for speed in speeds)
+        least, runs = min(speed["cpu_share"] for speed in speeds), len(speeds[0]["decode_runs"])
         lines.append(
-            f"- prefill, decode: tokens/s of plain transformers in a process of its own, on "
-            f"{options['threads']} threads; {options['prompt_tokens']} tokens read, "
-            f"{options['decoded_tokens']} written, one sequence, median of {len(speeds[0]['decode_runs'])} (layers: {linears}). The processes had at "
-            f"least {100 * share_of_time:.0f}% of their threads' time; where that is far below 100, others "
-            "used the machine and speeds cannot be compared."
+            f"- prefill, decode: tokens/s of plain transformers in a process of its own ({linears}), one "
+            f"sequence, {options['prompt_tokens']} tokens read and {options['decoded_tokens']} written, "
+            f"median of {runs} runs. The processes had {100 * least:.0f}% of their threads' time or more; "
+            "where that is far below 100, others used the machine and speeds cannot be compared."
         )
     if any(row["bits"] and not row["speed"] for row in rows):
         lines.append("- Speed of quantized rows needs --loader-python, with GPTQModel; it is not measured.")
@@ -202,17 +201,17 @@ def introduction(record: dict[str, Any], texts: Sequence[str], generates: bool) 
         seen = next((row["texts"][text] for row in rows if text in row["texts"]), None)
         if seen:
             lines.append(
-                f"- {text}: perplexity per token ± standard error over documents, on {seen['tokens']:,} "
-                f"predicted tokens, {seen['sequences']} sequences of {options['eval_length']} tokens or fewer."
+                f"- {text}: perplexity per token ± standard error over documents: {seen['tokens']:,} tokens "
+                f"in {seen['sequences']} sequences of at most {options['eval_length']}."
             )
     lines.append(
         "- share: (perplexity - source's) / (SLEB's - source's), SLEB with as many layers and the same bits. "
         "KL: KL(source || row) per token, in nats, on the same text."
     )
     if zero_shot := record["tasks"]["zero_shot"]:
-        count = max(
-            len(row["tasks"][task]["items"]) for row in rows for task in zero_shot if task in row["tasks"]
-        )
+        scored = [row["tasks"][task] for row in rows for task in zero_shot if task in row["tasks"]]
+        count = max((len(task["items"]) for task in scored), default=0)
+        dtype = record["tasks"]["dtype"].removeprefix("torch.")
         lines.append(
             f"- zero-shot: mean accuracy in percent of {len(zero_shot)} tasks, {count} items each at most, "
             f"the same for all rows, by lm-evaluation-harness in {dtype}; normalized by length (acc_norm) "
@@ -223,8 +222,8 @@ def introduction(record: dict[str, Any], texts: Sequence[str], generates: bool) 
         chat = "with" if found["chat_template"] else "without"
         lines.append(
             f"- IFEval: percent of {len(found['items'])} prompts of which all instructions are followed, "
-            f"and of all single instructions (strict); greedy, at most {options['new_tokens']} tokens, {chat} "
-            "the chat template. A broken model follows some by chance, such as to use no comma."
+            f"and of all single instructions (strict); greedy, at most {options['new_tokens']} tokens, "
+            f"{chat} the chat template. A broken model follows some by chance, such as to use no comma."
         )
     if record["absent"]:
         lines.append(f"- Left out, for want of data: {', '.join(record['absent'])}.")

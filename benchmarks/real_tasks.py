@@ -54,12 +54,20 @@ IFEVAL_FUNCTIONS = """from langdetect import DetectorFactory
 from lm_eval.tasks.ifeval.utils import agg_inst_level_acc, process_results
 
 DetectorFactory.seed = 0
+
+
+def strict(doc, results):
+    found = process_results(doc, results)
+    return {name: found[name] for name in ("prompt_level_strict_acc", "inst_level_strict_acc")}
 """
-IFEVAL_METRICS = """process_results: !function ifeval_functions.process_results
+IFEVAL_METRICS = """process_results: !function ifeval_functions.strict
 metric_list:
-- {metric: prompt_level_strict_acc, aggregation: mean, higher_is_better: true}
-- {metric: inst_level_strict_acc, aggregation: !function ifeval_functions.agg_inst_level_acc, \
-higher_is_better: true}
+- metric: prompt_level_strict_acc
+  aggregation: mean
+  higher_is_better: true
+- metric: inst_level_strict_acc
+  aggregation: !function ifeval_functions.agg_inst_level_acc
+  higher_is_better: true
 """
 
 
