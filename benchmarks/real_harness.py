@@ -18,7 +18,7 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import UsageError
 from mkaq.walk.whole_model import whole_model
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 NEEDED = ("lm_eval", "langdetect", "immutabledict", "nltk")
 
 

@@ -10,7 +10,8 @@ after it. All methods see the same calibration tokens, and all rows the same tex
 --eval-data is a folder with the files that benchmarks/real_tasks.py names; without it there are no
 tasks. --loader-python is a Python that has transformers and GPTQModel, such as that of
 `make .venv-loader/ready`; without it the speed of quantized rows is not measured. Speed is measured in a
-process of its own, and means nothing if others use the machine.
+process of its own, and means nothing if others use the machine: `--measure text task` leaves it out, and
+the same command without that adds it later.
 
 Checkpoints and measurements stay in the work folder, each measurement in a file of its own below its
 checkpoint: an interrupted benchmark goes on where it was, a removed folder is made again, and so is
@@ -35,6 +36,7 @@ from benchmarks.checkpoints import Job, Maker, Settings
 from benchmarks.machine import machine
 from benchmarks.process_tree import CommandError, run_measured
 from benchmarks.quality import describe_run
+from benchmarks.quality_report import RESULTS
 from benchmarks.quality_text import Text, last_states, load_text, measure, text_of, windows
 from benchmarks.real_harness import Harness, find_sentences_in, prepare
 from benchmarks.real_report import describe, write_report
@@ -130,7 +132,7 @@ class Bench(Maker):
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())
             return found
-        if self.options.finished:
+        if self.options.finished or name.partition("-")[0] not in self.options.measure:
             return None
         began = time.perf_counter()
         if (measured := make()) is not None:
@@ -203,7 +205,7 @@ def main() -> None:
     record["note"] = smollm2.NOTE if options.model == smollm2.NAME else None
     record["tasks"] = {"zero_shot": [task for task in ZERO_SHOT if task in tasks], "dtype": str(bench.dtype)}
     record["rows"], record["failed"] = run(bench, jobs(options.methods, options.removed))
-    print(write_report(record, options.name))
+    print(write_report(record, options.name, Path(options.results or RESULTS)))
 
 
 def prepared_tasks(options: argparse.Namespace, work: Path) -> tuple[dict[str, str], Path, list[str]]:
@@ -307,8 +309,11 @@ def parse() -> argparse.Namespace:
     add("--loader-python", metavar="PYTHON", help="a Python with transformers and GPTQModel")
     add("--device", default="cpu", help="of everything but speed")
     add("--threads", type=int, default=os.cpu_count())
+    kinds = ("text", "task", "speed")
+    add("--measure", nargs="+", choices=kinds, default=kinds, help="only these; others if there already")
     add("--finished", action="store_true", help="report what is there, make nothing")
     add("--name", default="real_model", help="of the results")
+    add("--results", metavar="DIR", help="where they go; benchmarks/results if absent")
     add("--work", metavar="DIR", default="runs/benchmarks", help="where checkpoints and rows are kept")
     return parser.parse_args()
 

@@ -7,9 +7,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
-from benchmarks.quality_report import COLOURS, LABELS, WIDE, marker, weights
+from benchmarks.quality_report import COLOURS, LABELS, marker, weights
 
+WIDE = 20  # what has more than so many times the least perplexity lies above the plot
+AFTER = 4  # bits of the source from which the lines of what is quantized start
 Row = dict[str, Any]
 
 
@@ -29,8 +32,10 @@ def plot(rows: list[Row], texts: Sequence[str]) -> Figure:
         axes.set(xlabel="MB of weights", ylabel=name)
         if name.startswith("perplexity"):
             lowest, highest = min(values.values()), max(values.values())
-            axes.set_ylim(0.97 * lowest, 1.05 * min(highest, WIDE * lowest))
             axes.set_yscale("log")
+            axes.set_ylim(0.95 * lowest, 1.1 * min(highest, WIDE * lowest))
+            for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                axis(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axes.grid(alpha=0.3, which="both")
     for axes in list(figure.axes)[len(panels) :]:
         axes.remove()
@@ -44,13 +49,14 @@ def plot(rows: list[Row], texts: Sequence[str]) -> Figure:
 
 
 def draw(axes: Axes, points: list[tuple[Row, float]]) -> None:
-    """A line through the points of each method: one of what is not quantized, a dashed one of what is."""
+    """Lines from the source on, one for each method: of what is not quantized, and dashed of what is."""
     for method in dict.fromkeys(row["method"] for row, _ in points):
-        for quantized in (False, True):
+        for bits in (None, AFTER):
             line = sorted(
                 (row["bytes"] / 1e6, value)
                 for row, value in points
-                if row["method"] == method and bool(row["bits"]) == quantized
+                if (row["method"] == method and bool(row["bits"]) == bool(bits))
+                or (row["method"] == "dense" and row["bits"] == bits)
             )
             if line:
-                axes.plot(*zip(*line, strict=True), "s--" if quantized else "o-", color=COLOURS[method])
+                axes.plot(*zip(*line, strict=True), "s--" if bits else "o-", color=COLOURS[method])
