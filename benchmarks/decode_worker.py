@@ -62,6 +62,6 @@ if __name__ == "__main__":
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     print(json.dumps(measure(parser.parse_args())), flush=True)

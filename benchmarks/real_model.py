@@ -154,7 +154,8 @@ class Bench(Maker):
 
     def _speed_key(self) -> list[Any]:
         loader = bool(self.options.loader_python)
-        return [loader, self.options.threads, self.options.prompt_tokens, self.options.decoded_tokens]
+        options = self.options
+        return [loader, options.threads, options.prompt_tokens, options.decoded_tokens, options.repeats]
 
     def _speed(self, job: Job, folder: Path) -> dict[str, Any] | None:
         """Tokens per second in plain transformers; None if a quantized model cannot be loaded."""
@@ -298,7 +299,7 @@ def parse() -> argparse.Namespace:
     add("--search-sequences", type=int, default=32, help="of these, on which SLEB searches")
     add("--gptq-samples", type=int, default=128, help="of these, for GPTQ")
     add("--recover-steps", type=int, default=100, help="of layerwise recovery, for each layer")
-    add("--eval-sequences", type=int, default=80, help="at most so many of each text, spread over it")
+    add("--eval-sequences", type=int, default=64, help="at most so many of each text, spread over it")
     add("--eval-length", type=int, default=512, help="tokens of each")
     add("--items", type=int, default=500, help="of each zero-shot task, spread over it")
     add("--generated", type=int, default=100, help="prompts of IFEval; 0 leaves it out")
@@ -306,6 +307,7 @@ def parse() -> argparse.Namespace:
     add("--batch-size", type=int, default=50, help="prompts at once")
     add("--prompt-tokens", type=int, default=256, help="read when speed is measured")
     add("--decoded-tokens", type=int, default=32, help="written when speed is measured")
+    add("--repeats", type=int, default=3, help="of that, of which the median counts")
     add("--loader-python", metavar="PYTHON", help="a Python with transformers and GPTQModel")
     add("--device", default="cpu", help="of everything but speed")
     add("--threads", type=int, default=os.cpu_count())

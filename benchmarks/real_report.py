@@ -187,11 +187,12 @@ def introduction(record: dict[str, Any], texts: Sequence[str], generates: bool) 
         "- MB: weights on disk, 10^6 bytes.",
     ]
     if speeds:
-        linears = ", ".join(sorted({speed["linear"] for speed in speeds}))
+        kinds = {weights(row): row["speed"]["linear"] for row in rows if row["speed"]}
+        linears = ", ".join(f"{kind}: {linear}" for kind, linear in kinds.items())
         least, runs = min(speed["cpu_share"] for speed in speeds), len(speeds[0]["decode_runs"])
         lines.append(
-            f"- prefill, decode: tokens/s of plain transformers in a process of its own ({linears}), one "
-            f"sequence, {options['prompt_tokens']} tokens read and {options['decoded_tokens']} written, "
+            "- prefill, decode: tokens/s of plain transformers in a process of its own (linear layers of "
+            f"{linears}), one sequence, {options['prompt_tokens']} tokens read and {options['decoded_tokens']} written, "
             f"median of {runs} runs. The processes had {100 * least:.0f}% of their threads' time or more; "
             "where that is far below 100, others used the machine and speeds cannot be compared."
         )

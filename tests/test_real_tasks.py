@@ -271,9 +271,9 @@ def test_benchmark_runs_and_goes_on_where_it_was(
         written.append(json.loads((tmp_path / "trial.json").read_text()))
     assert written[0]["rows"] == written[1]["rows"]
     rows = {row["name"]: row for row in written[0]["rows"]}
-    assert list(rows) == ["dense-0", "sleb-4", "sleb-4-4bit"]
-    assert rows["sleb-4"]["texts"]["python"]["share"] == 1
-    assert rows["sleb-4"]["layers"] == 12
+    assert list(rows) == ["dense-0", "sleb-1", "sleb-1-4bit"]
+    assert rows["sleb-1"]["texts"]["python"]["share"] == 1
+    assert rows["sleb-1"]["layers"] == 15
     scored = {name: len(task["items"]) for name, task in rows["dense-0"]["tasks"].items()}
     assert scored == ({"piqa": 2, "lambada": 2} if tasks else {})
     assert set(written[0]["absent"]) == {*ZERO_SHOT, "ifeval"} - scored.keys()
