@@ -184,6 +184,8 @@ def main() -> None:
     options = parse()
     arrange_heap(sparing=False)  # as a run does
     torch.set_num_threads(options.threads)
+    if options.loader_python and not Path(options.loader_python).is_file():
+        raise UsageError("no such file", where=f"--loader-python {options.loader_python}")
     if options.eval_data:
         prepare()
     work = Path(options.work)

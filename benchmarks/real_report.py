@@ -192,9 +192,10 @@ def introduction(record: dict[str, Any], texts: Sequence[str], generates: bool) 
         least, runs = min(speed["cpu_share"] for speed in speeds), len(speeds[0]["decode_runs"])
         lines.append(
             "- prefill, decode: tokens/s of plain transformers in a process of its own (linear layers of "
-            f"{linears}), one sequence, {options['prompt_tokens']} tokens read and {options['decoded_tokens']} written, "
-            f"median of {runs} runs. The processes had {100 * least:.0f}% of their threads' time or more; "
-            "where that is far below 100, others used the machine and speeds cannot be compared."
+            f"{linears}), one sequence, {options['prompt_tokens']} tokens read and "
+            f"{options['decoded_tokens']} written, median of {runs} runs. The processes had "
+            f"{100 * least:.0f}% of their threads' time or more; where that is far below 100, others used "
+            "the machine and speeds cannot be compared."
         )
     if any(row["bits"] and not row["speed"] for row in rows):
         lines.append("- Speed of quantized rows needs --loader-python, with GPTQModel; it is not measured.")

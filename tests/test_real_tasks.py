@@ -255,7 +255,7 @@ def test_benchmark_runs_and_goes_on_where_it_was(
     command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path), "--name", "trial"]
     command += ["--eval-data", str(tmp_path)] if tasks else []
     numbers = {
-        "removed": 4,
+        "removed": 1,
         "num-samples": 16,
         "max-seq-length": 32,
         "search-sequences": 2,
