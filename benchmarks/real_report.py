@@ -197,7 +197,7 @@ def introduction(record: dict[str, Any], texts: Sequence[str], generates: bool) 
             f"{100 * least:.0f}% of their threads' time or more; where that is far below 100, others used "
             "the machine and speeds cannot be compared."
         )
-    if any(row["bits"] and not row["speed"] for row in rows):
+    if not options["loader_python"] and any(row["bits"] for row in rows):
         lines.append("- Speed of quantized rows needs --loader-python, with GPTQModel; it is not measured.")
     for text in texts:
         seen = next((row["texts"][text] for row in rows if text in row["texts"]), None)
