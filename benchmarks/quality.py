@@ -16,97 +16,35 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import baselines
+from benchmarks.checkpoints import Job, Maker, Settings
 from benchmarks.quality_report import describe, write_report
 from benchmarks.quality_text import Text, load_text, measure, text_of, windows
-from benchmarks.stages import merged
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens
-from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.digests import describe_files, digest_of, library_versions
+from mkaq.digests import digest_of, library_versions
 from mkaq.errors import MkaqError
-from mkaq.files import write_json
-from mkaq.fit.hold_out import half_shuffled_samples
 from mkaq.heap import arrange_heap
 from mkaq.merge.groups import layers_to_remove
-from mkaq.merge.segment import groups_of
-from mkaq.progress import Progress
-from mkaq.quantize.gptq_layers import quantize_gptq
-from mkaq.quantize.joint import JointTarget
-from mkaq.ranks import ALONE
-from mkaq.recover.layerwise import Tuning, recover
-from mkaq.stages.quantize import GptqSection
-from mkaq.walk.device import compute_dtype, pick_device
-from mkaq.walk.walk import LayerWalk
+from mkaq.walk.device import pick_device
 
 KEY = ("sleb", "channels", "channels+layerwise", "sleb+layerwise")
 REST = ("reverse", "shortgpt", "contiguous", "laco", "replaceme", "average", "average-similarity")
 JOINT = ("channels", "channels+layerwise")
-MERGES: dict[str, dict[str, Any]] = {
-    "channels": {"order": "measured", "fuse": "channels"},
-    "average": {"order": "back_to_front", "fuse": "average", "coefficient": "similarity"},
-    "average-similarity": {"order": "similarity", "fuse": "average", "coefficient": "similarity"},
-}
-LAYERWISE = "+layerwise"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One row: a method, the layers that it removes, and the GPTQ after it."""
-
-    method: str = "dense"
-    removed: int = 0
-    bits: int | None = None
-    joint: bool = False
-
-    @property
-    def name(self) -> str:
-        """What its row and its checkpoint are called."""
-        return f"{self.method}-{self.removed}" + f"-{self.bits}bit" * bool(self.bits) + "-joint" * self.joint
-
-    @property
-    def base(self) -> "Job | None":
-        """The job whose checkpoint this one starts from, if that is not the source."""
-        if self.bits:
-            return replace(self, bits=None, joint=False)
-        method = self.method.removesuffix(LAYERWISE)
-        return replace(self, method=method) if method != self.method else None
-
-
-@dataclass(frozen=True)
-class Made:
-    """A checkpoint, the seconds that it took from the source on, and which old layers each layer is."""
-
-    path: Path
-    seconds: float
-    groups: list[list[int]] | None
-
-
-class Clock(Progress):
-    """Notes when each item was done."""
-
-    def track(self, items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
-        began, self.seconds = time.perf_counter(), list[float]()
-        for item in super().track(items, what, total):
-            yield item
-            self.seconds.append(time.perf_counter() - began)
-
-
-class Bench:
+class Bench(Maker):
     """Makes and measures checkpoints of one model.
 
     Args:
@@ -119,17 +57,16 @@ class Bench:
     def __init__(
         self, options: argparse.Namespace, source: Checkpoint, tokens: torch.Tensor, texts: dict[str, Text]
     ) -> None:
-        self.source, self.tokens, self.texts = source, tokens, texts
-        self.search, self.device = tokens[: options.search_sequences], pick_device(options.device)
-        self.walk, self.gptq_samples = self._walk(source), options.gptq_samples
-        removals = (layers_to_remove(source.num_layers, r, None, (1, 1)) for r in options.ratios)
-        self.removals = sorted(set(removals))
-        self.recovery = Tuning(options.recover_steps, "auto", batch_size=32, seed=0)
-        self.output = Output(source.dtype, baselines.SHARD_SIZE, Progress())
-        made_of = describe_files(source.path, source.files), tokens.tolist()
-        made_of += options.search_sequences, options.gptq_samples
-        self.folder = Path(options.work, options.name, digest_of(made_of)[:12])
-        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = Settings(
+            [layers_to_remove(source.num_layers, ratio, None, (1, 1)) for ratio in options.ratios],
+            options.search_sequences,
+            options.gptq_samples,
+            options.recover_steps,
+        )
+        super().__init__(
+            source, tokens, settings, Path(options.work, options.name), pick_device(options.device)
+        )
+        self.texts = texts
         measured_on = {name: text.sequences for name, text in texts.items()}
         self.rows = self.folder / f"rows-{digest_of(measured_on)[:12]}.jsonl"
 
@@ -138,102 +75,17 @@ class Bench:
         lines = self.rows.read_text().splitlines() if self.rows.exists() else []
         return {row["name"]: row for row in map(json.loads, lines)}
 
-    def name(self, job: Job) -> str:
-        """A job's name, with the settings that are its own."""
-        return job.name.replace(LAYERWISE, f"{LAYERWISE}{self.recovery.steps}")
-
     def row(self, job: Job) -> dict[str, Any]:
         """Makes what a job asks for, measures it, and keeps the row."""
         made = self.made(job)
         model = open_checkpoint(made.path, quantized=True)
-        walk = self._walk(model)
+        walk = self.walk_over(model)
         row = {"name": self.name(job), **asdict(job), "layers": model.num_layers, "bytes": model.nbytes}
         row |= {"dtype": str(self.source.dtype).removeprefix("torch."), "seconds": made.seconds}
         row["texts"] = {name: measure(walk, text) for name, text in self.texts.items()}
         with self.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         return row
-
-    def made(self, job: Job) -> Made:
-        """The checkpoint of a job, found or made."""
-        if job == Job():
-            return Made(self.source.path, 0.0, [[index] for index in range(self.source.num_layers)])
-        folder = self.folder / self.name(job)
-        if not folder.exists():
-            base = self.made(job.base) if job.base else None  # its time is its own
-            before = base.seconds if base else self.sleb(job.removed)[1] if job.method == "sleb" else 0.0
-            scratch = folder.with_name(f".{folder.name}")
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            began = time.perf_counter()
-            groups = self._make(job, base, scratch)
-            seconds = before + time.perf_counter() - began
-            write_json(scratch / "made.json", {"seconds": seconds, "groups": groups})
-            scratch.rename(folder)
-        return Made(folder, **json.loads((folder / "made.json").read_text()))
-
-    def sleb(self, removed: int) -> tuple[list[int], float]:
-        """The layers that SLEB removes, and the seconds until it knew: one search for all ratios."""
-        path = self.folder / "sleb.json"
-        if not path.exists() or len(json.loads(path.read_text())["order"]) < removed:
-            order = baselines.sleb(self.walk, self.search, self.removals[-1], clock := Clock())
-            write_json(path, {"order": order, "seconds": clock.seconds})
-        found = json.loads(path.read_text())
-        return found["order"][:removed], found["seconds"][removed - 1]
-
-    def _make(self, job: Job, base: Made | None, folder: Path) -> list[list[int]] | None:
-        """Writes a checkpoint; returns the runs of old layers that its layers stand for, if they do."""
-        if base:
-            step = self._quantize if job.bits else self._recover
-            step(job, base, folder)
-            return base.groups
-        if job.method in MERGES:
-            settings = {"layers": job.removed, **MERGES[job.method]}
-            made = merged(self.source, self.tokens, settings, folder, self.device, self.output.progress)
-            return [sorted(map(int, layer["from"])) for layer in made.facts["layers"]]
-        baselines.write_checkpoint(self.source, self._layers(job), folder, self.source.dtype)
-        if job.method != "sleb":
-            return None
-        first, *others = groups_of(self.sleb(job.removed)[0], self.source.num_layers)
-        return [list(range(first[-1] + 1)), *others]
-
-    def _layers(self, job: Job) -> Iterable[tuple[int, baselines.Tensors]]:
-        """The layers that a published method leaves, as `baselines.write_checkpoint` takes them."""
-        walk, removed, count = self.walk, job.removed, self.source.num_layers
-        match job.method:
-            case "reverse":
-                kept = baselines.reverse_order(count, removed)
-            case "shortgpt":
-                kept = baselines.shortgpt(walk, self.tokens, removed)
-            case "contiguous":
-                kept = baselines.contiguous(walk, self.tokens, removed)
-            case "sleb":
-                kept = sorted(set(range(count)) - set(self.sleb(removed)[0]))
-            case "laco":
-                return baselines.laco_layers(walk, baselines.laco(walk, self.search, removed))
-            case "replaceme":
-                return baselines.kept_layers(walk, *baselines.replaceme(walk, self.tokens, removed))
-        return baselines.kept_layers(walk, kept)
-
-    def _recover(self, job: Job, base: Made, folder: Path) -> None:
-        walk = self._walk(open_checkpoint(base.path))
-        samples = half_shuffled_samples(ALONE, self.tokens, 0)
-        recover(self._walk(self.source), walk, base.groups, samples, self.recovery, folder, self.output)
-
-    def _quantize(self, job: Job, base: Made, folder: Path) -> None:
-        model, tokens, target = open_checkpoint(base.path), self.tokens[: self.gptq_samples], None
-        if job.joint:
-            samples = half_shuffled_samples(ALONE, tokens, 0)
-            tokens, target = samples.tokens, JointTarget(self.walk, base.groups, samples)
-        names = model.arch.linear_names
-        widths = [model.tensors[model.arch.in_layer(0, f"{name}.weight")].shape[1] for name in names]
-        size = 32 if any(width % 128 for width in widths) else 128
-        section = GptqSection(method="gptq", bits=job.bits, group_size=size)
-        settings, config = section.model_dump(exclude={"method", "target"}), section.config(model.dtype)
-        quantize_gptq(self._walk(model), tokens, settings, config, folder, self.output, target)
-
-    def _walk(self, model: Checkpoint) -> LayerWalk:
-        return LayerWalk(model, self.device, compute_dtype(self.source.dtype, self.device))
 
 
 def main() -> None:
@@ -250,7 +102,7 @@ def main() -> None:
     for name, path in {"python": None, **dict(options.text)}.items():
         evaluated[name] = load_text(path, tokenizer, seen, options.eval_length, options.eval_sequences)
     bench = Bench(options, source, tokens, evaluated)
-    record = describe_run(options, bench)
+    record = describe_run(options, bench, evaluated, "quality")
     chosen = jobs(options.methods, bench.removals, options.bits)
     if options.finished:
         chosen = [job for job in chosen if bench.name(job) in bench.finished()]
@@ -286,12 +138,14 @@ def jobs(methods: Sequence[str], removals: Sequence[int], bits: int) -> list[Job
     return result
 
 
-def describe_run(options: argparse.Namespace, bench: Bench) -> dict[str, Any]:
-    """What the results depend on, without this machine's paths."""
+def describe_run(
+    options: argparse.Namespace, bench: Maker, texts: dict[str, Text], module: str
+) -> dict[str, Any]:
+    """What the results of a benchmark (a module here) depend on, without this machine's paths."""
     shown = {**vars(options), "text": [f"{name}={path}" for name, path in options.text]}
     config = bench.source.hf_config
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.quality", *map(without_folder, sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *map(without_folder, sys.argv[1:])]),
         "machine": {
             "processor": platform.machine(),
             "cores": os.cpu_count(),
@@ -306,7 +160,7 @@ def describe_run(options: argparse.Namespace, bench: Bench) -> dict[str, Any]:
             "parameters": bench.source.parameters,
         },
         "calibration": list(bench.tokens.shape),
-        "left_out": {name: text.left_out for name, text in bench.texts.items()},
+        "left_out": {name: text.left_out for name, text in texts.items()},
         "options": {key: without_folder(value) for key, value in shown.items()},
         "libraries": library_versions(),
     }

@@ -1,7 +1,8 @@
 """The texts of benchmarks/quality.py: nothing in them is calibration text, and errors are over documents."""
 
+import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,21 +66,62 @@ def windows(rows: Iterable[Sequence[int]]) -> set[int]:
 
 
 @torch.no_grad()
-def measure(walk: LayerWalk, text: Text) -> dict[str, Any]:
-    """Token-weighted perplexity, and its standard error over documents."""
+def last_states(walk: LayerWalk, text: Text) -> torch.Tensor:
+    """The last layer's output on a text, shape (sequences, longest sequence, hidden_size)."""
     rows = [row for _, row in text.sequences]
     length = max(map(len, rows))
     states = walk.embed(torch.tensor([row + row[-1:] * (length - len(row)) for row in rows]))
     for index in range(walk.num_layers):
         with walk.layer(index) as layer:
             walk.run_all(layer, index, states)
-    losses, counts = dict[int, float](), dict[int, int]()
-    with walk.head() as head:
-        for (number, row), state in zip(text.sequences, states, strict=True):
-            logits = head(state[None, : len(row)])[0, :-1].float()
-            targets = torch.tensor(row[1:], device=logits.device)
-            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    return states
+
+
+@torch.no_grad()
+def measure(
+    walk: LayerWalk, text: Text, source: tuple[LayerWalk, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """Token-weighted perplexity, and its standard error over documents.
+
+    Args:
+        walk: The model.
+        text: What it reads.
+        source: Another model and its `last_states` on this text. The logits of both are made side by
+            side, a sequence at a time, and the divergence KL(source || model) per predicted token is
+            measured too, in nats.
+    """
+    states = last_states(walk, text)
+    losses, divergences, counts = dict[int, float](), dict[int, float](), dict[int, int]()
+    with ExitStack() as stack:
+        head = stack.enter_context(walk.head())
+        source_head = stack.enter_context(source[0].head()) if source else None
+        for at, (number, row) in enumerate(text.sequences):
+            scores = head(states[at : at + 1, : len(row)])[0, :-1].float().log_softmax(-1)
+            targets = torch.tensor(row[1:], device=scores.device)
+            loss = torch.nn.functional.nll_loss(scores, targets, reduction="sum").item()
             losses[number] = losses.get(number, 0.0) + loss
             counts[number] = counts.get(number, 0) + len(targets)
+            if source and source_head:
+                wanted = source_head(source[1][at : at + 1, : len(row)])[0, :-1].float().log_softmax(-1)
+                away = torch.nn.functional.kl_div(scores, wanted, reduction="sum", log_target=True).item()
+                divergences[number] = divergences.get(number, 0.0) + away
     found = summarize(list(losses.values()), list(counts.values())).as_json()
-    return {**found, "documents": found.pop("sequences"), "sequences": len(rows)}
+    result = {**found, "documents": found.pop("sequences"), "sequences": len(text.sequences)}
+    if source:
+        mean, error = mean_per_token(list(divergences.values()), list(counts.values()))
+        result |= {"kl": mean, "kl_error": error}
+    return result
+
+
+def mean_per_token(sums: list[float], counts: list[int]) -> tuple[float, float | None]:
+    """Mean per token, and its standard error over documents: None of a single document.
+
+    Args:
+        sums: Of each document.
+        counts: The tokens of each document.
+    """
+    tokens, documents = sum(counts), len(sums)
+    mean = math.fsum(sums) / tokens
+    spread = math.fsum((total - mean * count) ** 2 for total, count in zip(sums, counts, strict=True))
+    error = math.sqrt(spread * documents / (documents - 1)) / tokens if documents > 1 else None
+    return mean, error
