@@ -79,6 +79,7 @@ def section(recipe: Recipe, source: Checkpoint) -> AnalysisSection | None:
     merge = recipe.merge
     if merge is None:
         return None
+    assert merge.fuse is not None, "the recipe is fitted to the family first"
     candidates: list[tuple[int, int]] = []
     if merge.order == "measured":
         layers = source.num_layers

@@ -266,6 +266,7 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
     from mkaq.run.memory import merging
     from mkaq.run.work import fusing
 
+    assert section.fuse is not None, "the recipe is fitted to the family first"
     source, removed = task.source, section.removed(before.layers)
     left, free = before.layers - removed, before.layers - sum(section.protect.both())
     keep_layers(source.config, source.hf_config.to_dict(), range(left), source.path / "config.json")
