@@ -14,7 +14,7 @@ from mkaq.merge.groups import MergePlan
 from mkaq.merge.origins import Origins, as_tensor
 
 if TYPE_CHECKING:
-    from mkaq.stages.merge import NewLayer
+    from mkaq.stages.merge_parts import NewLayer
 
 
 @dataclass(frozen=True)
