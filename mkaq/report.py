@@ -27,7 +27,7 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 </style>
 <h1>{{ m.name }}</h1>
 <p>{{ m.source.path }} ({{ m.source.model_type }}), by mkaq {{ m.mkaq_version }}.</p>
-<table><tr><th>stage<th>layers<th>parameters<th>bytes<th>perplexity</tr>
+<table><tr><th>stage<th>layers<th>parameters<th>bytes<th>perplexity<th>how</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
 {% endfor %}</table>
 {% if m.budget %}<h2>Budget</h2>
@@ -50,13 +50,16 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 """
 
 
-def table_rows(sizes: list[ModelSize], evaluation: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Stage, layers, parameters, bytes and perplexity, as text."""
+def table_rows(
+    sizes: list[ModelSize], evaluation: dict[str, Any]
+) -> list[tuple[str, str, str, str, str, str]]:
+    """Stage, layers, parameters, bytes, perplexity, and how it was made, as text."""
     rows = []
     for size in sizes:
         measured = evaluation.get(size.stage, {}).get("perplexity")
         perplexity = with_error(measured["perplexity"], measured["standard_error"], 2) if measured else "-"
-        rows.append((size.stage, str(size.layers), f"{size.parameters:,}", human(size.bytes), perplexity))
+        weights = f"{size.parameters:,}", human(size.bytes)
+        rows.append((size.stage, str(size.layers), *weights, perplexity, size.how))
     return rows
 
 

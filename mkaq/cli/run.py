@@ -85,7 +85,7 @@ def _print_run(result: "RunResult", runtime_rows: "Sequence[Runtime]", until: st
     from mkaq.report import table_rows
 
     print_table(
-        ("stage", "layers", "parameters", "bytes on disk", "perplexity"),
+        ("stage", "layers", "parameters", "bytes on disk", "perplexity", "how"),
         table_rows(result.sizes, result.evaluation),
     )
     for line in describe(runtime_rows) if runtime_rows else ():
@@ -174,8 +174,8 @@ def _print_plan(forecast: _Forecast, processes: int) -> None:
         sizes = [(str(o.removed), str(o.bits or "-"), human(o.bytes)) for o in planned.options]
         print_table(("layers removed", "bits", "bytes of weights"), sizes)
         print("the run tries these against the budget; at most it needs:")
-    rows = [row[:4] for row in table_rows(list(planned.sizes), {})]
-    print_table(("stage", "layers", "parameters", "bytes of weights"), rows)
+    rows = [(*row[:4], row[-1]) for row in table_rows(list(planned.sizes), {})]
+    print_table(("stage", "layers", "parameters", "bytes of weights", "how"), rows)
     needs = ", ".join(f"{stage} {human(need)}" for stage, need in planned.memory.items())
     per_process = "" if processes == 1 else f" of each of {processes} processes"
     print(f"memory: about {human(planned.memory_bytes)} at the peak{per_process} ({needs})")

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Size of the model after a stage; `bytes` counts the weights."""
+    """Size of the model after a stage, and how it was made; `bytes` counts the weights."""
 
     stage: str
     layers: int
     parameters: int
     bytes: int
+    how: str = ""
 
 
 @dataclass(frozen=True)

@@ -96,12 +96,12 @@ class Job:
             "bytes_after": new.bytes,
         }
 
-    def advance(self, name: str, record: "type[Step]", mode: "Mode") -> None:
+    def advance(self, name: str, record: "type[Step]", mode: "Mode", how: str) -> None:
         """Makes a stage's published checkpoint the current model, and adds its record."""
         step = record.model_validate_json((self.path(name) / RECORD).read_bytes())
         self.model, self.last = open_checkpoint(self.path(name), quantized=True), name
         self.steps.append(step)
-        self.sizes.append(_size(name, self.model))
+        self.sizes.append(_size(name, self.model, how))
         self.note(name, mode)
         for computation, its_mode in step.modes().items():
             self.note(computation, its_mode)
@@ -165,5 +165,5 @@ class Job:
         }
 
 
-def _size(stage: str, model: Checkpoint) -> ModelSize:
-    return ModelSize(stage, model.num_layers, model.parameters, model.nbytes)
+def _size(stage: str, model: Checkpoint, how: str = "") -> ModelSize:
+    return ModelSize(stage, model.num_layers, model.parameters, model.nbytes, how)

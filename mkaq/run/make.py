@@ -64,7 +64,7 @@ class Maker:
             return digests
 
         self._make(stage, stage.NAME, section, job, build)
-        job.advance(stage.NAME, stage.Record, mode)
+        job.advance(stage.NAME, stage.Record, mode, section.how())
 
     def make(self, stage: "Stage", section: "Section", job: Job, of: str = "") -> str:
         """Makes a stage that makes no model, for the job or for one of its models; returns its name."""

@@ -35,6 +35,10 @@ class Section(BaseModel):
             raise ValueError(NO_TEXT)
         return value
 
+    def how(self) -> str:
+        """What it asks for, in a few words for a table."""
+        return ""
+
 
 class TextSection(Section):
     """Where text comes from and how much of it is read."""

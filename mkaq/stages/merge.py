@@ -107,6 +107,10 @@ class MergeSection(Section):
         given = self.model_dump(exclude_none=True)
         return MergeSection.model_validate(given | {"fuse": "average" if unsolvable(arch) else "channels"})
 
+    def how(self) -> str:
+        """How layers are merged, and chosen."""
+        return f"{self.fuse}, {self.order}"
+
     def removed(self, num_layers: int) -> int:
         """The number of layers to remove from a model of `num_layers`.
 
@@ -194,9 +198,10 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
     if section.fuse == "channels":
         check_solvable(source, task.samples, "merge.fuse: channels", _INSTEAD)
     parameters = before.parameters - removed * source.count_weights(source.layer_tensor_names(0))
+    size = parameters * task.dtype.itemsize
     need = merging(task, section.fuse, longest_group(free, removed), section.coefficient == "measured")
     done = Work(exact=fusing(task, left)) if section.fuse == "channels" else Work()
-    return Estimate(need, ModelSize(NAME, left, parameters, parameters * task.dtype.itemsize), done)
+    return Estimate(need, ModelSize(NAME, left, parameters, size, section.how()), done)
 
 
 def run(section: MergeSection, job: Job, folder: Path) -> Made:

@@ -61,6 +61,10 @@ class GptqSection(Section):
             damp_percent=self.damp_percent,
         )
 
+    def how(self) -> str:
+        """The method, its bits and its groups."""
+        return f"gptq, {self.bits} bits, group_size {self.group_size}"
+
 
 class BitsandbytesSection(Section):
     """bitsandbytes int8 (arXiv 2208.07339) or 4-bit (arXiv 2305.14314), through its library."""
@@ -99,6 +103,10 @@ class BitsandbytesSection(Section):
             double_quant=self.double_quant,
             compute_dtype=str(self.compute_dtype) if own else str(dtype).removeprefix("torch."),
         )
+
+    def how(self) -> str:
+        """The library, and its code."""
+        return f"bitsandbytes, {self.quant_type or 'int8'}"
 
 
 QuantizeSection = GptqSection | BitsandbytesSection
@@ -193,7 +201,7 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
     dense = before.parameters - before.layers * sum(rows * columns for rows, columns in shapes)
     stored = sum(format_of(config).stored_bytes(shape, config) for shape in shapes)
     size = dense * task.dtype.itemsize + before.layers * stored
-    return Estimate(need, ModelSize(NAME, before.layers, before.parameters, size), done)
+    return Estimate(need, ModelSize(NAME, before.layers, before.parameters, size, section.how()), done)
 
 
 def run(section: QuantizeSection, job: Job, folder: Path) -> Made:

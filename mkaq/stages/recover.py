@@ -36,6 +36,10 @@ class LayerwiseSection(Section):
     batch_size: int = Field(default=32, ge=1, le=4096)
     """Largest number of sequences per step; the calibration may have fewer."""
 
+    def how(self) -> str:
+        """The method, and its steps."""
+        return f"{self.method}, {self.steps} steps"
+
 
 class RecoveredLayer(Part):
     """A tuned layer; errors are the mean of |output - original|^2 / |original|^2 over held-out tokens."""
@@ -93,7 +97,7 @@ def estimate(section: LayerwiseSection, before: ModelSize, task: Task) -> Estima
     from mkaq.run.memory import tuning
 
     size = before.parameters * task.dtype.itemsize
-    after = ModelSize(NAME, before.layers, before.parameters, size)
+    after = ModelSize(NAME, before.layers, before.parameters, size, section.how())
     operations = work.tuning(task, before.layers, section.steps, section.batch_size)
     return Estimate(tuning(task, section.batch_size), after, Work(fast=operations))
 
