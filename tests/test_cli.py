@@ -100,6 +100,11 @@ def test_run_prints_a_table_and_where_the_artifact_is(
     assert runs[1].startswith("MLX: no, because ") and len(runs) == 4
     assert [row.split()[0] for row in rows] == ["source", "merge", "quantize"]
     assert all("±" in row for row in rows)
+    assert [row.split("  ")[-1].strip() for row in (header, *rows[1:])] == [
+        "how",
+        "average, similarity",
+        "gptq, 4 bits, group_size 32",
+    ]
     assert last == f"artifact: {copy / 'artifact'}"
     assert (copy / "report.html").stat().st_size > 5000
     log = json.loads((copy / "run.json").read_text())

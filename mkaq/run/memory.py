@@ -89,10 +89,11 @@ def _fusing(shape: _Shape, group: int, tokens: int, length: int) -> int:
     """Bytes of a group's layers as modules, of their channels' outputs for a batch, and of the moments."""
     channels = group * shape.intermediate
     kept = channels if group == 1 else int(CANDIDATES * shape.intermediate)
-    moments = 8 * (2 * kept**2 + 3 * kept * shape.hidden)  # the Gram matrix and its inverse
-    modules = group * shape.layer * (shape.stored + 2 * shape.exact)
-    features = _batch(tokens, length) * 4 * (2 * channels + 2 * kept)
-    return modules + features + moments + shape.batch(_batch(tokens, length), shape.exact)
+    readers = 2 * shape.hidden * shape.intermediate  # of channels, as stored and as computed
+    modules = (group + 1) * shape.layer * shape.stored + group * readers * (shape.stored + shape.exact)
+    summing = 4 * (kept**2 + kept * shape.hidden) + _batch(tokens, length) * 4 * (2 * channels + 2 * kept)
+    choosing = 4 * (3 * kept**2 + 2 * kept * shape.hidden)  # the Gram matrix, its factor and its inverse
+    return modules + max(summing + shape.batch(_batch(tokens, length), shape.exact), choosing)
 
 
 def tuning(task: Task, batch_size: int) -> Need:
