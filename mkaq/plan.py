@@ -118,6 +118,7 @@ def plan_run(
     """Plans a run without a budget; arguments and errors as for `plan_recipe`."""
     if recipe.merge is None and recipe.quantize is None:
         raise UsageError("nothing to do: merge and quantize are both null", where="recipe")
+    recipe = recipe.fitted(source.arch)
     calibration, dtype = recipe.calibration, dtype_of(recipe, source)
     samples, length = calibration.num_samples, calibration.max_seq_length
     task = Task(source, device, dtype, samples, length, processes)

@@ -16,7 +16,8 @@ Matrix = npt.NDArray[np.float64]
 
 
 def section(first: int = 0, last: int = 0, **settings: Any) -> MergeSection:
-    return MergeSection(protect=ProtectSection(first=first, last=last), **settings)
+    paper = {"order": "similarity", "coefficient": "similarity"}
+    return MergeSection(protect=ProtectSection(first=first, last=last), **paper | settings)
 
 
 def planned(merge: MergeSection, similarity: Matrix) -> MergePlan:

@@ -85,7 +85,7 @@ def test_two_processes_do_what_one_does(
         json.loads((f / "evaluate/quantize/evaluation.json").read_text())["perplexity"] for f in (one, two)
     ]
     assert measured[0]["tokens"] == measured[1]["tokens"]
-    assert measured[0]["perplexity"] == pytest.approx(measured[1]["perplexity"], rel=2e-3)
+    assert measured[0]["perplexity"] == pytest.approx(measured[1]["perplexity"], rel=1e-2)
     assert mkaq("verify", two / "artifact").code == 0
     log = json.loads((two / "run.json").read_text())
     assert log["processes"] == 2 and not any(row["reused"] for row in log["stages"])
