@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import describe_files, digest_of
+from mkaq.errors import MkaqError
 from mkaq.files import write_json
 from mkaq.fit.hold_out import half_shuffled_samples
 from mkaq.merge.segment import groups_of
@@ -215,3 +216,31 @@ class Maker:
     def walk_over(self, model: Checkpoint) -> LayerWalk:
         """A walk in the dtype that everything is made and measured in."""
         return LayerWalk(model, self.device, compute_dtype(self.source.dtype, self.device))
+
+
+def rows_of(
+    chosen: Iterable[Job],
+    row_of: Callable[[Job], dict[str, Any] | None],
+    describe: Callable[[dict[str, Any]], str],
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows of all jobs, and why there is none of some; says each as it is done.
+
+    Args:
+        chosen: The jobs; what starts from a job that is not possible is left out.
+        row_of: Finds or makes a row; None if there is none.
+        describe: A row in one line.
+    """
+    rows, failed, lost = list[dict[str, Any]](), dict[str, str](), set[Job | None]()
+    for job in chosen:
+        if job.base in lost:
+            lost.add(job)
+            continue
+        try:
+            if row := row_of(job):
+                rows.append(row)
+                print(describe(row), flush=True)
+        except (MkaqError, ValueError, torch.linalg.LinAlgError) as error:
+            lost.add(job)
+            failed[job.name] = error.what if isinstance(error, MkaqError) else str(error)
+            print(f"{job.name}: not possible: {failed[job.name]}", flush=True)
+    return rows, failed

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.checkpoints import Job, Maker, Settings
+from benchmarks.checkpoints import Job, Maker, Settings, rows_of
 from benchmarks.quality_report import describe, write_report
 from benchmarks.quality_text import Text, load_text, measure, text_of, windows
 from mkaq.calibrate.text import documents
@@ -34,7 +34,6 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import digest_of, library_versions
-from mkaq.errors import MkaqError
 from mkaq.heap import arrange_heap
 from mkaq.merge.groups import layers_to_remove
 from mkaq.walk.device import pick_device
@@ -103,28 +102,15 @@ def main() -> None:
         evaluated[name] = load_text(path, tokenizer, seen, options.eval_length, options.eval_sequences)
     bench = Bench(options, source, tokens, evaluated)
     record = describe_run(options, bench, evaluated, "quality")
-    chosen = jobs(options.methods, bench.removals, options.bits)
+    chosen, finished = jobs(options.methods, bench.removals, options.bits), bench.finished()
     if options.finished:
-        chosen = [job for job in chosen if bench.name(job) in bench.finished()]
-    record["rows"], record["failed"] = run(bench, chosen)
+        chosen = [job for job in chosen if bench.name(job) in finished]
+
+    def row_of(job: Job) -> dict[str, Any]:
+        return finished.get(bench.name(job)) or bench.row(job)
+
+    record["rows"], record["failed"] = rows_of(chosen, row_of, describe)
     print(write_report(record, options.name))
-
-
-def run(bench: Bench, chosen: Sequence[Job]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The rows of all jobs, and why there is none of some; says each as it is done."""
-    finished, failed, rows, lost = bench.finished(), dict[str, str](), [], set[Job | None]()
-    for job in chosen:
-        if job.base in lost:
-            lost.add(job)
-            continue
-        try:
-            rows.append(finished.get(bench.name(job)) or bench.row(job))
-            print(describe(rows[-1]), flush=True)
-        except (MkaqError, ValueError, torch.linalg.LinAlgError) as error:
-            lost.add(job)
-            failed[job.name] = error.what if isinstance(error, MkaqError) else str(error)
-            print(f"{job.name}: not possible: {failed[job.name]}", flush=True)
-    return rows, failed
 
 
 def jobs(methods: Sequence[str], removals: Sequence[int], bits: int) -> list[Job]:

@@ -1,6 +1,5 @@
 """The texts of benchmarks/quality.py: nothing in them is calibration text, and errors are over documents."""
 
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import evaluation_sequences
 from mkaq.errors import UsageError
-from mkaq.evaluate.perplexity import summarize
+from mkaq.evaluate.perplexity import mean_per_token, summarize
 from mkaq.walk.walk import LayerWalk
 
 WINDOW, DOCUMENT = 32, 20_000
@@ -72,8 +71,7 @@ def last_states(walk: LayerWalk, text: Text) -> torch.Tensor:
     length = max(map(len, rows))
     states = walk.embed(torch.tensor([row + row[-1:] * (length - len(row)) for row in rows]))
     for index in range(walk.num_layers):
-        with walk.layer(index) as layer:
-            walk.run_all(layer, index, states)
+        walk.pass_layer(index, states)
     return states
 
 
@@ -111,17 +109,3 @@ def measure(
         mean, error = mean_per_token(list(divergences.values()), list(counts.values()))
         result |= {"kl": mean, "kl_error": error}
     return result
-
-
-def mean_per_token(sums: list[float], counts: list[int]) -> tuple[float, float | None]:
-    """Mean per token, and its standard error over documents: None of a single document.
-
-    Args:
-        sums: Of each document.
-        counts: The tokens of each document.
-    """
-    tokens, documents = sum(counts), len(sums)
-    mean = math.fsum(sums) / tokens
-    spread = math.fsum((total - mean * count) ** 2 for total, count in zip(sums, counts, strict=True))
-    error = math.sqrt(spread * documents / (documents - 1)) / tokens if documents > 1 else None
-    return mean, error

@@ -32,13 +32,14 @@ from typing import Any
 import torch
 
 from benchmarks import smollm2
-from benchmarks.checkpoints import Job, Maker, Settings
+from benchmarks.checkpoints import Job, Maker, Settings, rows_of
 from benchmarks.machine import machine
 from benchmarks.process_tree import CommandError, run_measured
 from benchmarks.quality import describe_run
 from benchmarks.quality_report import RESULTS
 from benchmarks.quality_text import Text, last_states, load_text, measure, text_of, windows
 from benchmarks.real_harness import Harness, find_sentences_in, prepare
+from benchmarks.real_plot import AFTER
 from benchmarks.real_report import describe, write_report
 from benchmarks.real_tasks import IFEVAL, ZERO_SHOT, sentence_data, write_task, write_task_file
 from mkaq.calibrate.text import documents
@@ -48,7 +49,7 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import digest_of
-from mkaq.errors import MkaqError, UsageError
+from mkaq.errors import UsageError
 from mkaq.files import replace_json
 from mkaq.heap import arrange_heap
 from mkaq.merge.groups import layers_to_remove
@@ -58,7 +59,7 @@ WORKER = Path(__file__).resolve().with_name("decode_worker.py")
 ALONE = "gptq"
 KEY = ("channels+layerwise", "channels", "sleb")
 REST = ("average", "replaceme", "shortgpt")
-BITS, AFTER = (3, 4, 2, 8), 4  # of the source alone, and after layers were removed
+BITS = 3, 4, 2, 8  # of the source alone
 
 
 class Bench(Maker):
@@ -207,7 +208,8 @@ def main() -> None:
     record["outer_bytes"] = sum(source.tensors[name].nbytes for name in source.outer_tensor_names)
     record["note"] = smollm2.NOTE if options.model == smollm2.NAME else None
     record["tasks"] = {"zero_shot": [task for task in ZERO_SHOT if task in tasks], "dtype": str(bench.dtype)}
-    record["rows"], record["failed"] = run(bench, jobs(options.methods, options.removed))
+    chosen = jobs(options.methods, options.removed)
+    record["rows"], record["failed"] = rows_of(chosen, bench.row, describe)
     print(write_report(record, options.name, Path(options.results or RESULTS)))
 
 
@@ -231,24 +233,6 @@ def prepared_tasks(options: argparse.Namespace, work: Path) -> tuple[dict[str, s
     if IFEVAL in found:
         find_sentences_in(sentence_data(work / "nltk_data"))
     return found, folder, [task for task in wanted if task not in found]
-
-
-def run(bench: Bench, chosen: Sequence[Job]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The rows of all jobs, and why there is none of some; says each as it is done."""
-    rows, failed, lost = list[dict[str, Any]](), dict[str, str](), set[Job | None]()
-    for job in chosen:
-        if job.base in lost:
-            lost.add(job)
-            continue
-        try:
-            if row := bench.row(job):
-                rows.append(row)
-                print(describe(row), flush=True)
-        except (MkaqError, ValueError, torch.linalg.LinAlgError) as error:
-            lost.add(job)
-            failed[job.name] = error.what if isinstance(error, MkaqError) else str(error)
-            print(f"{job.name}: not possible: {failed[job.name]}", flush=True)
-    return rows, failed
 
 
 def jobs(methods: Sequence[str], removals: Sequence[int]) -> list[Job]:

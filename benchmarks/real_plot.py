@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 from benchmarks.quality_report import COLOURS, LABELS, marker, weights
 
 WIDE = 20  # what has more than so many times the least perplexity lies above the plot
-AFTER = 4  # bits of the source from which the lines of what is quantized start
+AFTER = 4  # bits after layers were removed, and of the source from which their lines start
 Row = dict[str, Any]
 
 

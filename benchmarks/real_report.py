@@ -8,11 +8,11 @@ from typing import Any
 
 from benchmarks.quality_report import LABELS, RESULTS, perplexity_of, share, weights
 from benchmarks.real_plot import plot
+from benchmarks.real_tasks import IFEVAL
 from mkaq.files import write_json
 from mkaq.report import with_error
 
 Row = dict[str, Any]
-IFEVAL = "ifeval"
 
 
 def write_report(record: dict[str, Any], name: str, folder: Path = RESULTS) -> str:

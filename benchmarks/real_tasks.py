@@ -5,7 +5,7 @@ JSON lines with a query, the choices and the number of the right one; WinoGrande
 one continuation, LAMBADA a context and its last word, HellaSwag six lines an item (context, label, four
 endings), and IFEval its own form.
 
-`mkaq evaluate --tasks NAME --include-path FOLDER` runs what is written here, too.
+`mkaq eval MODEL --tasks NAME --include-path FOLDER` runs what is written here, too.
 """
 
 import bz2

@@ -46,11 +46,11 @@ def codes(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("merge", "recover", "target", "differing"),
+    ("merge", "recover", "target", "differing", "apart"),
     [
-        (AVERAGE, None, "input", 1e-3),
-        (CHANNELS, None, "source", 8e-2),  # solved on few tokens: the last bits of sums go far, how far
-        (CHANNELS, RECOVER, "input", 8e-2),  # depends on the processor (0.0004 on one, 0.04 on another)
+        (AVERAGE, None, "input", 1e-3, 2e-3),
+        (CHANNELS, None, "source", 8e-2, 1e-2),  # solved on few tokens: the last bits of sums go far, how far
+        (CHANNELS, RECOVER, "input", 8e-2, 2e-3),  # depends on the processor (0.0004 on one, 0.04 on another)
     ],
     ids=["paper", "fused", "tuned"],
 )
@@ -59,6 +59,7 @@ def test_two_processes_do_what_one_does(
     recover: dict[str, Any] | None,
     target: str,
     differing: float,
+    apart: float,
     recipe: Callable[..., Path],
     mkaq: Callable[..., Outcome],
     tmp_path: Path,
@@ -85,7 +86,7 @@ def test_two_processes_do_what_one_does(
         json.loads((f / "evaluate/quantize/evaluation.json").read_text())["perplexity"] for f in (one, two)
     ]
     assert measured[0]["tokens"] == measured[1]["tokens"]
-    assert measured[0]["perplexity"] == pytest.approx(measured[1]["perplexity"], rel=1e-2)
+    assert measured[0]["perplexity"] == pytest.approx(measured[1]["perplexity"], rel=apart)
     assert mkaq("verify", two / "artifact").code == 0
     log = json.loads((two / "run.json").read_text())
     assert log["processes"] == 2 and not any(row["reused"] for row in log["stages"])

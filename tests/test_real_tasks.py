@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from benchmarks.checkpoints import Job
-from benchmarks.quality_text import Text, last_states, mean_per_token, measure
+from benchmarks.quality_text import Text, last_states, measure
 from benchmarks.real_model import jobs, main
 from benchmarks.real_report import complete, differences, mean_of, write_report
 from benchmarks.real_tasks import (
@@ -27,7 +27,7 @@ from benchmarks.real_tasks import (
 )
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import UsageError
-from mkaq.evaluate.perplexity import perplexity
+from mkaq.evaluate.perplexity import mean_per_token, perplexity
 from mkaq.progress import Progress
 from mkaq.walk.walk import LayerWalk
 from tests.tiny import FAMILIES, make_model

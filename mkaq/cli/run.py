@@ -112,7 +112,6 @@ def plan(
     from mkaq.walk.device import pick_device
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
-    loaded = loaded.fitted(source.arch)
     for remark in source.remarks:
         print(f"note: {remark}", file=sys.stderr)
     torch_device, limit = pick_device(device), options.bytes(max_memory)

@@ -70,10 +70,19 @@ def perplexity(
 
 def summarize(losses: list[float], counts: list[int]) -> Perplexity:
     """Token-weighted perplexity from the summed loss (nats) and the token count of each sequence."""
-    tokens, total = sum(counts), math.fsum(losses)
-    mean = total / tokens
-    spread = math.fsum((loss - mean * count) ** 2 for loss, count in zip(losses, counts, strict=True))
-    count = len(losses)
+    mean, error = mean_per_token(losses, counts)
     value = math.exp(min(mean, 700.0))
-    error = value * math.sqrt(spread * count / (count - 1)) / tokens if count > 1 else None
-    return Perplexity(value, error, tokens, count)
+    return Perplexity(value, None if error is None else value * error, sum(counts), len(losses))
+
+
+def mean_per_token(sums: list[float], counts: list[int]) -> tuple[float, float | None]:
+    """The mean per token, and its standard error from the spread over sequences; None for a single one.
+
+    Args:
+        sums: The sum over the tokens of each sequence.
+        counts: The number of tokens of each.
+    """
+    tokens, count = sum(counts), len(sums)
+    mean = math.fsum(sums) / tokens
+    spread = math.fsum((total - mean * own) ** 2 for total, own in zip(sums, counts, strict=True))
+    return mean, math.sqrt(spread * count / (count - 1)) / tokens if count > 1 else None
