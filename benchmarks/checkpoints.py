@@ -18,7 +18,7 @@ from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import describe_files, digest_of
 from mkaq.errors import MkaqError
 from mkaq.files import write_json
-from mkaq.fit.hold_out import half_shuffled_samples
+from mkaq.fit.hold_out import calibration_samples
 from mkaq.merge.segment import groups_of
 from mkaq.progress import Progress
 from mkaq.quantize.gptq_layers import quantize_gptq
@@ -198,13 +198,13 @@ class Maker:
 
     def _recover(self, job: Job, base: Made, folder: Path) -> None:
         walk = self.walk_over(open_checkpoint(base.path))
-        samples = half_shuffled_samples(ALONE, self.tokens, 0)
+        samples = calibration_samples(ALONE, self.tokens, 0)
         recover(self.walk_over(self.source), walk, base.groups, samples, self.recovery, folder, self.output)
 
     def _quantize(self, job: Job, base: Made, folder: Path) -> None:
         model, tokens, target = open_checkpoint(base.path), self.tokens[: self.gptq_samples], None
         if job.joint:
-            samples = half_shuffled_samples(ALONE, tokens, 0)
+            samples = calibration_samples(ALONE, tokens, 0)
             tokens, target = samples.tokens, JointTarget(self.walk, base.groups, samples)
         names = model.arch.linear_names
         widths = [model.tensors[model.arch.in_layer(0, f"{name}.weight")].shape[1] for name in names]

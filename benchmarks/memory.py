@@ -36,7 +36,7 @@ LOAD = (
 )
 NOTHING = (
     "import torch, transformers, mkaq.plan, mkaq.merge.fused, mkaq.quantize.gptq_layers;"
-    "import mkaq.quantize.bnb_layers, mkaq.recover.layerwise;"
+    "import mkaq.quantize.each, mkaq.quantize.bnb, mkaq.recover.layerwise;"
     "from transformers import AutoModelForCausalLM; "
 )
 

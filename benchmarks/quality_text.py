@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mkaq.calibrate.text import documents
-from mkaq.calibrate.tokens import evaluation_sequences
+from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences
 from mkaq.errors import UsageError
 from mkaq.evaluate.perplexity import mean_per_token, summarize
 from mkaq.walk.walk import LayerWalk
@@ -31,7 +31,21 @@ class Text:
 
 def text_of(path: str | None) -> tuple[str, str | None]:
     """Data set and path."""
-    return ("text", path) if path else ("builtin", None)
+    if not path:
+        return "builtin", None
+    return "jsonl" if path.endswith(".jsonl") else "text", path
+
+
+def calibration_of(
+    paths: Sequence[str], tokenizer: Any, num_samples: int, max_seq_length: int
+) -> torch.Tensor:
+    """Calibration tokens, as many from each file, in turn; shape (num_samples, max_seq_length)."""
+    sources, rows = paths or [None], []
+    for number, path in enumerate(sources):
+        count = len(range(number, num_samples, len(sources)))
+        texts = documents(*text_of(path), "calibrate")
+        rows.append(iter(calibration_tokens(texts, tokenizer, count, max_seq_length, 0)))
+    return torch.stack([next(rows[at % len(rows)]) for at in range(num_samples)])
 
 
 def load_text(path: str | None, tokenizer: Any, seen: set[int], length: int, limit: int | None) -> Text:

@@ -37,14 +37,12 @@ from benchmarks.machine import machine
 from benchmarks.process_tree import CommandError, run_measured
 from benchmarks.quality import describe_run
 from benchmarks.quality_report import RESULTS
-from benchmarks.quality_text import Text, last_states, load_text, measure, text_of, windows
+from benchmarks.quality_text import Text, calibration_of, last_states, load_text, measure, windows
 from benchmarks.real_harness import Harness, find_sentences_in, prepare
 from benchmarks.real_plot import AFTER
 from benchmarks.real_report import describe, write_report
 from benchmarks.real_tasks import IFEVAL, ZERO_SHOT, sentence_data, write_task, write_task_file
-from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
-from mkaq.calibrate.tokens import calibration_tokens
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
@@ -195,8 +193,8 @@ def main() -> None:
     for removed in options.removed:
         layers_to_remove(source.num_layers, None, removed, (1, 1))  # refuses what cannot be
     tokenizer = load_tokenizer(source.path)
-    texts = documents(*text_of(options.calibration), "calibrate")
-    tokens = calibration_tokens(texts, tokenizer, options.num_samples, options.max_seq_length, 0)
+    sizes = options.num_samples, options.max_seq_length
+    tokens = calibration_of(options.calibration, tokenizer, *sizes)
     seen, evaluated = windows(tokens.tolist()), {}
     for name, path in (dict(options.text) or {"python": None}).items():
         evaluated[name] = load_text(path, tokenizer, seen, options.eval_length, options.eval_sequences)
@@ -272,7 +270,8 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", help=f"a folder or a built-in model; {smollm2.NAME} if absent")
-    add("--calibration", metavar="FILE", help="a text file; English that Python carries if absent")
+    add("--calibration", metavar="FILE", action="append", default=[], help="text, or jsonl; of several as "
+        "much from each; English that Python carries if absent")  # fmt: skip
     add("--text", metavar="NAME=FILE", type=named_file, action="append", default=[], help="for perplexity; "
         "English that Python carries if absent")  # fmt: skip
     add("--eval-data", metavar="FOLDER", help="files of the tasks; no tasks if absent")
@@ -280,7 +279,7 @@ def parse() -> argparse.Namespace:
     methods = (ALONE, *KEY, *REST)
     add("--methods", nargs="+", choices=methods, default=methods)
     add("--group-size", type=int, choices=(16, 32, 64, 128), default=64, help="weights per scale of GPTQ")
-    add("--num-samples", type=int, default=256, help="calibration sequences")
+    add("--num-samples", type=int, default=512, help="calibration sequences")
     add("--max-seq-length", type=int, default=256, help="tokens of each")
     add("--search-sequences", type=int, default=32, help="of these, on which SLEB searches")
     add("--gptq-samples", type=int, default=128, help="of these, for GPTQ")

@@ -18,7 +18,7 @@ from mkaq.progress import Progress
 from mkaq.recipe import Recipe
 from mkaq.run.estimate import ModelSize, Need, Task, Work
 from mkaq.run.memory import INTERPRETER
-from mkaq.run.work import measure_rates
+from mkaq.run.rates import Rehearsal
 from mkaq.stages import evaluate
 from mkaq.stages.quantize import BitsandbytesSection
 from mkaq.units import human, parse_size
@@ -26,6 +26,7 @@ from mkaq.walk.activations import Place
 
 _CPU = torch.device("cpu")
 _HOST_FRACTION = 0.8  # of the host's memory that hidden states may take
+LONG = 3 * 3600.0  # seconds of a run that deserves advice
 _SMALL_FILES = 20_000_000  # bytes of tokenizers, records and reports
 
 
@@ -42,7 +43,8 @@ class RunPlan:
             memory, else in files.
         host_bytes: Bytes of hidden states in host memory.
         options: The options of a budget; all of the above has room for each of them.
-        work: Operations of each stage.
+        work: What each stage computes.
+        length: Tokens per calibration sample.
     """
 
     sizes: tuple[ModelSize, ...]
@@ -52,11 +54,18 @@ class RunPlan:
     host_bytes: int = 0
     options: tuple[Option, ...] = ()
     work: Mapping[str, Work] = field(default_factory=dict)
+    length: int = 0
 
-    def seconds(self, source: Checkpoint, device: torch.device) -> dict[str, float]:
-        """How long each stage is expected to take here; of a budget, in its longest trial."""
-        rates = measure_rates(source, device)
-        return {stage: rates.seconds(work) for stage, work in self.work.items()}
+    def seconds(self, source: Checkpoint, device: torch.device, folder: Path) -> dict[str, float]:
+        """How long each stage is expected to take here; of a budget, in its longest trial.
+
+        Args:
+            source: The source model; one of its layers is run.
+            device: Where layers run.
+            folder: The run's folder, whose disk is written to for a moment.
+        """
+        rehearsal = Rehearsal(source, device, self.length, _existing(folder))
+        return {stage: rehearsal.seconds(work) for stage, work in self.work.items()}
 
     @property
     def memory_bytes(self) -> int:
@@ -108,7 +117,7 @@ def plan_recipe(
         place=max((plan.place for plan in plans), key=("device", "host", "files").index),
         host_bytes=max(plan.host_bytes for plan in plans),
         options=tuple(options),
-        work={stage: max((p.work[stage] for p in plans if stage in p.work), key=sum) for stage in stages},
+        work={stage: Work.largest(plan.work.get(stage, Work()) for plan in plans) for stage in stages},
     )
 
 
@@ -129,11 +138,12 @@ def plan_run(
         section = stage.section(recipe, source)
         if section is not None:
             need, after, work = stage.estimate(section, sizes[-1], task)
-            needs[stage.NAME], works[stage.NAME] = need, work
+            needs[stage.NAME] = need
+            works[stage.NAME] = work + Work(written=after.bytes if after else 0)
             sizes += [after] if after else []
-    if evaluate.NAME in works:  # of every model
-        exact, fast = works[evaluate.NAME]
-        works[evaluate.NAME] = Work(len(sizes) * exact, len(sizes) * fast)
+    if (measured := evaluate.section(recipe, source)) is not None:  # of every model
+        for size in sizes[:-1]:
+            works[evaluate.NAME] += evaluate.estimate(measured, size, task).work
     base = INTERPRETER[device.type]
     needs = {stage: replace(need, device=need.device + base) for stage, need in needs.items()}
     states, allowed = max(need.states for need in needs.values()), limit or memory_of(device, processes)
@@ -147,7 +157,7 @@ def plan_run(
     if place == "files":
         disk += processes * states
     memory = {stage: need.at(place) for stage, need in needs.items()}
-    return RunPlan(tuple(sizes), memory, disk, place, states if place == "host" else 0, work=works)
+    return RunPlan(tuple(sizes), memory, disk, place, states if place == "host" else 0, (), works, length)
 
 
 def quantizations(recipe: Recipe, source: Checkpoint, plan: RunPlan) -> list[dict[str, Any] | None]:
@@ -182,10 +192,9 @@ def check_resources(
     Raises:
         ResourceError: If the disk or the memory is too small.
     """
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     names = [*(stage.NAME for stage in STAGES), "artifact"]
     present = sum(p.stat().st_size for name in names for p in (folder / name).glob("*") if p.is_file())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(folder)).free
     if plan.disk_bytes - present > free:
         raise ResourceError(
             f"the run needs {human(plan.disk_bytes - present)} of disk, {human(free)} are free",
@@ -202,6 +211,21 @@ def check_resources(
             f"the run is expected to need {human(plan.memory_bytes)} of memory ({stage}), {available}",
             fix=(raise_limit if plan.memory_bytes < memory_of(device) else "") + advice,
         )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the first of those above it that exists."""
+    return next(p for p in (folder, *folder.absolute().parents) if p.exists())
+
+
+def too_long(seconds: Mapping[str, float], device: torch.device) -> Iterator[str]:
+    """Yields advice if a run will take longer than `LONG`."""
+    total, longest = sum(seconds.values()), max(seconds, key=lambda stage: seconds[stage], default="")
+    if total < LONG:
+        return
+    advice = next(each.SOONER for each in (*STAGES, evaluate) if longest == each.NAME)
+    gpu = "run it on a GPU; or " if device.type == "cpu" else ""
+    yield f"that is long, and {longest} takes {seconds[longest] / total:.0%} of it: {gpu}{advice}"
 
 
 def refusal(

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from threading import Event, Thread
 from typing import TypeVar
@@ -18,12 +18,17 @@ class Progress:
 
     Args:
         quiet: Print nothing.
+
+    Attributes:
+        end_of_run: The time at which the run is expected to end, given the seconds left of the step in
+            progress; None if nobody knows.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.terminal = sys.stderr.isatty() and not quiet
         self.peak_bytes = 0
+        self.end_of_run: Callable[[float], float] | None = None
 
     def say(self, text: str) -> None:
         """Prints one line."""
@@ -76,13 +81,15 @@ class Progress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[memory]}"),
+            TextColumn("{task.fields[memory]}{task.fields[end]}"),
         )
         with Bars(*columns, console=Console(stderr=True)) as bars:
-            task = bars.add_task(what, total=total, memory="")
+            task = bars.add_task(what, total=total, memory="", end="")
             for item in items:
                 yield item
-                bars.update(task, advance=1, memory=f"{self._memory() / 1e9:.2f} GB")
+                bars.advance(task)
+                left = bars.tasks[task].time_remaining or 0.0
+                bars.update(task, memory=f"{self._memory() / 1e9:.2f} GB", end=self._end(left))
 
     def _lines(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
         began = last = time.monotonic()
@@ -90,11 +97,21 @@ class Progress:
             yield item
             memory, now = self._memory(), time.monotonic()
             if now - last > 10 and count != total:
-                left = f", {(now - began) / count * (total - count):.0f} s left" if total else ""
-                self.say(f"  {what}: {count}/{total or '?'}{left}, {memory / 1e9:.2f} GB")
+                left = (now - began) / count * (total - count) if total else 0.0
+                told = f", {left:.0f} s left" if total else ""
+                self.say(f"  {what}: {count}/{total or '?'}{told}, {memory / 1e9:.2f} GB{self._end(left)}")
                 last = now
+
+    def _end(self, left: float) -> str:
+        return f"; run ends {clock(self.end_of_run(left))}" if self.end_of_run else ""
 
     def _memory(self) -> int:
         current = psutil.Process().memory_info().rss
         self.peak_bytes = max(self.peak_bytes, current)
         return current
+
+
+def clock(when: float) -> str:
+    """A time of `time.time` for a person: hour and minute, with the date unless it is today."""
+    then, today = time.localtime(when), time.localtime()
+    return time.strftime("%H:%M" if then[:3] == today[:3] else "%Y-%m-%d %H:%M", then)

@@ -1,5 +1,6 @@
 """The result of a run, and its log."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ class RunResult:
 
 
 def write_log(
-    folder: Path, stages: list[dict[str, Any]], plan: RunPlan, device: torch.device, ranks: Ranks
+    folder: Path,
+    stages: list[dict[str, Any]],
+    plan: RunPlan,
+    expected: Mapping[str, float],
+    device: torch.device,
+    ranks: Ranks,
 ) -> None:
     """Writes run.json: times and memory, which no digest covers."""
     log: dict[str, Any] = {
@@ -41,6 +47,7 @@ def write_log(
         "peak_memory_bytes": max((row["peak_memory_bytes"] for row in stages), default=0),
         "expected_memory_bytes": plan.memory_bytes,
         "expected_memory_by_stage": dict(plan.memory),
+        "expected_seconds_by_stage": dict(expected),
     }
     if device.type == "cuda":
         log["peak_device_memory_bytes"] = max((row.get("peak_device_bytes", 0) for row in stages), default=0)

@@ -15,8 +15,8 @@ from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import describe_files, digest_of
 from mkaq.heap import arrange_heap
 from mkaq.pipeline import STAGES
-from mkaq.plan import RunPlan, check_resources, output_of, plan_recipe, remarks
-from mkaq.progress import Progress
+from mkaq.plan import RunPlan, check_resources, output_of, plan_recipe, remarks, too_long
+from mkaq.progress import Progress, clock
 from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import Recipe
 from mkaq.report import write_report
@@ -24,7 +24,9 @@ from mkaq.result import RunResult, write_log
 from mkaq.run.job import Job
 from mkaq.run.lock import locked
 from mkaq.run.make import Maker
+from mkaq.run.schedule import Schedule
 from mkaq.stages import analyze, evaluate
+from mkaq.units import duration
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,17 @@ def session(
             progress.say(f"note: {remark}")
         files = describe_files(source.path, source.files) if ranks.is_main else []
         ranks.barrier()
-        maker = Maker(folder, device, progress, fresh, ranks)
+        expected = plan.seconds(source, device, folder) if ranks.is_main else {}
+        schedule = Schedule(expected)
+        if expected and recipe.budget is None:
+            total = sum(expected.values())
+            progress.say(f"expected to take about {duration(total)}, until {clock(schedule.end())}")
+            for line in too_long(expected, device):
+                progress.say(line)
+            progress.end_of_run = schedule.end
+        maker = Maker(folder, device, progress, fresh, ranks, schedule)
         try:
             yield Session(recipe, folder, source, files, plan, device, ranks, progress, maker)
         finally:
             if ranks.is_main:
-                write_log(folder, maker.log, plan, device, ranks)
+                write_log(folder, maker.log, plan, expected, device, ranks)

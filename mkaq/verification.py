@@ -12,7 +12,7 @@ from mkaq.calibrate.tokens import calibration_tokens, tokens_digest
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import MkaqError, ResourceError, VerificationError
-from mkaq.fit.hold_out import half_shuffled_samples
+from mkaq.fit.hold_out import calibration_samples
 from mkaq.formats.formats import format_of
 from mkaq.manifest import MANIFEST, Manifest, read_manifest
 from mkaq.pipeline import stage_of
@@ -136,7 +136,7 @@ def _check_against(
     if tokens is None:
         return [*checks, "errors of hidden states not measured again: the calibration text is not here"]
     dtype, last = compute_dtype(source.dtype, device), manifest.steps[-1].step
-    samples = half_shuffled_samples(ALONE, tokens, manifest.recipe["calibration"]["seed"]).held_out_only()
+    samples = calibration_samples(ALONE, tokens, manifest.recipe["calibration"]["seed"]).held_out_only()
     ran_on = manifest.ran_on.get("residuals") or manifest.ran_on.get(last)
     allowed = tolerance(ran_on.compute_dtype if ran_on else None, dtype)
     walks = LayerWalk(source, device, dtype), LayerWalk(artifact, device, dtype)

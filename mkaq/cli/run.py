@@ -108,7 +108,7 @@ def plan(
     from mkaq.checkpoint.resolve import resolve_model
     from mkaq.checkpoint.validate import open_checkpoint
     from mkaq.formats.runtimes import runtimes
-    from mkaq.plan import plan_recipe, quantizations, refusal, remarks
+    from mkaq.plan import plan_recipe, quantizations, refusal, remarks, too_long
     from mkaq.walk.device import pick_device
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
@@ -116,11 +116,13 @@ def plan(
         print(f"note: {remark}", file=sys.stderr)
     torch_device, limit = pick_device(device), options.bytes(max_memory)
     planned = plan_recipe(loaded, source, torch_device, limit, processes)
+    refused = refusal(planned, folder, torch_device, limit)
+    seconds = {} if refused else planned.seconds(source, torch_device, folder)
     forecast = _Forecast(
         plan=planned,
-        seconds=planned.seconds(source, torch_device),
-        refused=refusal(planned, folder, torch_device, limit),
-        notes=list(remarks(loaded, processes)),
+        seconds=seconds,
+        refused=refused,
+        notes=[*remarks(loaded, processes), *too_long(seconds, torch_device)],
         runtimes=runtimes(*quantizations(loaded, source, planned)),
         folder=folder,
     )
@@ -182,9 +184,10 @@ def _print_plan(forecast: _Forecast, processes: int) -> None:
         print("        hidden states go to files in the run's folder")
     elif planned.place == "host":
         print(f"        hidden states lie in the host's memory: {human(planned.host_bytes)}")
-    times = [f"{stage} {duration(time)}" for stage, time in forecast.seconds.items() if time >= 1]
-    total = duration(sum(forecast.seconds.values())) + (" for each trial" if planned.options else "")
-    print(f"time:   about {total} on this machine, to a factor of two ({', '.join(times) or 'all short'})")
+    if forecast.seconds:
+        times = [f"{stage} {duration(time)}" for stage, time in forecast.seconds.items() if time >= 1]
+        total = duration(sum(forecast.seconds.values())) + (" for each trial" if planned.options else "")
+        print(f"time:   about {total} on this machine ({', '.join(times) or 'all short'})")
     for line in forecast.notes:
         print(line)
     print(f"disk:   {human(planned.disk_bytes)} in {forecast.folder}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mkaq.fit.shuffle import half_in_random_order
+from mkaq.fit.shuffle import part_in_random_order
 from mkaq.ranks import ALONE, Ranks
 from mkaq.walk.batches import spans
 from mkaq.walk.walk import LayerWalk
@@ -61,9 +61,9 @@ def hold_out(tokens: torch.Tensor, ranks: Ranks = ALONE) -> Samples:
     return Samples(part, held.stop - held.start, own.start)
 
 
-def half_shuffled_samples(ranks: Ranks, tokens: torch.Tensor, seed: int) -> Samples:
-    """`hold_out` of tokens after every second sequence is put in random order."""
-    return hold_out(half_in_random_order(tokens, seed), ranks)
+def calibration_samples(ranks: Ranks, tokens: torch.Tensor, seed: int) -> Samples:
+    """`hold_out` of tokens after every fourth sequence is put in random order."""
+    return hold_out(part_in_random_order(tokens, seed), ranks)
 
 
 def token_weights(target: torch.Tensor) -> torch.Tensor:

@@ -60,13 +60,20 @@ class Moments:
         chosen.energy = self.energy
         return chosen
 
+    def every(self, step: int) -> "Moments":
+        """The moments of every `step`-th target, for `change` alone."""
+        chosen = Moments(0, 0, self.gram.device)
+        chosen._gram, chosen.cross = self.gram, self.cross[:, ::step]
+        return chosen
+
+    def change(self, weight: torch.Tensor) -> float:
+        """sum w |r - W z|^2 - sum w |r|^2 for a weight W, shape (targets, features)."""
+        w = weight.float()
+        return float((w @ self.gram).sub_(self.cross.T, alpha=2).mul_(w).double().sum())
+
     def error(self, weight: torch.Tensor) -> float:
         """sum w |r - W z|^2 / sum w |r|^2 for a weight W, shape (targets, features)."""
-        if not self.energy > 0:
-            return 0.0
-        w = weight.float()
-        change = (w @ self.gram).sub_(self.cross.T, alpha=2).mul_(w).double().sum()
-        return max(0.0, 1 + float(change) / self.energy)
+        return max(0.0, 1 + self.change(weight) / self.energy) if self.energy > 0 else 0.0
 
 
 def damped_factor(gram: torch.Tensor, ridge: float) -> torch.Tensor | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from mkaq.fit.hold_out import HELD_OUT, Samples, half_shuffled_samples, held_out_error
+from mkaq.fit.hold_out import HELD_OUT, Samples, calibration_samples, held_out_error
 from mkaq.fit.shuffle import probing_tokens
 from mkaq.merge.average import merge_layers
 from mkaq.merge.channels import fuse
@@ -52,7 +52,7 @@ def measure_groups(
         of the merged model.
     """
     sample, probes = split_samples(tokens, walk.ranks.size, len(candidates))
-    samples, probes = half_shuffled_samples(walk.ranks, sample, seed), probing_tokens(probes, seed)
+    samples, probes = calibration_samples(walk.ranks, sample, seed), probing_tokens(probes, seed)
     probes = probes[walk.ranks.slice_of(len(probes))]
     hidden_states, expected = walk.embed(samples.tokens), walk.embed(probes)
     merged: dict[tuple[int, int], torch.Tensor] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -40,16 +41,46 @@ class Need:
         return self.device + (self.states if place == "device" else 0)
 
 
-class Work(NamedTuple):
-    """Floating-point operations of one process.
+@dataclass(frozen=True)
+class Work:
+    """What one process computes, by kind; `rates.Rehearsal` times each kind on this machine.
 
     Attributes:
-        exact: In the type of an exact walk.
-        fast: In that of a fast one.
+        exact: Tokens through one layer, in an exact walk.
+        fast: Tokens through one layer, in a fast walk.
+        tuned: Tokens through one layer and back.
+        logits: Tokens through the head, with the logarithm of their probabilities.
+        products: Floating-point operations of products in float32.
+        factors: Those of Cholesky factors in float32.
+        stepped: Weights that the optimizer changes.
+        rounded: Weights rounded by GPTQ, beside the products.
+        coded: Weights that bitsandbytes quantizes.
+        written: Bytes hashed and written to the run's folder.
     """
 
     exact: float = 0.0
     fast: float = 0.0
+    tuned: float = 0.0
+    logits: float = 0.0
+    products: float = 0.0
+    factors: float = 0.0
+    stepped: float = 0.0
+    rounded: float = 0.0
+    coded: float = 0.0
+    written: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        """The work of both."""
+        return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    @staticmethod
+    def largest(works: Iterable[Work]) -> Work:
+        """The most of each kind."""
+        return Work(*map(max, zip(*map(astuple, works), strict=True)))
+
+    def __mul__(self, times: float) -> Work:
+        """The work, so many times."""
+        return Work(*(times * each for each in astuple(self)))
 
 
 class Estimate(NamedTuple):

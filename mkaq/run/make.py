@@ -16,6 +16,7 @@ from mkaq.progress import Progress
 from mkaq.ranks import Ranks
 from mkaq.run.job import RECORD, Job
 from mkaq.run.publish import Handoff, find_published, fingerprint_of, publish
+from mkaq.run.schedule import Schedule
 from mkaq.run.store import Store
 
 if TYPE_CHECKING:
@@ -34,15 +35,23 @@ class Maker:
         progress: Progress output.
         fresh: Make every stage again, once.
         ranks: The processes; the first one writes.
+        schedule: Told when stages begin and end.
 
     Attributes:
         log: For each stage made, its time and peak memory.
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, progress: Progress, fresh: bool, ranks: Ranks
+        self,
+        folder: Path,
+        device: torch.device,
+        progress: Progress,
+        fresh: bool,
+        ranks: Ranks,
+        schedule: Schedule,
     ) -> None:
         self._folder, self._device, self._progress, self._ranks = folder, device, progress, ranks
+        self._schedule = schedule
         self._fresh, self._store = fresh, Store(folder, fresh, progress.say)
         self.log: list[dict[str, Any]] = []
 
@@ -122,7 +131,8 @@ class Maker:
             find: Finds the stage that the first process has published, by fingerprint and digest.
             alone: Whether only the first process builds.
         """
-        began = time.time()
+        began, stage = time.time(), name.partition("/")[0]
+        self._schedule.begin(stage)
         return_freed_memory()  # memory freed by the stage before must not count
         reset_peak()
         if self._device.type == "cuda":
@@ -143,6 +153,7 @@ class Maker:
                     build(Path(scratch))
             done = find(self._ranks.broadcast())
         seconds = time.time() - began
+        self._schedule.finish(again=stage != name)
         self._progress.say(f"{name}: " + ("unchanged, kept" if done.reused else f"done in {seconds:.1f} s"))
         row: dict[str, Any] = {"stage": name, "started": began, "seconds": seconds, "reused": done.reused}
         if self._device.type == "cuda":

@@ -1,132 +1,138 @@
-"""How long a stage is expected to take: its floating-point operations, and the rate of this device.
+"""What each stage computes, counted from headers: tokens through layers, products, weights, bytes."""
 
-Only products count, and what is of their order; the rate is measured on products of the model's own sizes,
-and `EFFICIENCY` was set beside measured runs (`run.json` has both), so the result is good to a factor of two.
-"""
+from collections.abc import Iterable, Sequence
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
-
-from mkaq.arch.config import Sizes
-from mkaq.checkpoint.reader import Checkpoint
-from mkaq.fit.hold_out import held_out_samples
-from mkaq.fit.ridge import RIDGES
-from mkaq.merge.cost import SUBSAMPLING, probe_count
+from mkaq.fit.hold_out import HELD_OUT, held_out_samples
+from mkaq.fit.ridge import RIDGES, TARGETS
+from mkaq.merge.cost import COEFFICIENTS, SUBSAMPLING, probe_count
 from mkaq.merge.solve import CANDIDATES
 from mkaq.run.estimate import Task, Work
-from mkaq.walk.device import compute_dtype
-
-EFFICIENCY = 0.35  # of the rate of products that a whole stage reaches
-DOUBLE = 2.0  # how much longer a product in float64 takes than one in float32
-_PROBE = 0.05  # seconds
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Operations a second."""
-
-    exact: float
-    fast: float
-
-    def seconds(self, work: Work) -> float:
-        """How long work takes."""
-        return (work.exact / self.exact + work.fast / self.fast) / EFFICIENCY
+def walking(task: Task, layers: int, tokens: float, *, fast: bool = False) -> Work:
+    """One pass over so many layers."""
+    return Work(fast=layers * tokens) if fast else Work(exact=layers * tokens)
 
 
-def measure_rates(source: Checkpoint, device: torch.device) -> Rates:
-    """The rates of a device at products of a model's sizes, measured for a tenth of a second."""
-    dtypes = (compute_dtype(source.dtype, device, fast=fast) for fast in (False, True))
-    return Rates(*(_rate(source.sizes, dtype, device) for dtype in dtypes))
+def comparing(task: Task, points: int, *, fast: bool) -> Work:
+    """Hidden states at so many points, and a diffusion map of each layer (its products in float64)."""
+    layers, samples = task.source.num_layers, min(task.samples, points) / task.processes
+    maps = 2.0 * layers * points**2 * (2 * task.source.sizes.hidden + 500)
+    return walking(task, layers, samples * task.length, fast=fast) + Work(products=maps)
 
 
-def _rate(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> float:
-    rows = torch.ones(1024, sizes.hidden, dtype=dtype, device=device)
-    weight = torch.ones(sizes.hidden, min(sizes.intermediate, 2**14), dtype=dtype, device=device)
-
-    def run() -> None:
-        (rows @ weight).flatten()[0].item()
-
-    run()
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < _PROBE:
-        run()
-        count += 1
-    return 2 * rows.numel() * weight.shape[1] * count / (time.perf_counter() - began)
-
-
-def _layer(task: Task) -> float:
-    """Operations for a token in a layer: its weights, and attention over the sequence before it."""
-    source = task.source
-    weights = source.count_weights(source.layer_tensor_names(0))
-    return 2.0 * weights + 2.0 * task.length * source.sizes.heads * source.sizes.head_dim
-
-
-def walk(task: Task, tokens: int | None = None) -> float:
-    """One pass over the layers of the source."""
-    return (task.own * task.length if tokens is None else tokens) * task.source.num_layers * _layer(task)
-
-
-def comparing(task: Task, points: int) -> float:
-    """Hidden states at so many points, and a diffusion map of each layer."""
-    return walk(task) + DOUBLE * task.source.num_layers * points**2 * (2 * task.source.sizes.hidden + 500)
-
-
-def fusing(task: Task, layers: int) -> float:
+def fusing(task: Task, layers: int) -> Work:
     """All layers of the source, made so many: those that are merged in groups of about one size."""
-    removed = task.source.num_layers - layers
-    merged = min(removed, layers)
-    groups = [1] * (layers - merged) + [1 + removed // merged] * merged
-    return _fusing(task, groups, task.own * task.length)
+    return _sum(_fused(task, group, task.own * task.length) for group in _groups(task, layers))
 
 
-def _fusing(task: Task, groups: Sequence[int], tokens: int) -> float:
-    """Groups of so many layers, each made one: three runs of its layers, moments, selection, ridges."""
-    sizes, work = task.source.sizes, 0.0
-    for group in groups:
-        kept = sizes.intermediate if group == 1 else int(CANDIDATES * sizes.intermediate)
-        work += 3 * group * tokens * _layer(task) + tokens * kept * (kept + 2 * sizes.hidden)
-        solving = sizes.intermediate**3 / 3 + 4 * sizes.intermediate**2 * sizes.hidden
-        work += DOUBLE * ((len(RIDGES) + 1) * solving + 2 * kept**2 * (kept - sizes.intermediate))
+def _fused(task: Task, group: int, tokens: float) -> Work:
+    """A group of layers made one: three runs of its parts, moments, selection, ridges."""
+    source, sizes = task.source, task.source.sizes
+    shapes = {linear: source.linear_shape(linear) for linear in source.arch.linear_names}
+    writers = [shapes[name] for name in source.arch.out_projs]
+    share = sum(rows * columns for rows, columns in writers) / _weights(task)
+    work = walking(task, 1, tokens * (2 * group + 1 - group * share))
+    widths = writers[0][1], sizes.intermediate  # of heads and channels
+    candidates = group * widths[0], widths[1] if group == 1 else int(CANDIDATES * widths[1])
+    for width, columns in zip(widths, candidates, strict=True):
+        work += _moments(tokens, columns, sizes.hidden)
+        work += _ridges(width, sizes.hidden)
+        if group > 1:
+            work += _moments(tokens / HELD_OUT, width, sizes.hidden) + Work(
+                products=3.0 * columns**3 + 2.0 * columns**2 * (columns - width + sizes.hidden),
+                factors=columns**3 / 3,
+            )
     return work
 
 
-def trying(task: Task, candidates: Sequence[tuple[int, int]], *, fuse: bool) -> float:
+def _moments(tokens: float, features: int, targets: int) -> Work:
+    """X^T X, its upper triangle in stripes, and X^T Y; a fifth more for the weights of the tokens."""
+    return Work(products=1.2 * tokens * (9 / 8 * features**2 + 2 * features * targets))
+
+
+def _ridges(features: int, targets: int) -> Work:
+    """A weight solved with each ridge for some of its targets, and with one for all."""
+    solved = len(RIDGES) * min(targets, TARGETS) + 1.5 * targets
+    return Work(products=6.0 * features**2 * solved, factors=(len(RIDGES) + 1) * features**3 / 3)
+
+
+def averaged(task: Task, layers: int) -> Work:
+    """All layers of the source, made so many, with measured coefficients."""
+    return _averaged(task, _groups(task, layers), task.own * task.length, len(COEFFICIENTS))
+
+
+def _averaged(task: Task, groups: Sequence[int], tokens: float, tried: int) -> Work:
+    """Groups of so many layers averaged with each of some coefficients, and their outputs compared."""
+    each = _weights(task)
+    passes = sum(group + (tried if group > 1 else 1) for group in groups)
+    sums = sum(3.0 * group * each * tried for group in groups if group > 1)
+    return walking(task, passes, tokens, fast=True) + Work(products=30 * sums)
+
+
+def trying(task: Task, candidates: Sequence[tuple[int, int]], *, fuse: bool, measured: bool) -> Work:
     """Candidate groups, each built from a part of the tokens and measured on others."""
-    lengths = [length for _, length in candidates]
-    sample = task.own * task.length // SUBSAMPLING
-    built = _fusing(task, lengths, sample) if fuse else 7 * sum(lengths) * sample * _layer(task)
-    probes = 2 * probe_count(task.own, max(1, len(candidates))) * task.length
-    return built + len(candidates) * walk(task, probes) / 2
+    if not candidates:
+        return Work()
+    layers, probed = task.source.num_layers, probe_count(task.own, len(candidates))
+    sample = (task.own - probed) // max(1, min(SUBSAMPLING, task.own // 16)) * task.length
+    probes = 2 * probed * task.length
+    built = (
+        _sum(_fused(task, length, sample) for _, length in candidates)
+        if fuse
+        else _averaged(task, [n for _, n in candidates], sample, len(COEFFICIENTS) if measured else 1)
+    )
+    passes = layers * (sample + probes) + sum(probes * (layers - n - start + 1) for start, n in candidates)
+    return built + walking(task, 1, passes, fast=not fuse) + Work(logits=(len(candidates) + 1) * probes)
 
 
-def tuning(task: Task, layers: int, steps: int, batch_size: int) -> float:
+def tuning(task: Task, layers: int, steps: int, batch_size: int) -> Work:
     """Steps of an optimizer in every layer, forward and backward, and errors on held-out samples."""
     held = held_out_samples(task.samples)
     batch = min(batch_size, max(1, task.samples - held)) / task.processes
-    samples = 3 * steps * batch + 6 * held / task.processes
-    return layers * samples * task.length * _layer(task)
+    exact = task.source.num_layers * task.own + layers * (task.own + 6 * held / task.processes)
+    return Work(
+        tuned=layers * steps * batch * task.length,
+        stepped=1.0 * layers * steps * _weights(task),
+        exact=exact * task.length,
+    )
 
 
-def solving(task: Task, layers: int) -> float:
-    """GPTQ: two runs of every layer, a Hessian for each input, its factor, and rounding against it."""
-    source, tokens, work = task.source, task.own * task.length, 0.0
+def solving(task: Task, layers: int, *, joint: bool) -> Work:
+    """GPTQ: runs of every layer, a Hessian for each input, its factor, and rounding against it."""
+    source, tokens = task.source, task.own * task.length
+    work = walking(task, 4 if joint else 1, tokens, fast=not joint)
     for inputs in source.arch.inputs:
         shapes = [source.linear_shape(linear.name) for linear in inputs]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        work += tokens * columns**2 + columns**3 / 3 + 2 * rows * columns**2 / task.processes
-        work += 21 * 8 * rows * columns  # the search for scales
-    return layers * (work + 2 * tokens * _layer(task))
+        products = tokens * columns**2 + 3.0 * rows * columns**2 / task.processes
+        work += Work(products=products, factors=columns**3 / 3, rounded=rows * columns / task.processes)
+        if joint:
+            work += _moments(tokens, columns, rows) + _ridges(columns, rows)
+    return work * layers
 
 
-def rounding(task: Task, layers: int) -> float:
+def rounding(task: Task, layers: int) -> Work:
     """Quantizing every weight by itself."""
-    return 100.0 * layers * task.source.count_weights(task.source.layer_tensor_names(0))
+    return Work(coded=1.0 * layers * _weights(task))
 
 
-def measuring(task: Task, sequences: int | None, length: int) -> float:
+def measuring(task: Task, layers: int, sequences: int | None, length: int) -> Work:
     """Perplexity: a pass over the sequences, and their logits."""
     tokens = -(-(sequences or 1024) // task.processes) * length
-    return walk(task, tokens) + 2.0 * tokens * task.source.sizes.hidden * task.source.sizes.vocabulary
+    return walking(task, layers, tokens) + Work(logits=tokens)
+
+
+def _groups(task: Task, layers: int) -> list[int]:
+    """The lengths of the groups that leave so many layers."""
+    removed = task.source.num_layers - layers
+    merged = min(removed, layers)
+    return [1] * (layers - merged) + [1 + removed // merged] * merged
+
+
+def _weights(task: Task) -> int:
+    return task.source.count_weights(task.source.layer_tensor_names(0))
+
+
+def _sum(works: Iterable[Work]) -> Work:
+    return sum(works, Work())

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NAME = "analyze"
 LESS = "lower merge.manifold.points or calibration.num_samples"
+SOONER = "order: similarity compares layers alone; or lower calibration.num_samples"
 SIMILARITY, COSTS = "similarity.safetensors", "costs.json"
 
 
@@ -104,9 +105,9 @@ def estimate(section: AnalysisSection, before: ModelSize, task: Task) -> Estimat
     from mkaq.run.memory import analyzing
 
     points = section.manifold.points if section.manifold else 0
-    operations = work.comparing(task, points) if points else 0.0
-    operations += work.trying(task, section.candidates, fuse=section.fuse == "channels")
-    done = Work(fast=operations) if mode(section).fast else Work(exact=operations)
+    done = work.comparing(task, points, fast=mode(section).fast) if points else Work()
+    fuse, measured = section.fuse == "channels", section.coefficient is None
+    done += work.trying(task, section.candidates, fuse=fuse, measured=measured)
     return Estimate(analyzing(task, points, section.fuse, section.candidates), work=done)
 
 

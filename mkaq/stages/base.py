@@ -175,6 +175,8 @@ class Stage(Protocol):
     """Name of its folder, and of its step in the manifest."""
     LESS: str
     """Advice on how to make it use less memory."""
+    SOONER: str
+    """Advice on how to make it end sooner."""
 
     def section(self, recipe: Recipe, source: Checkpoint) -> Section | None:
         """Its section of a recipe; None if the recipe does not need it."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NAME = "calibrate"
 LESS = "use a larger machine"
+SOONER = "use less text"
 
 
 class CalibrationSection(TextSection):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from mkaq.run.estimate import Estimate, ModelSize, Task, Work
+from mkaq.run.estimate import Estimate, ModelSize, Task
 from mkaq.stages.base import Made, Mode, Section, TextSection
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NAME = "evaluate"
 LESS = "lower evaluate.perplexity.max_seq_length or num_samples, or leave it out"
+SOONER = "lower evaluate.perplexity.num_samples"
 EVALUATION = "evaluation.json"
 
 
@@ -63,7 +64,7 @@ def estimate(section: PerplexitySection, before: ModelSize, task: Task) -> Estim
 
     check_exists(section.dataset, section.path)
     size = section.num_samples, section.max_seq_length
-    return Estimate(measuring(task, *size), work=Work(exact=work.measuring(task, *size)))
+    return Estimate(measuring(task, *size), work=work.measuring(task, before.layers, *size))
 
 
 def run(section: PerplexitySection, job: Job, folder: Path) -> Made:

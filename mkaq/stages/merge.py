@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NAME = "merge"
 LESS = "merge.fuse: average, which needs less than channels"
+SOONER = "lower calibration.num_samples, or merge.fuse: average"
 _INSTEAD = "fuse: average, with recover: {method: layerwise}"
 
 
@@ -188,8 +189,8 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
     from mkaq.arch.config import keep_layers
     from mkaq.fit.targets import check_solvable
     from mkaq.merge.segment import longest_group
+    from mkaq.run import work
     from mkaq.run.memory import merging
-    from mkaq.run.work import fusing
 
     assert section.fuse is not None, "the recipe is fitted to the family first"
     source, removed = task.source, section.removed(before.layers)
@@ -200,13 +201,16 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
     parameters = before.parameters - removed * source.count_weights(source.layer_tensor_names(0))
     size = parameters * task.dtype.itemsize
     need = merging(task, section.fuse, longest_group(free, removed), section.coefficient == "measured")
-    done = Work(exact=fusing(task, left)) if section.fuse == "channels" else Work()
+    if section.fuse == "channels":
+        done = work.fusing(task, left)
+    else:
+        done = work.averaged(task, left) if section.coefficient == "measured" else Work()
     return Estimate(need, ModelSize(NAME, left, parameters, size, section.how()), done)
 
 
 def run(section: MergeSection, job: Job, folder: Path) -> Made:
     """Writes the merged checkpoint, and the origins of heads and channels if layers were fused."""
-    from mkaq.fit.hold_out import half_shuffled_samples
+    from mkaq.fit.hold_out import calibration_samples
     from mkaq.merge.averaged import averaged_layers
     from mkaq.merge.choose import choose
     from mkaq.merge.fused import Streams, fused_layers
@@ -215,7 +219,7 @@ def run(section: MergeSection, job: Job, folder: Path) -> Made:
 
     source, walk = job.source, job.walk(job.source, fast=mode(section).fast)
     analysis = analyze.load(job.path("analyze"))
-    samples = half_shuffled_samples(job.ranks, job.tokens(), job.seed)
+    samples = calibration_samples(job.ranks, job.tokens(), job.seed)
     removed = section.removed(walk.num_layers)
     rules = removed, section.order, section.coefficient, section.protect.both()
     plan = choose(analysis, walk, samples, *rules, job.progress)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mkaq.run.estimate import Estimate, ModelSize, Task, Work
+from mkaq.run.estimate import Estimate, ModelSize, Task
 from mkaq.stages.base import Description, Dtype, FinalNorm, Made, Mode, Part, Section, Step, Table
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "quantize"
 LESS = "quantize: {method: bitsandbytes}, which needs less than gptq"
+SOONER = "lower calibration.num_samples"
 GptqBits = Literal[2, 3, 4, 8]
 
 
@@ -193,11 +194,12 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
         check_gptq(source, config)
         if section.target == "source":
             check_solvable(source, task.samples, "quantize.target: source", "target: input")
-        need = gptq(task, desc_act=section.desc_act, joint=section.target == "source")
-        done = Work(fast=work.solving(task, before.layers))
+        joint = section.target == "source"
+        need = gptq(task, desc_act=section.desc_act, joint=joint)
+        done = work.solving(task, before.layers, joint=joint)
     else:
         check_bitsandbytes(source, config)
-        need, done = one_layer(task), Work(exact=work.rounding(task, before.layers))
+        need, done = one_layer(task), work.rounding(task, before.layers)
     dense = before.parameters - before.layers * sum(rows * columns for rows, columns in shapes)
     stored = sum(format_of(config).stored_bytes(shape, config) for shape in shapes)
     size = dense * task.dtype.itemsize + before.layers * stored
@@ -233,13 +235,13 @@ def _bitsandbytes(section: BitsandbytesSection, job: Job, folder: Path) -> Made:
 
 
 def _gptq(section: GptqSection, job: Job, folder: Path) -> Made:
-    from mkaq.fit.hold_out import half_shuffled_samples
+    from mkaq.fit.hold_out import calibration_samples
     from mkaq.quantize.gptq_layers import quantize_gptq
     from mkaq.quantize.joint import JointTarget
 
     tokens, target, beside = job.tokens(), None, None
     if section.target == "source":
-        samples, beside = half_shuffled_samples(job.ranks, tokens, job.seed), job.walk(job.source)
+        samples, beside = calibration_samples(job.ranks, tokens, job.seed), job.walk(job.source)
         tokens, target = samples.tokens, JointTarget(beside, job.groups(), samples)
     else:
         tokens = tokens[job.ranks.slice_of(len(tokens))]
@@ -254,11 +256,11 @@ def _gptq(section: GptqSection, job: Job, folder: Path) -> Made:
 def _residuals(job: Job, folder: Path) -> list[float]:
     """The error of each quantized layer's output against the source."""
     from mkaq.checkpoint.validate import open_checkpoint
-    from mkaq.fit.hold_out import half_shuffled_samples
+    from mkaq.fit.hold_out import calibration_samples
     from mkaq.fit.residuals import residuals
     from mkaq.ranks import ALONE
 
-    samples = half_shuffled_samples(ALONE, job.tokens(), job.seed)
+    samples = calibration_samples(ALONE, job.tokens(), job.seed)
     source = job.walk(job.source, ranks=ALONE)
     quantized = job.walk(open_checkpoint(folder, quantized=True), beside=source, ranks=ALONE)
     return residuals(source, quantized, job.groups(), samples.held_out_only()).layers

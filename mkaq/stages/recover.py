@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from mkaq.run.estimate import Estimate, ModelSize, Task, Work
+from mkaq.run.estimate import Estimate, ModelSize, Task
 from mkaq.stages.base import Description, FinalNorm, Made, Mode, Part, Section, Step, Table
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NAME = "recover"
 LESS = "lower recover.batch_size or calibration.max_seq_length, or leave recover out"
+SOONER = "lower recover.steps, or calibration.max_seq_length; or leave recover out (recover: null)"
 
 
 class LayerwiseSection(Section):
@@ -98,16 +99,16 @@ def estimate(section: LayerwiseSection, before: ModelSize, task: Task) -> Estima
 
     size = before.parameters * task.dtype.itemsize
     after = ModelSize(NAME, before.layers, before.parameters, size, section.how())
-    operations = work.tuning(task, before.layers, section.steps, section.batch_size)
-    return Estimate(tuning(task, section.batch_size), after, Work(fast=operations))
+    done = work.tuning(task, before.layers, section.steps, section.batch_size)
+    return Estimate(tuning(task, section.batch_size), after, done)
 
 
 def run(section: LayerwiseSection, job: Job, folder: Path) -> Made:
     """Writes the tuned checkpoint."""
-    from mkaq.fit.hold_out import half_shuffled_samples
+    from mkaq.fit.hold_out import calibration_samples
     from mkaq.recover.layerwise import Tuning, recover
 
-    samples = half_shuffled_samples(job.ranks, job.tokens(), job.seed)
+    samples = calibration_samples(job.ranks, job.tokens(), job.seed)
     source = job.walk(job.source)
     walk = job.walk(job.model, beside=source)
     tuning = Tuning(section.steps, section.learning_rate, section.batch_size, job.seed)
