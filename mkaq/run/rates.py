@@ -155,7 +155,7 @@ class Rehearsal:
         return self._time(lambda: quantize_linear(weight, config, self._device)) / weight.numel()
 
     def _written(self) -> float:
-        """Seconds per byte that is hashed and written."""
+        """Seconds per byte that is hashed and written; 0 where nothing may be written, as a run will say."""
         import hashlib
 
         data = bytes(_FILE)
@@ -166,7 +166,10 @@ class Rehearsal:
                 hashlib.sha256(data)
                 os.fsync(file.fileno())
 
-        return self._time(run) / _FILE
+        try:
+            return self._time(run) / _FILE
+        except OSError:
+            return 0.0
 
     @cached_property
     def _index(self) -> int:

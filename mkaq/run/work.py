@@ -99,13 +99,17 @@ def tuning(task: Task, layers: int, steps: int, batch_size: int) -> Work:
 
 
 def solving(task: Task, layers: int, *, joint: bool) -> Work:
-    """GPTQ: runs of every layer, a Hessian for each input, its factor, and rounding against it."""
+    """GPTQ: runs of every layer, a Hessian for each input, its factor, and rounding against it.
+
+    Its errors are those of the rounding, and of held-out samples, in two walks.
+    """
     source, tokens = task.source, task.own * task.length
     work = walking(task, 4 if joint else 1, tokens, fast=not joint)
+    work += walking(task, 2, tokens / HELD_OUT)
     for inputs in source.arch.inputs:
         shapes = [source.linear_shape(linear.name) for linear in inputs]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        products = tokens * columns**2 + 3.0 * rows * columns**2 / task.processes
+        products = tokens * columns**2 + 5.0 * rows * columns**2 / task.processes
         work += Work(products=products, factors=columns**3 / 3, rounded=rows * columns / task.processes)
         if joint:
             work += _moments(tokens, columns, rows) + _ridges(columns, rows)
