@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run quick test test-long lint clean
+.PHONY: run quick test test-long real-model lint clean
 
 run: .venv/ready
 	$(BIN)/mkaq run recipes/tiny_llama_int4.yaml
@@ -18,6 +18,10 @@ test: .venv/ready-dev lint
 
 test-long: .venv/ready-dev
 	$(BIN)/python -m pytest -m long
+
+real-model: .venv/ready-dev .venv-loader/ready
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.real_model --loader-python .venv-loader/bin/python $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check mkaq tests benchmarks

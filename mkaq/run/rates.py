@@ -63,12 +63,8 @@ class Rehearsal:
 
     def _forward(self, *, fast: bool) -> float:
         """Seconds per token of a layer's forward pass."""
-        walk = LayerWalk(
-            self._source, self._device, compute_dtype(self._source.dtype, self._device, fast=fast)
-        )
-        if fast:
-            walk.use_fast_attention()
-        layer, states = walk.assemble(self._index, self._tensors), self._states.to(walk.dtype)
+        walk, layer = self._placed(fast=fast)
+        states = self._states.to(walk.dtype)
 
         @torch.no_grad()
         def run() -> None:
@@ -78,7 +74,8 @@ class Rehearsal:
 
     def _tuned(self) -> float:
         """Seconds per token of a layer's forward and backward pass."""
-        walk, layer = self._trained()
+        walk, layer = self._placed(tuned=True)
+        layer.float().requires_grad_(True)
         target = torch.zeros_like(self._states)
         fast = ALONE.has_fast_bfloat16(self._device)
 
@@ -102,11 +99,14 @@ class Rehearsal:
 
         return self._time(run) / sum(weight.numel() for weight in weights)
 
-    def _trained(self) -> tuple[LayerWalk, nn.Module]:
-        walk = LayerWalk(self._source, self._device)
-        if self._device.type == "cpu":
+    def _placed(self, *, fast: bool = False, tuned: bool = False) -> tuple[LayerWalk, nn.Module]:
+        dtype = compute_dtype(self._source.dtype, self._device, fast=fast)
+        walk = LayerWalk(self._source, self._device, dtype)
+        if fast:
+            walk.use_fast_attention()
+        if tuned and self._device.type == "cpu":
             walk.use_eager_attention()
-        return walk, walk.assemble(self._index, self._tensors).float().requires_grad_(True)
+        return walk, walk.assemble(self._index, self._tensors)
 
     def _logits(self) -> float:
         """Seconds per token of the head, whose rows are as many as fit into a small matrix."""
