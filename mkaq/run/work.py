@@ -40,7 +40,7 @@ def _fused(task: Task, group: int, tokens: float) -> Work:
         work += _ridges(width, sizes.hidden)
         if group > 1:
             work += _moments(tokens / HELD_OUT, width, sizes.hidden) + Work(
-                products=3.0 * columns**3 + 2.0 * columns**2 * (columns - width + sizes.hidden),
+                products=1.3 * columns**3 + 2.0 * columns**2 * (columns - width + sizes.hidden),
                 factors=columns**3 / 3,
             )
     return work
