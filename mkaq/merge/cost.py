@@ -106,8 +106,18 @@ def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tupl
     """
     probes = probe_count(len(tokens), candidates)
     others = tokens[:-probes] if len(tokens) - probes >= HELD_OUT else tokens
-    sample = others[:: max(1, min(SUBSAMPLING, len(others) // max(16, 2 * processes)))]
+    sample = others[:: _step(len(others), processes)]
     return sample[: len(sample) // HELD_OUT * HELD_OUT or len(sample)], tokens[-probes:]
+
+
+def built_on(samples: int, candidates: int, processes: int) -> int:
+    """About the number of samples that build candidates, of all processes."""
+    others = max(1, samples - probe_count(samples, candidates))
+    return -(-others // _step(others, processes))
+
+
+def _step(samples: int, processes: int) -> int:
+    return max(1, min(SUBSAMPLING, samples // max(16, 2 * processes)))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ to measured peaks: benchmarks/memory.py prints both.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mkaq.merge.cost import LOGITS, probe_count
+from mkaq.merge.cost import LOGITS, built_on, probe_count
 from mkaq.merge.solve import CANDIDATES
 from mkaq.run.estimate import Need, Task
 from mkaq.walk.batches import TOKENS_PER_BATCH
@@ -63,9 +63,11 @@ def analyzing(task: Task, points: int, fuse: str, candidates: Sequence[tuple[int
     if not candidates:
         walking = shape.walked(shape.exact) + shape.batch(_batch(tokens, task.length), shape.exact)
         return Need(walking + pairs, tokens * shape.hidden * shape.exact)
-    probes = 2 * probe_count(task.own, len(candidates)) * task.length * shape.hidden
-    stream = tokens * shape.hidden
-    states = max(stream * (2 * shape.exact + 4), len(candidates) * probes * shape.exact)
+    probed = -(-2 * probe_count(task.samples, len(candidates)) // task.processes)
+    probes = probed * task.length * shape.hidden
+    sample = -(-built_on(task.samples, len(candidates), task.processes) // task.processes)
+    stream = sample * task.length * shape.hidden
+    states = stream * (3 * shape.exact + 4) + (len(candidates) + 1) * probes * shape.exact
     head = shape.vocabulary * shape.hidden * (shape.exact + shape.stored) + 4 * 4 * min(
         LOGITS, shape.vocabulary * probes // shape.hidden
     )
@@ -99,12 +101,12 @@ def _fusing(shape: _Shape, group: int, tokens: int, length: int) -> int:
 def tuning(task: Task, batch_size: int) -> Need:
     """Weights, gradients, optimizer, best and rounded weights in float32; activations for backward.
 
-    Eager attention keeps its weights and their gradients: 16 bytes per head and pair of tokens.
+    Eager attention keeps its weights and their gradients: 32 bytes per head and pair of tokens.
     """
     shape, length, eager = _Shape.of(task), task.length, task.device.type == "cpu"
     batch = -(-min(batch_size, task.samples) // task.processes) * length
     batch = min(batch, max(length, TOKENS_PER_BATCH))
-    kept = 12 * shape.intermediate + 40 * shape.hidden + (16 * length * shape.heads if eager else 0)
+    kept = 24 * shape.intermediate + 80 * shape.hidden + (32 * length * shape.heads if eager else 0)
     states = 2 * task.own * length * shape.hidden * shape.exact
     return Need(shape.walked(shape.exact) + 4 * 8 * shape.layer + batch * kept, states)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from mkaq.fit.hold_out import HELD_OUT, held_out_samples
 from mkaq.fit.ridge import RIDGES, TARGETS
-from mkaq.merge.cost import COEFFICIENTS, SUBSAMPLING, probe_count
+from mkaq.merge.cost import COEFFICIENTS, built_on, probe_count
 from mkaq.merge.solve import CANDIDATES
 from mkaq.run.estimate import Task, Work
 
@@ -74,9 +74,9 @@ def trying(task: Task, candidates: Sequence[tuple[int, int]], *, fuse: bool, mea
     """Candidate groups, each built from a part of the tokens and measured on others."""
     if not candidates:
         return Work()
-    layers, probed = task.source.num_layers, probe_count(task.own, len(candidates))
-    sample = (task.own - probed) // max(1, min(SUBSAMPLING, task.own // 16)) * task.length
-    probes = 2 * probed * task.length
+    layers, probed = task.source.num_layers, probe_count(task.samples, len(candidates))
+    sample = built_on(task.samples, len(candidates), task.processes) / task.processes * task.length
+    probes = 2 * probed / task.processes * task.length
     built = (
         _sum(_fused(task, length, sample) for _, length in candidates)
         if fuse
