@@ -27,6 +27,7 @@ from mkaq.walk.activations import Place
 _CPU = torch.device("cpu")
 _HOST_FRACTION = 0.8  # of the host's memory that hidden states may take
 LONG = 3 * 3600.0  # seconds of a run that deserves advice
+_INSTANT = 2e10  # operations of a run that is over before it could be rehearsed
 _SMALL_FILES = 20_000_000  # bytes of tokenizers, records and reports
 
 
@@ -64,6 +65,9 @@ class RunPlan:
             device: Where layers run.
             folder: The run's folder, whose disk is written to for a moment.
         """
+        weights = source.count_weights(source.layer_tensor_names(0))
+        if sum(work.operations(weights) for work in self.work.values()) < _INSTANT:
+            return dict.fromkeys(self.work, 0.0)
         rehearsal = Rehearsal(source, device, self.length, _existing(folder))
         return {stage: rehearsal.seconds(work) for stage, work in self.work.items()}
 

@@ -113,8 +113,8 @@ def session(
         ranks.barrier()
         expected = plan.seconds(source, device, folder) if ranks.is_main else {}
         schedule = Schedule(expected)
-        if expected and recipe.budget is None:
-            total = sum(expected.values())
+        total = sum(expected.values())
+        if total >= 1 and recipe.budget is None:
             progress.say(f"expected to take about {duration(total)}, until {clock(schedule.end())}")
             for line in too_long(expected, device):
                 progress.say(line)

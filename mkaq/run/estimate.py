@@ -73,6 +73,11 @@ class Work:
         """The work of both."""
         return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
+    def operations(self, weights: int) -> float:
+        """About the floating-point operations, in layers of so many weights; the head's are left out."""
+        tokens = self.exact + self.fast + 3 * self.tuned
+        return 2 * weights * tokens + self.products + self.factors + 100 * (self.rounded + self.coded)
+
     @staticmethod
     def largest(works: Iterable[Work]) -> Work:
         """The most of each kind."""
