@@ -139,6 +139,7 @@ def pretended_gpu(memory: int = 10**12) -> Iterator[torch.device]:
         patch("torch.cuda.mem_get_info", lambda _: (memory, memory)),
         patch("torch.cuda.max_memory_allocated", lambda _: 0),
         patch("torch.cuda.reset_peak_memory_stats", lambda _: None),
+        patch("torch.cuda.synchronize", lambda _: None),
         patch("torch.autocast", lambda _, *args, **kwargs: autocast("cpu", *args, **kwargs)),
         _Mode(),
     ):

@@ -79,7 +79,7 @@ def test_forward_pass_takes_about_what_is_said(task: Task, tmp_path: Path) -> No
             walk.run_all(layer, 1, states)
         taken = (time.perf_counter() - began) / 5
     said = Rehearsal(task.source, CPU, 32, tmp_path).seconds(Work(exact=128 * 32))
-    assert taken / 5 < said < 5 * taken  # other tests may run beside it
+    assert taken / 20 < said < 20 * taken  # other tests may run beside it
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_merged_model_is_mended_while_it_is_rounded(
         unseen[target] = distance(folder / "artifact", model)
     assert seen["input"] == pytest.approx(seen["merge"], rel=0.02)  # 8 bits: nothing but rounding
     if fuse == "average":
-        assert seen["source"] < 0.6 * seen["input"] and unseen["source"] < 0.8 * unseen["input"]
+        assert seen["source"] < 0.6 * seen["input"] and unseen["source"] < 0.85 * unseen["input"]
     else:
         assert seen["source"] == pytest.approx(seen["input"], rel=0.2)
 
