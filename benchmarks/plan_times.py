@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
+from benchmarks.quality_report import RESULTS
+from benchmarks.real_report import table as markdown
 from mkaq.files import write_json
 from mkaq.units import duration
 
-RESULTS = Path(__file__).parent / "results"
 SHORT = 2.0  # seconds: below, starting costs more than the work
 
 
@@ -59,13 +60,13 @@ def compared(title: str, log: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The table in Markdown."""
-    lines = ["| run | stage | expected | taken | taken / expected |", "|---|---|---|---|---|"]
+    cells = []
     for row in rows:
         short = max(row["expected"], row["taken"]) < SHORT
         ratio = "-" if short else f"{row['taken'] / max(row['expected'], 1e-9):.2f}"
-        times = " | ".join(duration(row[key]) for key in ("expected", "taken"))
-        lines.append(f"| {row['run']} | {row['stage']} | {times} | {ratio} |")
-    return "\n".join(lines) + "\n"
+        cells.append([row["run"], row["stage"], duration(row["expected"]), duration(row["taken"]), ratio])
+    columns = ["run", "stage", "expected", "taken", "taken / expected"]
+    return "\n".join(markdown(columns, cells)) + "\n"
 
 
 if __name__ == "__main__":

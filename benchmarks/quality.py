@@ -26,10 +26,8 @@ import torch
 
 from benchmarks.checkpoints import Job, Maker, Settings, rows_of
 from benchmarks.quality_report import describe, write_report
-from benchmarks.quality_text import Text, load_text, measure, text_of, windows
-from mkaq.calibrate.text import documents
+from benchmarks.quality_text import Text, calibration_of, load_text, measure, windows
 from mkaq.calibrate.tokenizer import load_tokenizer
-from mkaq.calibrate.tokens import calibration_tokens
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
@@ -94,8 +92,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     source = open_checkpoint(resolve_model(options.model))
     tokenizer, count, length = load_tokenizer(source.path), options.num_samples, options.max_seq_length
-    texts = documents(*text_of(options.calibration), "calibrate")
-    tokens = calibration_tokens(texts, tokenizer, count, length, 0)
+    given = [options.calibration] if options.calibration else []
+    tokens = calibration_of(given, tokenizer, count, length)
     seen = windows(tokens.tolist())
     evaluated = {}
     for name, path in {"python": None, **dict(options.text)}.items():

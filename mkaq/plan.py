@@ -20,6 +20,7 @@ from mkaq.run.estimate import ModelSize, Need, Task, Work
 from mkaq.run.memory import INTERPRETER
 from mkaq.run.rates import Rehearsal
 from mkaq.stages import evaluate
+from mkaq.stages.base import Stage
 from mkaq.stages.quantize import BitsandbytesSection
 from mkaq.units import human, parse_size
 from mkaq.walk.activations import Place
@@ -209,7 +210,7 @@ def check_resources(
     if plan.memory_bytes > allowed:
         stage = max(plan.memory, key=lambda name: plan.memory[name])
         available = f"--max-memory allows {human(allowed)}" if limit else f"{device} has {human(allowed)}"
-        advice = next(each.LESS for each in (*STAGES, evaluate) if stage == each.NAME)
+        advice = _stage_named(stage).LESS
         raise_limit = f"--max-memory {-(-plan.memory_bytes // 10**7) / 100:.2f}GB would do; or "
         raise ResourceError(
             f"the run is expected to need {human(plan.memory_bytes)} of memory ({stage}), {available}",
@@ -222,14 +223,18 @@ def _existing(folder: Path) -> Path:
     return next(p for p in (folder, *folder.absolute().parents) if p.exists())
 
 
+def _stage_named(name: str) -> Stage:
+    return next(stage for stage in (*STAGES, evaluate) if name == stage.NAME)
+
+
 def too_long(seconds: Mapping[str, float], device: torch.device) -> Iterator[str]:
     """Yields advice if a run will take longer than `LONG`."""
     total, longest = sum(seconds.values()), max(seconds, key=lambda stage: seconds[stage], default="")
     if total < LONG:
         return
-    advice = next(each.SOONER for each in (*STAGES, evaluate) if longest == each.NAME)
     gpu = "run it on a GPU; or " if device.type == "cpu" else ""
-    yield f"that is long, and {longest} takes {seconds[longest] / total:.0%} of it: {gpu}{advice}"
+    advice = gpu + _stage_named(longest).SOONER
+    yield f"that is long, and {longest} takes {seconds[longest] / total:.0%} of it: {advice}"
 
 
 def refusal(

@@ -73,13 +73,14 @@ def test_forward_pass_takes_about_what_is_said(task: Task, tmp_path: Path) -> No
     walk = LayerWalk(task.source, CPU)
     states = walk.embed(torch.zeros(128, 32, dtype=torch.int32))
     with walk.layer(1) as layer:
-        walk.run_all(layer, 1, states)
-        began = time.perf_counter()
-        for _ in range(5):
+        times = []
+        for _ in range(20):
+            began = time.perf_counter()
             walk.run_all(layer, 1, states)
-        taken = (time.perf_counter() - began) / 5
+            times.append(time.perf_counter() - began)
+        taken = min(times)
     said = Rehearsal(task.source, CPU, 32, tmp_path).seconds(Work(exact=128 * 32))
-    assert taken / 20 < said < 20 * taken  # other tests may run beside it
+    assert taken / 5 < said < 5 * taken  # other tests may run beside it: the quickest of many
 
 
 @pytest.fixture

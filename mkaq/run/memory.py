@@ -7,9 +7,10 @@ to measured peaks: benchmarks/memory.py prints both.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mkaq.merge.cost import LOGITS, built_on, probe_count
+from mkaq.merge.cost import LOGITS
 from mkaq.merge.solve import CANDIDATES
 from mkaq.run.estimate import Need, Task
+from mkaq.run.work import trial_tokens
 from mkaq.walk.batches import TOKENS_PER_BATCH
 from mkaq.walk.device import compute_dtype
 
@@ -63,10 +64,7 @@ def analyzing(task: Task, points: int, fuse: str, candidates: Sequence[tuple[int
     if not candidates:
         walking = shape.walked(shape.exact) + shape.batch(_batch(tokens, task.length), shape.exact)
         return Need(walking + pairs, tokens * shape.hidden * shape.exact)
-    probed = -(-2 * probe_count(task.samples, len(candidates)) // task.processes)
-    probes = probed * task.length * shape.hidden
-    sample = -(-built_on(task.samples, len(candidates), task.processes) // task.processes)
-    stream = sample * task.length * shape.hidden
+    stream, probes = (each * shape.hidden for each in trial_tokens(task, len(candidates)))
     states = stream * (3 * shape.exact + 4) + (len(candidates) + 1) * probes * shape.exact
     head = shape.vocabulary * shape.hidden * (shape.exact + shape.stored) + 4 * 4 * min(
         LOGITS, shape.vocabulary * probes // shape.hidden

@@ -74,9 +74,8 @@ def trying(task: Task, candidates: Sequence[tuple[int, int]], *, fuse: bool, mea
     """Candidate groups, each built from a part of the tokens and measured on others."""
     if not candidates:
         return Work()
-    layers, probed = task.source.num_layers, probe_count(task.samples, len(candidates))
-    sample = built_on(task.samples, len(candidates), task.processes) / task.processes * task.length
-    probes = 2 * probed / task.processes * task.length
+    layers = task.source.num_layers
+    sample, probes = trial_tokens(task, len(candidates))
     built = (
         _sum(_fused(task, length, sample) for _, length in candidates)
         if fuse
@@ -84,6 +83,13 @@ def trying(task: Task, candidates: Sequence[tuple[int, int]], *, fuse: bool, mea
     )
     passes = layers * (sample + probes) + sum(probes * (layers - n - start + 1) for start, n in candidates)
     return built + walking(task, 1, passes, fast=not fuse) + Work(logits=(len(candidates) + 1) * probes)
+
+
+def trial_tokens(task: Task, candidates: int) -> tuple[int, int]:
+    """Tokens of one process that build candidates, and those that measure them, phrases included."""
+    built = built_on(task.samples, candidates, task.processes)
+    probed = 2 * probe_count(task.samples, candidates)
+    return -(-built // task.processes) * task.length, -(-probed // task.processes) * task.length
 
 
 def tuning(task: Task, layers: int, steps: int, batch_size: int) -> Work:
