@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 
 def machine(threads: int) -> dict[str, Any]:
     """What the times depend on, without names."""
-    path = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.*)", path.read_text()) if path.exists() else None
     return {
-        "processor": named[1] if named else platform.processor() or platform.machine(),
+        "processor": processor(torch.device("cpu")),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",
     }
+
+
+def processor(device: torch.device) -> str:
+    """What computes there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.*)", path.read_text()) if path.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()

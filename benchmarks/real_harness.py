@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from benchmarks.real_tasks import IFEVAL, PREFIX, ZERO_SHOT
-from mkaq.checkpoint.reader import Checkpoint
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import UsageError
 from mkaq.walk.whole_model import whole_model
 
-BATCH_TOKENS = 1024
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
 NEEDED = ("lm_eval", "langdetect", "immutabledict", "nltk")
 
 
@@ -41,7 +41,7 @@ class Harness:
     """A model for all tasks, put into memory when the first is run.
 
     Args:
-        checkpoint: A dense or GPTQ checkpoint.
+        folder: Of a dense or GPTQ checkpoint.
         tokenizer: Its tokenizer; generation uses its chat template, if there is one.
         device: Where the model runs.
         dtype: The dtype it computes in.
@@ -50,13 +50,14 @@ class Harness:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        folder: Path,
         tokenizer: Any,
         device: torch.device,
         dtype: torch.dtype,
         batch_size: int,
     ) -> None:
-        self._of, self._tokenizer, self._batch_size = (checkpoint, device, dtype), tokenizer, batch_size
+        self._folder, self._device, self._dtype = folder, device, dtype
+        self._tokenizer, self._batch_size = tokenizer, batch_size
         self._model: Any = None
 
     def run(self, task: str, folder: Path) -> dict[str, Any]:
@@ -72,8 +73,12 @@ class Harness:
         from benchmarks.packed_scoring import PackedModel
 
         if self._model is None:
-            model = whole_model(*self._of)
-            self._model = PackedModel(model, self._tokenizer, BATCH_TOKENS, self._batch_size)
+            checkpoint = open_checkpoint(self._folder, quantized=True)
+            model, at_once = (
+                whole_model(checkpoint, self._device, self._dtype),
+                BATCH_TOKENS[self._device.type],
+            )
+            self._model = PackedModel(model, self._tokenizer, at_once, self._batch_size)
         chat = task == IFEVAL and bool(getattr(self._tokenizer, "chat_template", None))
         with redirect_stderr(StringIO()):  # progress bars
             found = simple_evaluate(

@@ -15,7 +15,10 @@ the same command without that adds it later.
 
 Checkpoints and measurements stay in the work folder, each measurement in a file of its own below its
 checkpoint: an interrupted benchmark goes on where it was, a removed folder is made again, and so is
-nothing else. The rows that matter most come first. Results go to benchmarks/results/NAME.json, .md and .png.
+nothing else. Rows of one shape (layers and bits) share their speed. `--finished` needs no weights: rows made
+and measured on a GPU (`--device cuda --measure text task`) can join those of another machine, and each
+measurement says where it was made. The rows that matter most come first. Results go to
+benchmarks/results/NAME.json, .md and .png.
 """
 
 import argparse
@@ -33,7 +36,7 @@ import torch
 
 from benchmarks import smollm2
 from benchmarks.checkpoints import Job, Maker, Settings, rows_of
-from benchmarks.machine import machine
+from benchmarks.machine import machine, processor
 from benchmarks.process_tree import CommandError, run_measured
 from benchmarks.quality import describe_run
 from benchmarks.quality_report import RESULTS
@@ -52,6 +55,7 @@ from mkaq.files import replace_json
 from mkaq.heap import arrange_heap
 from mkaq.merge.groups import layers_to_remove
 from mkaq.walk.device import compute_dtype, pick_device
+from mkaq.walk.walk import LayerWalk
 
 WORKER = Path(__file__).resolve().with_name("decode_worker.py")
 ALONE = "gptq"
@@ -103,47 +107,70 @@ class Bench(Maker):
         """
         if self.options.finished and job != Job() and not (self.folder / self.name(job)).exists():
             return None
-        made = self.made(job)
-        model = open_checkpoint(made.path, quantized=True)
-        harness = Harness(model, self.tokenizer, self.device, self.dtype, self.options.batch_size)
-        row = {"name": self.name(job), **asdict(job), "layers": model.num_layers}
-        row |= {"bytes": weight_bytes(made.path), "parameters": model.parameters, "seconds": made.seconds}
+        made = self.made(job) if not self.options.finished else self.found(job)
+        facts = self._facts(job, made.path)
+        row = {"name": self.name(job), **asdict(job), **facts, "seconds": made.seconds}
         row["dtype"] = str(self.source.dtype).removeprefix("torch.")
+        harness = Harness(made.path, self.tokenizer, self.device, self.dtype, self.options.batch_size)
 
         def text(name: str) -> dict[str, Any]:
-            source = None if job == Job() else (self.walk, self._source_states(name))
-            return measure(self.walk_over(model), self.texts[name], source)
+            source = None if job == Job() else (self._measuring(self.source), self._source_states(name))
+            model = open_checkpoint(made.path, quantized=True)
+            return measure(self._measuring(model), self.texts[name], source)
 
         def each(kind: str, keys: dict[str, Any], make: Callable[[str], Any]) -> dict[str, Any]:
-            found = {n: self._kept(job, f"{kind}-{n}", key, partial(make, n)) for n, key in keys.items()}
-            return {name: measured for name, measured in found.items() if measured}
+            def kept(name: str, key: Any) -> dict[str, Any] | None:
+                return self._kept(self._measured(job, f"{kind}-{name}", key), kind, partial(make, name))
+
+            return {name: found for name, key in keys.items() if (found := kept(name, key))}
 
         row["texts"] = each("text", {name: t.sequences for name, t in self.texts.items()}, text)
         row["tasks"] = each("task", self._task_keys(), lambda name: harness.run(name, self.task_files))
-        row["speed"] = self._kept(job, "speed", self._speed_key(), lambda: self._speed(job, made.path))
+        shape = f"{facts['layers']}-layers" + f"-{job.bits}bit" * bool(job.bits)
+        speed = self.folder / "speed" / f"{shape}-{digest_of(self._speed_key())[:12]}.json"
+        row["speed"] = self._kept(speed, "speed", lambda: self._speed(job, made.path))
         return row if row["texts"] or row["tasks"] or row["speed"] else None
 
+    def _facts(self, job: Job, folder: Path) -> dict[str, Any]:
+        """Layers, bytes on disk and parameters: kept, so that a report needs no weights."""
+        path = self._measured(job, "facts", None)
+        if not path.exists():
+            model = open_checkpoint(folder, quantized=True)
+            facts = {"layers": model.num_layers, "bytes": weight_bytes(folder)}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_json(path, facts | {"parameters": model.parameters})
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def _measured(self, job: Job, name: str, depends: Any) -> Path:
+        """The file of a measurement of a row; what it depends on is in its name."""
+        return self.folder / self.name(job) / "measured" / f"{name}-{digest_of(depends)[:12]}.json"
+
     def _kept(
-        self, job: Job, name: str, depends: Any, make: Callable[[], dict[str, Any] | None]
+        self, path: Path, kind: str, make: Callable[[], dict[str, Any] | None]
     ) -> dict[str, Any] | None:
-        """A measurement of a row, found or made; what it depends on is in its file's name."""
-        path = self.folder / self.name(job) / "measured" / f"{name}-{digest_of(depends)[:12]}.json"
+        """A measurement, found or made."""
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())
             return found
-        if self.options.finished or name.partition("-")[0] not in self.options.measure:
+        if self.options.finished or kind not in self.options.measure:
             return None
         began = time.perf_counter()
         if (measured := make()) is not None:
-            measured["measured_in"] = time.perf_counter() - began
+            measured |= {"measured_in": time.perf_counter() - began}
+            measured["on"] = processor(self.device if kind != "speed" else torch.device("cpu"))
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_json(path, measured)
         return measured
 
+    def _measuring(self, model: Checkpoint) -> LayerWalk:
+        """A walk in float32 on every device, so that all agree on a text."""
+        return LayerWalk(model, self.device, torch.float32)
+
     def _source_states(self, name: str) -> torch.Tensor:
         """The source's last states on a text, computed once."""
         if name not in self._states:
-            self._states[name] = last_states(self.walk, self.texts[name])
+            self._states[name] = last_states(self._measuring(self.source), self.texts[name])
         return self._states[name]
 
     def _task_keys(self) -> dict[str, Any]:

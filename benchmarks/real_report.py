@@ -170,6 +170,13 @@ def table(columns: Sequence[str], rows: Any) -> list[str]:
     return lines + [f"| {' | '.join(cells)} |" for cells in rows]
 
 
+def where(rows: Sequence[Row]) -> str:
+    """What measured the texts, the tasks and the speed."""
+    kinds = {kind: {part["on"] for row in rows for part in row[kind].values()} for kind in ("texts", "tasks")}
+    kinds["speed"] = {row["speed"]["on"] for row in rows if row["speed"]}
+    return "; ".join(f"{kind} on {', '.join(sorted(on))}" for kind, on in kinds.items() if on)
+
+
 def introduction(record: dict[str, Any], texts: Sequence[str], generates: bool) -> list[str]:
     """What made the tables, on what; and what their columns are."""
     model, machine, (samples, length) = record["model"], record["machine"], record["calibration"]
@@ -181,8 +188,8 @@ def introduction(record: dict[str, Any], texts: Sequence[str], generates: bool) 
         f"{model['parameters']:,} parameters, of which {record['outer_bytes'] / 1e6:.1f} MB (embedding, head "
         f"and final norm) stay as they are in every row. {samples} x {length} calibration tokens; GPTQ with "
         f"groups of {options['group_size']}.",
-        f"{machine['processor']}, {machine['threads']} threads; torch {libraries['torch']}, transformers "
-        f"{libraries['transformers']}.",
+        f"{where(rows)}; {machine['threads']} threads, torch {libraries['torch']}, transformers "
+        f"{libraries['transformers']} here.",
         "",
         "- MB: weights on disk, 10^6 bytes.",
     ]

@@ -154,7 +154,7 @@ def row_of(
 ) -> dict[str, Any]:
     job = Job(method, removed, bits)
     measured = {"perplexity": perplexity, "standard_error": 0.5, "tokens": 10, "documents": 2, "sequences": 2}
-    measured |= {"measured_in": 1.0} | ({"kl": 0.25, "kl_error": 0.01} if method != "dense" or bits else {})
+    measured |= {"measured_in": 1.0, "on": "a GPU"} | ({"kl": 0.25, "kl_error": 0.01} if method != "dense" or bits else {})
     speed = {"prefill": 100.0, "decode": 10.0, "cpu_share": 1.0, "decode_runs": [10.0], "linear": "Linear"}
     return {
         "name": job.name,
@@ -166,8 +166,8 @@ def row_of(
         "seconds": 1.0,
         "dtype": "bfloat16",
         "texts": {"wiki": measured},
-        "tasks": {"piqa": {"items": items, "measured_in": 1.0}},
-        "speed": None if bits else speed | {"measured_in": 1.0},
+        "tasks": {"piqa": {"items": items, "measured_in": 1.0, "on": "a GPU"}},
+        "speed": None if bits else speed | {"measured_in": 1.0, "on": "a GPU"},
     }
 
 
@@ -272,6 +272,9 @@ def test_benchmark_runs_and_goes_on_where_it_was(
     command += ["--methods", "sleb", "--measure", "text", "task"]
     written = []
     for more in ([], ["--finished"]):
+        if more:  # needs no weights
+            for file in (tmp_path / "work").rglob("*.safetensors"):
+                file.unlink()
         monkeypatch.setattr(sys, "argv", [*command, *more])
         main()
         written.append(json.loads((tmp_path / "trial.json").read_text()))
