@@ -44,7 +44,7 @@ from benchmarks.quality_text import Text, calibration_of, last_states, load_text
 from benchmarks.real_harness import Harness, find_sentences_in, prepare
 from benchmarks.real_plot import AFTER
 from benchmarks.real_report import describe, write_report
-from benchmarks.real_tasks import IFEVAL, ZERO_SHOT, sentence_data, write_task, write_task_file
+from benchmarks.real_tasks import IFEVAL, ZERO_SHOT, guessing, sentence_data, write_task, write_task_file
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.resolve import resolve_model
@@ -232,7 +232,8 @@ def main() -> None:
     record |= {"machine": machine(options.threads), "absent": absent}
     record["outer_bytes"] = sum(source.tensors[name].nbytes for name in source.outer_tensor_names)
     record["note"] = smollm2.NOTE if options.model == smollm2.NAME else None
-    record["tasks"] = {"zero_shot": [task for task in ZERO_SHOT if task in tasks], "dtype": str(bench.dtype)}
+    zero_shot = {task: guessing(task, task_files) for task in ZERO_SHOT if task in tasks}
+    record["tasks"] = {"zero_shot": list(zero_shot), "guessing": zero_shot, "dtype": str(bench.dtype)}
     chosen = jobs(options.methods, options.removed)
     record["rows"], record["failed"] = rows_of(chosen, bench.row, describe)
     print(write_report(record, options.name, Path(options.results or RESULTS)))

@@ -17,12 +17,14 @@ Row = dict[str, Any]
 
 
 def plot(rows: list[Row], texts: Sequence[str]) -> Figure:
-    """Perplexity of each text, zero-shot average and decode speed against bytes; a line is a method."""
+    """Perplexity of each text, zero-shot tasks and decode speed against bytes; a line is a method."""
     panels = [
         (f"perplexity, {text}", {id(r): r["texts"][text]["perplexity"] for r in rows if text in r["texts"]})
         for text in texts
     ]
-    panels.append(("zero-shot average, %", {id(r): 100 * r["zero_shot"][0] for r in rows if r["zero_shot"]}))
+    panels.append(
+        ("zero-shot, what the source can do, %", {id(r): 100 * r["able"][0] for r in rows if r["able"]})
+    )
     panels.append(("decoded tokens/s", {id(r): r["speed"]["decode"] for r in rows if r["speed"]}))
     panels = [(name, values) for name, values in panels if values]
     high = math.ceil(len(panels) / 2)

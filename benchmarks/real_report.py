@@ -24,30 +24,61 @@ def write_report(record: dict[str, Any], name: str, folder: Path = RESULTS) -> s
         folder: Where they go; made if it is not there.
     """
     rows = record["rows"]
-    complete(rows, record["tasks"]["zero_shot"])
+    complete(rows, record["tasks"])
     folder.mkdir(exist_ok=True)
-    write_json(folder / f"{name}.json", record)
+    write_json(folder / f"{name}.json", record | {"rows": [saved(row) for row in rows]})
     (folder / f"{name}.md").write_text(table := markdown(record), encoding="utf-8")
     if rows:
         plot(rows, list(record["left_out"])).savefig(folder / f"{name}.png", dpi=120)
     return table
 
 
-def complete(rows: list[Row], zero_shot: Sequence[str]) -> None:
-    """Adds to the rows what follows from all of them: shares of SLEB's loss, and averages of the tasks."""
+def saved(row: Row) -> Row:
+    """A row with the scores of each task's items as one text of digits, not as a line each."""
+    tasks = {name: task | {"items": "".join(map(str, task["items"]))} for name, task in row["tasks"].items()}
+    return row | {"tasks": tasks}
+
+
+def complete(rows: list[Row], tasks: dict[str, Any]) -> None:
+    """Adds to the rows what follows from all of them: shares of SLEB's loss, and averages of the tasks.
+
+    `tasks` is told which of them the source is `able` to do.
+    """
     source = next((row for row in rows if row["method"] == "dense" and not row["bits"]), None)
     for row in rows:
         for text, measured in row["texts"].items():
             measured["share"] = share(row, [other for other in rows if text in other["texts"]], text)
         for task in row["tasks"].values():
             task["accuracy"], task["standard_error"] = mean_of([task["items"]])
-        row["zero_shot"] = row["change"] = None
-        if zero_shot and all(task in row["tasks"] for task in zero_shot):
-            scores = [row["tasks"][task]["items"] for task in zero_shot]
-            row["zero_shot"] = mean_of(scores)
-            if source and source is not row and source["zero_shot"]:
-                before = [source["tasks"][task]["items"] for task in zero_shot]
-                row["change"] = mean_of(differences(scores, before))
+    tasks["able"] = able(source, tasks["guessing"]) if source else []
+    for row in rows:
+        row["zero_shot"], row["able"] = average(row, tasks["zero_shot"]), average(row, tasks["able"])
+        row["change"] = None
+        if row["zero_shot"] and source and source is not row and source["zero_shot"]:
+            scores, before = (
+                [of["tasks"][task]["items"] for task in tasks["zero_shot"]] for of in (row, source)
+            )
+            row["change"] = mean_of(differences(scores, before))
+
+
+def able(source: Row, guessing: dict[str, float]) -> list[str]:
+    """The tasks on which the source is two standard errors or more above the best constant answer.
+
+    What it cannot do itself, its compressed forms cannot lose: they score what their bias happens to be.
+    """
+    found = {task: source["tasks"][task] for task in guessing if task in source["tasks"]}
+    return [
+        task
+        for task, score in found.items()
+        if score["accuracy"] >= guessing[task] + 2 * score["standard_error"]
+    ]
+
+
+def average(row: Row, tasks: Sequence[str]) -> tuple[float, float] | None:
+    """The mean accuracy of all these tasks and its standard error; None if one is missing."""
+    if not tasks or any(task not in row["tasks"] for task in tasks):
+        return None
+    return mean_of([row["tasks"][task]["items"] for task in tasks])
 
 
 def mean_of(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -109,8 +140,9 @@ def speed_cells(row: Row) -> list[str]:
 
 
 def task_cells(row: Row, zero_shot: Sequence[str], generates: bool) -> list[str]:
-    """The zero-shot average, what it lost, and IFEval."""
-    cells = [percent(row["zero_shot"]), percent(row["change"], "+")] if zero_shot else []
+    """The zero-shot averages, what was lost, and IFEval."""
+    keys = ("zero_shot", ""), ("change", "+"), ("able", "")
+    cells = [percent(row[key], sign) for key, sign in keys] if zero_shot else []
     if generates:
         found = row["tasks"].get(IFEVAL)
         cells.append(percent((found["accuracy"], found["standard_error"])) if found else "-")
@@ -126,7 +158,7 @@ def markdown(record: dict[str, Any]) -> str:
     generates = any(IFEVAL in row["tasks"] for row in rows)
     columns = ["method", "layers removed", "weights", "MB", "prefill", "decode"]
     columns += [column for text in texts for column in (text, "share", "KL")]
-    columns += ["zero-shot", "change"] if zero_shot else []
+    columns += ["zero-shot", "change", "able"] if zero_shot else []
     columns += ["IFEval prompts", "instructions"] if generates else []
 
     def cells(row: Row) -> list[str]:
@@ -224,7 +256,9 @@ def introduction(record: dict[str, Any], texts: Sequence[str], generates: bool) 
         lines.append(
             f"- zero-shot: mean accuracy in percent of {len(zero_shot)} tasks, {count} items each at most, "
             f"the same for all rows, by lm-evaluation-harness in {dtype}; normalized by length (acc_norm) "
-            "where usual. change: against the source, on the same items."
+            "where usual. change: against the source, on the same items. able: the mean of the tasks that "
+            "the source itself can do, two standard errors above the best constant answer "
+            f"({', '.join(record['tasks']['able']) or 'none'}); on the others a score is bias and chance."
         )
     if generates:
         found = next(row["tasks"][IFEVAL] for row in rows if IFEVAL in row["tasks"])

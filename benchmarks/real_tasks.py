@@ -10,6 +10,7 @@ endings), and IFEval its own form.
 
 import bz2
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,18 @@ def write_task(task: str, data: Path, folder: Path, count: int) -> str | None:
     lines = "".join(json.dumps(item) + "\n" for item in items)
     (folder / f"{task}.jsonl").write_text(lines, encoding="utf-8")
     return digest_of(items)
+
+
+def guessing(task: str, folder: Path) -> float:
+    """The share of a zero-shot task's items that the best constant choice gets right.
+
+    Args:
+        task: A key of `ZERO_SHOT`, whose items `write_task` wrote.
+        folder: Where they are.
+    """
+    items = raw_items(folder / f"{task}.jsonl")
+    right = Counter(item["gold"] for item in items if "gold" in item)
+    return max(right.values(), default=0) / len(items)
 
 
 def ifeval_item(raw: Item) -> Item:

@@ -15,10 +15,11 @@ import yaml
 from benchmarks.checkpoints import Job
 from benchmarks.quality_text import Text, last_states, measure
 from benchmarks.real_model import jobs, main
-from benchmarks.real_report import complete, differences, mean_of, write_report
+from benchmarks.real_report import able, complete, differences, mean_of, write_report
 from benchmarks.real_tasks import (
     ZERO_SHOT,
     converted,
+    guessing,
     ifeval_item,
     raw_items,
     spread,
@@ -81,6 +82,21 @@ def test_items_are_read_from_both_kinds_of_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("no JSON\n")
     with pytest.raises(UsageError, match=r"a\.jsonl"):
         raw_items(tmp_path / "a.jsonl")
+
+
+def test_guessing_is_the_best_constant_choice(tmp_path: Path) -> None:
+    items = [{"context": "c", "choices": ["a", "b", "c"], "gold": gold} for gold in (0, 2, 2, 1)]
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    assert guessing("piqa", tmp_path) == 0.5
+    (tmp_path / "lambada.jsonl").write_text('{"context": "a", "continuation": "b"}\n')
+    assert guessing("lambada", tmp_path) == 0
+
+
+def test_able_is_what_the_source_does_better_than_guessing() -> None:
+    scores = {"piqa": 0.60, "boolq": 0.37, "lambada": 0.1, "arc_easy": 0.53}
+    source = {"tasks": {name: {"accuracy": mean, "standard_error": 0.02} for name, mean in scores.items()}}
+    guesses = {"piqa": 0.5, "boolq": 0.62, "lambada": 0.0, "arc_easy": 0.5, "hellaswag": 0.25}
+    assert able(source, guesses) == ["piqa", "lambada"]
 
 
 def test_task_files_name_local_data_only(tmp_path: Path) -> None:
@@ -154,7 +170,9 @@ def row_of(
 ) -> dict[str, Any]:
     job = Job(method, removed, bits)
     measured = {"perplexity": perplexity, "standard_error": 0.5, "tokens": 10, "documents": 2, "sequences": 2}
-    measured |= {"measured_in": 1.0, "on": "a GPU"} | ({"kl": 0.25, "kl_error": 0.01} if method != "dense" or bits else {})
+    measured |= {"measured_in": 1.0, "on": "a GPU"} | (
+        {"kl": 0.25, "kl_error": 0.01} if method != "dense" or bits else {}
+    )
     speed = {"prefill": 100.0, "decode": 10.0, "cpu_share": 1.0, "decode_runs": [10.0], "linear": "Linear"}
     return {
         "name": job.name,
@@ -195,7 +213,7 @@ def test_report_has_shares_changes_and_equal_bytes(tmp_path: Path) -> None:
             "loader_python": None,
         },
         "left_out": {"wiki": 0},
-        "tasks": {"zero_shot": ["piqa"], "dtype": "torch.bfloat16"},
+        "tasks": {"zero_shot": ["piqa"], "guessing": {"piqa": 0.5}, "dtype": "torch.bfloat16"},
         "absent": ["ifeval"],
         "failed": {},
         "rows": rows,
@@ -208,6 +226,7 @@ def test_report_has_shares_changes_and_equal_bytes(tmp_path: Path) -> None:
     assert saved["channels-8-4bit"]["texts"]["wiki"]["share"] is None  # no SLEB with 4 bits to compare with
     assert saved["channels-8"]["zero_shot"][0] == 0.5
     assert saved["channels-8"]["change"][0] == -0.25
+    assert saved["channels-8"]["able"] is None  # 3 of 4 is too near to half
     equal = found.partition("## At equal bytes")[2].partition("## Each")[0]
     assert "| GPTQ alone | 0 | 3 bits |" in equal
     assert "| channels | 8 | 4 bits |" in equal
@@ -219,7 +238,7 @@ def test_report_has_shares_changes_and_equal_bytes(tmp_path: Path) -> None:
 def test_rows_without_all_tasks_have_no_average() -> None:
     rows = [row_of("dense", 0, None, 20.0, [1]), row_of("sleb", 8, None, 30.0, [1])]
     rows[1]["tasks"] = {}
-    complete(rows, ["piqa"])
+    complete(rows, {"zero_shot": ["piqa"], "guessing": {"piqa": 0.5}})
     assert rows[0]["zero_shot"] == (1.0, 0.0)
     assert rows[1]["zero_shot"] is rows[1]["change"] is None
 
