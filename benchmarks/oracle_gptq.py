@@ -4,7 +4,7 @@ usage: python benchmarks/oracle_gptq.py --gptqmodel-python .venv-loader/bin/pyth
 
 Both quantize the built-in model; the perplexity of both checkpoints is measured by mkaq's walk on
 the same text. GPTQModel runs in a process of its own, with its defaults. Results go to
-benchmarks/results/oracle_gptq.json and .md.
+benchmarks/results/NAME.json and .md.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--calibration-text", help="a text file; English that Python carries if absent")
     parser.add_argument("--text", help="a text file to evaluate on; other builtin documents if absent")
+    parser.add_argument("--name", default="oracle_gptq", help="of the results")
     options = parser.parse_args()
 
     source = open_checkpoint(resolve_model(options.model))
@@ -106,8 +107,8 @@ def main() -> None:
     }
     for key in ("gptqmodel_python", "text", "calibration_text"):
         record["options"][key] = Path(value).name if (value := record["options"][key]) else None
-    (RESULTS / "oracle_gptq.json").write_text(json.dumps(record, indent=2) + "\n")
-    (RESULTS / "oracle_gptq.md").write_text(table(dense, rows, options))
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (RESULTS / f"{options.name}.md").write_text(table(dense, rows, options))
     print(table(dense, rows, options))
 
 

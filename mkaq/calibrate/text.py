@@ -9,13 +9,14 @@ import io
 import json
 import lzma
 import re
-import sys
 import sysconfig
 import zlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from mkaq.digests import digest_of
 from mkaq.errors import UsageError
 from mkaq.paths import user_path
 
@@ -74,11 +75,21 @@ def builtin_documents() -> tuple[str, ...]:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError, OSError):
             continue
-        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        nodes = [n for n in _statements(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
         docs = [doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > 80]
         if docs:
             texts.append("\n\n".join(docs))
     return tuple(texts)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """A module and its statements as `ast.walk` orders them, without a look into expressions."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        yield (node := waiting.popleft())
+        for field in ("body", "handlers", "cases", "orelse", "finalbody"):
+            found = getattr(node, field, ())
+            waiting.extend(found if isinstance(found, list) else ())
 
 
 def read_text(path: Path) -> str:
@@ -175,13 +186,13 @@ def check_exists(dataset: str, where: str | None) -> None:
 
 
 def text_digest(dataset: str, where: str | None) -> str:
-    """Identifies the text of a data set: a digest of its files, or Python's version for `builtin`.
+    """Identifies the text of a data set: a digest of its files, or of the documents of `builtin`.
 
     Raises:
         UsageError: If the path is missing.
     """
     if dataset == "builtin":
-        return f"python {'.'.join(map(str, sys.version_info[:3]))}"
+        return digest_of(builtin_documents())
     path = user_path(where or "")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     if not files:

@@ -107,11 +107,10 @@ def tuning(task: Task, layers: int, steps: int, batch_size: int) -> Work:
 def solving(task: Task, layers: int, *, joint: bool) -> Work:
     """GPTQ: runs of every layer, a Hessian for each input, its factor, and rounding against it.
 
-    Its errors are those of the rounding, and of held-out samples, in two walks.
+    Its errors are those of the rounding, and of held-out samples, in walks over the source and the result.
     """
     source, tokens = task.source, task.own * task.length
     work = walking(task, 4 if joint else 1, tokens, fast=not joint)
-    work += walking(task, 2, tokens / HELD_OUT)
     for inputs in source.arch.inputs:
         shapes = [source.linear_shape(linear.name) for linear in inputs]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
@@ -119,7 +118,7 @@ def solving(task: Task, layers: int, *, joint: bool) -> Work:
         work += Work(products=products, factors=columns**3 / 3, rounded=rows * columns / task.processes)
         if joint:
             work += _moments(tokens, columns, rows) + _ridges(columns, rows)
-    return work * layers
+    return work * layers + walking(task, source.num_layers + layers, tokens / HELD_OUT)
 
 
 def rounding(task: Task, layers: int) -> Work:
