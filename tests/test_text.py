@@ -1,16 +1,19 @@
 """Text sources and the tokens made of them. MKAQ_TEST_DATA names a folder of larger texts, if any."""
 
+import ast
 import gzip
 import json
 import lzma
 import os
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from mkaq.calibrate import text
 from mkaq.calibrate.text import Split, builtin_documents, documents, text_digest
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import calibration_tokens, evaluation_sequences
@@ -195,6 +198,44 @@ def test_digest_follows_names_and_bytes(tmp_path: Path) -> None:
     assert len(set(digests)) == 3
     with pytest.raises(UsageError, match="no such file"):
         text_digest("text", str(tmp_path / "nowhere"))
+
+
+def test_digest_of_builtin_text_is_of_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = text_digest("builtin", None)
+    monkeypatch.setattr(text, "builtin_documents", lambda: (*builtin_documents()[:-1], "other"))
+    assert text_digest("builtin", None) != before
+
+
+def test_definitions_are_found_wherever_statements_nest() -> None:
+    source = """
+        class A:
+            if True:
+                def a(self): return lambda: 0
+            else:
+                def b(self): pass
+        try:
+            def c(): pass
+        except ValueError:
+            for x in y:
+                class B: pass
+            else:
+                def d(): pass
+        else:
+            while True:
+                def e(): pass
+        finally:
+            with x as y:
+                async def f():
+                    def g(): pass
+        match x:
+            case 1:
+                def h(): pass
+        """
+    tree = ast.parse(textwrap.dedent(source))
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    wanted = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    assert len(wanted) == 10
+    assert [node for node in text.statements(tree) if isinstance(node, kinds)] == wanted
 
 
 def test_samples_are_chosen_by_the_seed(tokenizer: Any) -> None:

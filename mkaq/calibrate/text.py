@@ -75,14 +75,14 @@ def builtin_documents() -> tuple[str, ...]:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError, OSError):
             continue
-        nodes = [n for n in _statements(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        nodes = [n for n in statements(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
         docs = [doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > 80]
         if docs:
             texts.append("\n\n".join(docs))
     return tuple(texts)
 
 
-def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+def statements(tree: ast.Module) -> Iterator[ast.AST]:
     """A module and its statements as `ast.walk` orders them, without a look into expressions."""
     waiting: deque[ast.AST] = deque([tree])
     while waiting:
