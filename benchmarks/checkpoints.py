@@ -137,8 +137,10 @@ class Maker:
 
     def made(self, job: Job) -> Made:
         """The checkpoint of a job, found or made."""
+        if job == Job():
+            return Made(self.source.path, 0.0, [[index] for index in range(self.source.num_layers)])
         folder = self.folder / self.name(job)
-        if job != Job() and not folder.exists():
+        if not folder.exists():
             base = self.made(job.base) if job.base else None  # its time is its own
             before = base.seconds if base else self.sleb(job.removed)[1] if job.method == "sleb" else 0.0
             scratch = folder.with_name(f".{folder.name}")
@@ -149,13 +151,6 @@ class Maker:
             seconds = before + time.perf_counter() - began
             write_json(scratch / "made.json", {"seconds": seconds, "groups": groups})
             scratch.rename(folder)
-        return self.found(job)
-
-    def found(self, job: Job) -> Made:
-        """The checkpoint of a job that was made before; its weights need not be there any more."""
-        if job == Job():
-            return Made(self.source.path, 0.0, [[index] for index in range(self.source.num_layers)])
-        folder = self.folder / self.name(job)
         return Made(folder, **json.loads((folder / "made.json").read_text()))
 
     def sleb(self, removed: int) -> tuple[list[int], float]:

@@ -74,11 +74,9 @@ class Harness:
 
         if self._model is None:
             checkpoint = open_checkpoint(self._folder, quantized=True)
-            model, at_once = (
-                whole_model(checkpoint, self._device, self._dtype),
-                BATCH_TOKENS[self._device.type],
-            )
-            self._model = PackedModel(model, self._tokenizer, at_once, self._batch_size)
+            model = whole_model(checkpoint, self._device, self._dtype)
+            tokens = BATCH_TOKENS[self._device.type]
+            self._model = PackedModel(model, self._tokenizer, tokens, self._batch_size)
         chat = task == IFEVAL and bool(getattr(self._tokenizer, "chat_template", None))
         with redirect_stderr(StringIO()):  # progress bars
             found = simple_evaluate(

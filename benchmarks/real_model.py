@@ -97,7 +97,7 @@ class Bench(Maker):
         self.options, self.texts, self.tasks, self.task_files = options, texts, tasks, task_files
         self.dtype = compute_dtype(source.dtype, device, fast=True)
         self.tokenizer = load_tokenizer(source.path)
-        self._states: dict[str, torch.Tensor] = {}
+        self._original, self._states = self._measuring(source), dict[str, torch.Tensor]()
 
     def row(self, job: Job) -> dict[str, Any] | None:
         """A job's row: what is missing is made and measured, or left out with `--finished`.
@@ -107,14 +107,14 @@ class Bench(Maker):
         """
         if self.options.finished and job != Job() and not (self.folder / self.name(job)).exists():
             return None
-        made = self.made(job) if not self.options.finished else self.found(job)
+        made = self.made(job)
         facts = self._facts(job, made.path)
         row = {"name": self.name(job), **asdict(job), **facts, "seconds": made.seconds}
         row["dtype"] = str(self.source.dtype).removeprefix("torch.")
         harness = Harness(made.path, self.tokenizer, self.device, self.dtype, self.options.batch_size)
 
         def text(name: str) -> dict[str, Any]:
-            source = None if job == Job() else (self._measuring(self.source), self._source_states(name))
+            source = None if job == Job() else (self._original, self._source_states(name))
             model = open_checkpoint(made.path, quantized=True)
             return measure(self._measuring(model), self.texts[name], source)
 
@@ -157,7 +157,7 @@ class Bench(Maker):
             return None
         began = time.perf_counter()
         if (measured := make()) is not None:
-            measured |= {"measured_in": time.perf_counter() - began}
+            measured["measured_in"] = time.perf_counter() - began
             measured["on"] = processor(self.device if kind != "speed" else torch.device("cpu"))
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_json(path, measured)
@@ -170,7 +170,7 @@ class Bench(Maker):
     def _source_states(self, name: str) -> torch.Tensor:
         """The source's last states on a text, computed once."""
         if name not in self._states:
-            self._states[name] = last_states(self._measuring(self.source), self.texts[name])
+            self._states[name] = last_states(self._original, self.texts[name])
         return self._states[name]
 
     def _task_keys(self) -> dict[str, Any]:
