@@ -2,9 +2,9 @@
 
 usage: python benchmarks/oracle_gptq.py --gptqmodel-python .venv-loader/bin/python [--text FILE]
 
-Both quantize the built-in model; the perplexity of both checkpoints is measured by mkaq's walk on
-the same text. GPTQModel runs in a process of its own, with its defaults. Results go to
-benchmarks/results/NAME.json and .md.
+Both quantize the same model (the built-in one unless --model names a folder); the perplexity of both
+checkpoints is measured by mkaq's walk on the same text. GPTQModel runs in a process of its own,
+with its defaults. Results go to benchmarks/results/NAME.json and .md.
 """
 
 import argparse

@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -57,6 +57,7 @@ from mkaq.merge.groups import layers_to_remove
 from mkaq.walk.device import compute_dtype, pick_device
 from mkaq.walk.walk import LayerWalk
 
+Found = TypeVar("Found", dict[str, Any], dict[str, Any] | None)
 WORKER = Path(__file__).resolve().with_name("decode_worker.py")
 ALONE = "gptq"
 KEY = ("channels+layerwise", "channels", "sleb")
@@ -133,14 +134,13 @@ class Bench(Maker):
 
     def _facts(self, job: Job, folder: Path) -> dict[str, Any]:
         """Layers, bytes on disk and parameters: kept, so that a report needs no weights."""
-        path = self._measured(job, "facts", None)
-        if not path.exists():
+
+        def counted() -> dict[str, Any]:
             model = open_checkpoint(folder, quantized=True)
             facts = {"layers": model.num_layers, "bytes": weight_bytes(folder)}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_json(path, facts | {"parameters": model.parameters})
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+            return facts | {"parameters": model.parameters}
+
+        return remembered(self._measured(job, "facts", None), counted)
 
     def _measured(self, job: Job, name: str, depends: Any) -> Path:
         """The file of a measurement of a row; what it depends on is in its name."""
@@ -149,19 +149,18 @@ class Bench(Maker):
     def _kept(
         self, path: Path, kind: str, make: Callable[[], dict[str, Any] | None]
     ) -> dict[str, Any] | None:
-        """A measurement, found or made."""
-        if path.exists():
-            found: dict[str, Any] = json.loads(path.read_text())
-            return found
-        if self.options.finished or kind not in self.options.measure:
+        """A measurement, found or made; None if it is missing and may not be made."""
+        if not path.exists() and (self.options.finished or kind not in self.options.measure):
             return None
-        began = time.perf_counter()
-        if (measured := make()) is not None:
-            measured["measured_in"] = time.perf_counter() - began
-            measured["on"] = processor(self.device if kind != "speed" else torch.device("cpu"))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_json(path, measured)
-        return measured
+
+        def timed() -> dict[str, Any] | None:
+            began = time.perf_counter()
+            if (measured := make()) is not None:
+                measured["measured_in"] = time.perf_counter() - began
+                measured["on"] = processor(self.device if kind != "speed" else torch.device("cpu"))
+            return measured
+
+        return remembered(path, timed)
 
     def _measuring(self, model: Checkpoint) -> LayerWalk:
         """A walk in float32 on every device, so that all agree on a text."""
@@ -204,6 +203,17 @@ class Bench(Maker):
             return None
         found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
         return found
+
+
+def remembered(path: Path, make: Callable[[], Found]) -> Found:
+    """What a file holds, or what is made and written to it; None is not written."""
+    if path.exists():
+        found: Found = json.loads(path.read_text())
+        return found
+    if (made := make()) is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_json(path, made)
+    return made
 
 
 def main() -> None:

@@ -139,7 +139,8 @@ def test_merged_model_is_mended_while_it_is_rounded(
         unseen[target] = distance(folder / "artifact", model)
     assert seen["input"] == pytest.approx(seen["merge"], rel=0.02)  # 8 bits: nothing but rounding
     if fuse == "average":
-        assert seen["source"] < 0.6 * seen["input"] and unseen["source"] < 0.85 * unseen["input"]
+        assert seen["source"] < 0.6 * seen["input"]
+        assert unseen["source"] < 0.85 * unseen["input"]  # 0.8: unseen text is random, calibration a quarter
     else:
         assert seen["source"] == pytest.approx(seen["input"], rel=0.2)
 

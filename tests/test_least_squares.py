@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mkaq.fit.moments import Moments
-from mkaq.fit.ridge import RIDGES, fit, solve_ridge
+from mkaq.fit.ridge import RIDGES, fit, solve_ridges
 from mkaq.fit.select import column_sizes, columns_of, keep_columns
 
 NEARLY_BEST = 0.95
@@ -76,7 +76,7 @@ def test_ridge_is_least_squares_of_the_augmented_system(ridge: float) -> None:
     system = torch.cat([z * root, damp.sqrt() * torch.eye(12)])
     goal = torch.cat([r * root, damp.sqrt() * prior.T])
     expected = torch.linalg.lstsq(system, goal).solution.T
-    solved = solve_ridge(moments_of(z, r, weights), prior, ridge)
+    (solved,) = solve_ridges(moments_of(z, r, weights), prior, [ridge])
     assert solved is not None and solved.shape == (4, 12)
     assert torch.allclose(solved.double(), expected, atol=1e-4)
 
@@ -84,8 +84,8 @@ def test_ridge_is_least_squares_of_the_augmented_system(ridge: float) -> None:
 def test_ridge_that_is_not_positive_definite_has_no_solution() -> None:
     moments = Moments(2, 1, CPU)
     moments.gram.copy_(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
-    assert solve_ridge(moments, torch.zeros(1, 2), 1e-3) is None
-    assert solve_ridge(moments, torch.zeros(1, 2), 3.0) is not None
+    small, large = solve_ridges(moments, torch.zeros(1, 2), [1e-3, 3.0])
+    assert small is None and large is not None
 
 
 def test_exact_linear_target_is_recovered() -> None:
@@ -98,7 +98,7 @@ def test_exact_linear_target_is_recovered() -> None:
     assert solved.error <= (1 - NEARLY_BEST * 0.99) * solved.error_before
     assert solved.error_before == pytest.approx(held.error(near))
     assert solved.error == pytest.approx(held.error(solved.weight), abs=1e-6)
-    exact = solve_ridge(learn, torch.zeros(3, 8), 1e-6)
+    (exact,) = solve_ridges(learn, torch.zeros(3, 8), [1e-6])
     assert exact is not None and torch.allclose(exact.float(), true, atol=1e-4)
 
 
@@ -118,8 +118,7 @@ def test_the_largest_ridge_that_keeps_the_gain_is_taken(noise: float) -> None:
     r = z @ true.T + noise * spread
     learn, held, prior = moments_of(z[:100], r[:100]), moments_of(z[100:], r[100:]), torch.zeros(3, 20)
     errors = {}
-    for ridge in RIDGES:
-        solved = solve_ridge(learn, prior, ridge)
+    for ridge, solved in zip(RIDGES, solve_ridges(learn, prior, RIDGES), strict=True):
         assert solved is not None
         errors[ridge] = held.error(solved)
     gain = held.error(prior) - min(errors.values())

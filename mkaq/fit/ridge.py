@@ -1,5 +1,6 @@
 """Ridge regression from moments toward the previous weight; held-out tokens choose the ridge."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,23 +29,28 @@ class Fit:
     error_before: float
 
 
-def solve_ridge(moments: Moments, prior: torch.Tensor, ridge: float) -> torch.Tensor | None:
+def solve_ridges(
+    moments: Moments, prior: torch.Tensor, ridges: Sequence[float]
+) -> Iterator[torch.Tensor | None]:
     """W = W0 + (B - G W0^T)^T (G + ridge * mean(diag G) * I)^-1, with the moments of `moments`.
 
     Args:
         moments: The moments of the regression.
         prior: W0, shape (targets, features).
-        ridge: As a fraction of the mean of the Gram matrix's diagonal.
+        ridges: Each as a fraction of the mean of the Gram matrix's diagonal.
 
-    Returns:
-        Shape (targets, features), float32; None if the damped Gram matrix is not positive definite.
+    Yields:
+        For every ridge, shape (targets, features), float32; None where the damped Gram matrix is not positive
+        definite.
     """
     w0 = prior.float()
-    factor = damped_factor(moments.gram, ridge)
-    if factor is None:
-        return None
     missed = torch.addmm(moments.cross, moments.gram, w0.T, alpha=-1)
-    return w0 + torch.cholesky_solve(missed, factor).T
+
+    def solve(ridge: float) -> torch.Tensor | None:
+        factor = damped_factor(moments.gram, ridge)  # one factor in memory at a time
+        return None if factor is None else w0 + torch.cholesky_solve(missed, factor).T
+
+    yield from map(solve, ridges)
 
 
 def fit(moments: Moments, held_out: Moments, prior: torch.Tensor, nearly: float) -> Fit:
@@ -64,8 +70,7 @@ def fit(moments: Moments, held_out: Moments, prior: torch.Tensor, nearly: float)
     step = -(-len(prior) // TARGETS)
     some, seen, first = moments.every(step), held_out.every(step), prior[::step]
     before, changes = seen.change(first), dict[float, float]()
-    for ridge in RIDGES:  # one weight in memory at a time
-        weight = solve_ridge(some, first, ridge)
+    for ridge, weight in zip(RIDGES, solve_ridges(some, first, RIDGES), strict=True):  # one weight at a time
         if weight is not None:
             changes[ridge] = seen.change(weight)
     error = held_out.error(prior)
@@ -73,6 +78,6 @@ def fit(moments: Moments, held_out: Moments, prior: torch.Tensor, nearly: float)
     if gain <= NOTHING * held_out.energy / step or not held_out.energy > 0:
         return Fit(prior.float(), None, error, error)
     ridge = max(ridge for ridge, change in changes.items() if before - change >= nearly * gain)
-    weight = solve_ridge(moments, prior, ridge)
+    (weight,) = solve_ridges(moments, prior, [ridge])
     assert weight is not None
     return Fit(weight.float(), ridge, held_out.error(weight), error)
