@@ -114,8 +114,10 @@ def solving(task: Task, layers: int, *, joint: bool) -> Work:
     for inputs in source.arch.inputs:
         shapes = [source.linear_shape(linear.name) for linear in inputs]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        products = tokens * columns**2 + 5.0 * rows * columns**2 / task.processes
-        work += Work(products=products, factors=columns**3 / 3, rounded=rows * columns / task.processes)
+        carried = rows * columns**2 / task.processes  # what rounding carries on; as much for the energies
+        work += Work(products=tokens * columns**2 + carried, factors=columns**3 / 3)
+        work += walking(task, 1, carried / (2 * _weights(task)), fast=True)
+        work += Work(rounded=rows * columns / task.processes)
         if joint:
             work += _moments(tokens, columns, rows) + _ridges(columns, rows)
     return work * layers + walking(task, source.num_layers + layers, tokens / HELD_OUT)
