@@ -59,7 +59,7 @@ def _unfit_codes(quantization: Mapping[str, Any] | None, config: Any) -> str:
         return ""
     if quantization.get("quant_method") != "gptq":
         return f"codes of {quantization.get('quant_method')} fit no GGUF type; those of gptq do"
-    bits, sym, group = (quantization[key] for key in ("bits", "sym", "group_size"))
+    bits, group, sym = quantization["bits"], quantization["group_size"], quantization.get("sym", True)
     if quantization.get("desc_act") and not quantization.get("static_groups"):
         return "the columns of a group lie together there: desc_act needs static_groups"
     if bits == 8 and not sym:
@@ -152,9 +152,7 @@ def _name(name: str, strips: bool) -> str:
     return re.sub("(phi)-?(3)", r"\1 \2", name, flags=re.IGNORECASE)
 
 
-def check(
-    model: Checkpoint, folder: Path, about: About, options: Options | None = None
-) -> Iterator[str]:
+def check(model: Checkpoint, folder: Path, about: About, options: Options | None = None) -> Iterator[str]:
     """Compares a file with the checkpoint that it was made from, bit for bit.
 
     Args:

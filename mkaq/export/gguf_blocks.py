@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
+Steps = NDArray[np.int16]
+Scales = NDArray[np.float16]
+Zeros = NDArray[np.int16]
 SUPER = 256  # columns in a block of the K and T types
 
 
@@ -23,9 +26,9 @@ class Codes(NamedTuple):
         zeros: Zero points, shape (out_features, groups).
     """
 
-    steps: NDArray[np.int16]
-    scales: NDArray[np.float16]
-    zeros: NDArray[np.int16]
+    steps: Steps
+    scales: Scales
+    zeros: Zeros
 
 
 def exact_type(bits: int, sym: bool, group_size: int, in_features: int) -> str | None:
@@ -76,57 +79,64 @@ def blocks(codes: Codes, kind: str) -> Bytes:
     if group % size or codes.steps.min() < low or codes.steps.max() > high:
         raise ValueError(f"codes {codes.steps.min()} to {codes.steps.max()} in groups of {group} as {kind}")
     steps = codes.steps.reshape(-1, size)
-    repeated = [np.repeat(x, group // size, axis=1).reshape(-1, 1) for x in (codes.scales, codes.zeros)]
-    return encode(steps, *repeated).reshape(rows, -1)
+    scales = np.repeat(codes.scales, group // size, axis=1).reshape(-1, 1)
+    zeros = np.repeat(codes.zeros, group // size, axis=1).reshape(-1, 1)
+    return encode(steps, scales, zeros).reshape(rows, -1)
 
 
 def _halves(values: Bytes) -> Bytes:
     """32 values of 4 bits: byte j holds value j and value j + 16."""
-    return values[:, :16] | values[:, 16:] << 4
+    return values[:, :16] | values[:, 16:] << np.uint8(4)
 
 
 def _quarters(values: Bytes) -> Bytes:
     """256 values of 2 bits: in each half, byte j holds values j, j + 32, j + 64 and j + 96."""
     parts = values.reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    return np.bitwise_or.reduce(parts, axis=2).reshape(-1, 64)
+    joined: Bytes = np.bitwise_or.reduce(parts, axis=2)
+    return joined.reshape(-1, 64)
 
 
-def _half_bytes(scales: NDArray[np.float16]) -> Bytes:
+def _half_bytes(scales: Scales) -> Bytes:
     return np.ascontiguousarray(scales, "<f2").view(np.uint8)
 
 
-def _q4_0(steps: NDArray[np.int16], scales: NDArray[np.float16], zeros: NDArray[np.int16]) -> Bytes:
+def _q4_0(steps: Steps, scales: Scales, zeros: Zeros) -> Bytes:
     return np.hstack([_half_bytes(scales), _halves((steps + 8).astype(np.uint8))])
 
 
-def _q5_0(steps: NDArray[np.int16], scales: NDArray[np.float16], zeros: NDArray[np.int16]) -> Bytes:
+def _q5_0(steps: Steps, scales: Scales, zeros: Zeros) -> Bytes:
     values = (steps + 16).astype(np.uint8)
-    fifth = np.packbits(values >> 4, axis=1, bitorder="little")
-    return np.hstack([_half_bytes(scales), fifth, _halves(values & 15)])
+    fifth = np.packbits(values >> np.uint8(4), axis=1, bitorder="little")
+    return np.hstack([_half_bytes(scales), fifth, _halves(values & np.uint8(15))])
 
 
-def _q8_0(steps: NDArray[np.int16], scales: NDArray[np.float16], zeros: NDArray[np.int16]) -> Bytes:
+def _q8_0(steps: Steps, scales: Scales, zeros: Zeros) -> Bytes:
     return np.hstack([_half_bytes(scales), steps.astype(np.int8).view(np.uint8)])
 
 
-def _tq2_0(steps: NDArray[np.int16], scales: NDArray[np.float16], zeros: NDArray[np.int16]) -> Bytes:
+def _tq2_0(steps: Steps, scales: Scales, zeros: Zeros) -> Bytes:
     """Its values are -1 to 2, those of GPTQ -2 to 1: both signs are turned."""
     return np.hstack([_quarters((1 - steps).astype(np.uint8)), _half_bytes(-scales)])
 
 
-def _q2_k(steps: NDArray[np.int16], scales: NDArray[np.float16], zeros: NDArray[np.int16]) -> Bytes:
+def _q2_k(steps: Steps, scales: Scales, zeros: Zeros) -> Bytes:
     """scale * 1 * code - scale * zero: d and dmin are the scale, the 4-bit factors 1 and the zero point."""
     factors = np.repeat((1 | zeros << 4).astype(np.uint8), 16, axis=1)
     ends = _half_bytes(scales)
     return np.hstack([factors, _quarters((steps + zeros).astype(np.uint8)), ends, ends])
 
 
-def _q3_k(steps: NDArray[np.int16], scales: NDArray[np.float16], zeros: NDArray[np.int16]) -> Bytes:
+def _q3_k(steps: Steps, scales: Scales, zeros: Zeros) -> Bytes:
     """Two low bits, then the third, set where nothing is subtracted; all 6-bit factors are 33, which is 1."""
     values = (steps + 4).astype(np.uint8)
-    third = (values >> 2).reshape(-1, 8, 32) << np.arange(8, dtype=np.uint8)[:, None]
+    third = (values >> np.uint8(2)).reshape(-1, 8, 32) << np.arange(8, dtype=np.uint8)[:, None]
     factors = np.tile(np.array([0x11] * 8 + [0xAA] * 4, np.uint8), (len(values), 1))
-    parts = [np.bitwise_or.reduce(third, axis=1), _quarters(values & 3), factors, _half_bytes(scales)]
+    parts = [
+        np.bitwise_or.reduce(third, axis=1),
+        _quarters(values & np.uint8(3)),
+        factors,
+        _half_bytes(scales),
+    ]
     return np.hstack(parts)
 
 

@@ -48,7 +48,8 @@ def faults(path: Path, metadata: Mapping[str, GGUFValue], tensors: Sequence[Plan
         if (stored.tensor_type, shape) != (tensor.kind, tensor.shape) or stored.data_offset != end:
             yield f"{name} has {tensor.name} in another type, shape or place than follows from the checkpoint"
             return
-        if not np.array_equal(np.ascontiguousarray(stored.data).view(np.uint8).ravel(), tensor.make().ravel()):
+        data = np.ascontiguousarray(stored.data).view(np.uint8)
+        if not np.array_equal(data.ravel(), tensor.make().ravel()):
             yield f"{name} has another {tensor.name} than follows from the checkpoint"
         end += -(-stored.n_bytes // reader.alignment) * reader.alignment
     if path.stat().st_size != end:

@@ -1,4 +1,4 @@
-"""A model configuration as the metadata of a GGUF file, per family; what llama.cpp lacks is refused by name."""
+"""A model configuration as the metadata of a GGUF file; what llama.cpp lacks is refused by name."""
 
 from __future__ import annotations
 

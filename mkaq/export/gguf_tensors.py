@@ -81,7 +81,7 @@ def _architecture(name: str) -> gguf.MODEL_ARCH:
 
 
 def _order(model: Checkpoint, module: str) -> Order:
-    """Where each row comes from: llama.cpp rotates neighbouring rows of a head, transformers its two halves."""
+    """Where each row comes from: llama.cpp rotates neighbouring rows, transformers the halves of a head."""
     heads = {"q_proj": model.sizes.heads, "k_proj": model.sizes.kv_heads}.get(module.rpartition(".")[2])
     if heads is None:
         return None
@@ -105,7 +105,7 @@ def _dense(model: Checkpoint, name: str, kind: Type, order: Order) -> Bytes:
     """A tensor in another type, rounded only by the types that have blocks."""
     tensor = model.read([name])[name]
     tensor = tensor if order is None else tensor[torch.from_numpy(order)]
-    pieces = [_encode(piece, kind) for piece in tensor.split(_ROWS if tensor.dim() > 1 else len(tensor))]
+    pieces = [_encode(tensor[start : start + _ROWS], kind) for start in range(0, len(tensor), _ROWS)]
     if lost := sum(count for _, count in pieces):
         fix = "choose the type of the source (`source`), or one that rounds on purpose (q8_0)"
         what = f"{lost} of the {tensor.numel()} values of {name} do not fit {kind.name.lower()} exactly"
@@ -130,7 +130,7 @@ def _bytes(values: NDArray[Any]) -> Bytes:
 def _quantized(model: Checkpoint, module: str, target: str, order: Order) -> Planned:
     config = model.quantization or {}
     rows, columns = model.tensors[f"{module}.qweight"].shape[1], model.tensors[f"{module}.g_idx"].shape[0]
-    kind = exact_type(config["bits"], bool(config["sym"]), config["group_size"], columns)
+    kind = exact_type(config["bits"], config.get("sym", True), config["group_size"], columns)
     if kind is None:
         what = f"no GGUF type holds {module}: {columns} columns, group_size {config['group_size']}"
         raise UnsupportedError(what, where=model.path)
@@ -154,7 +154,8 @@ def _blocks(model: Checkpoint, module: str, kind: str, order: Order) -> Bytes:
     for start in range(0, words.shape[1], _ROWS):
         part = slice(start, start + _ROWS)
         steps = unpack(words[:, part], bits).T - zeros[part].repeat_interleave(size, dim=1)
-        codes = Codes(*(x.numpy() for x in (steps.to(torch.int16), halves[part], zeros[part].to(torch.int16))))
+        steps, offsets = steps.to(torch.int16), zeros[part].to(torch.int16)
+        codes = Codes(steps.numpy(), halves[part].numpy(), offsets.numpy())
         try:
             done.append(blocks(codes, kind))
         except ValueError as error:

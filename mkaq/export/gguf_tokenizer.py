@@ -32,7 +32,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> Vocabulary:
         CheckpointError: If there is no tokenizer that can be used.
     """
     tokenizer = load_tokenizer(folder)
-    words = vocabulary(folder, size)
+    words = vocabulary(folder, tokenizer, size)
     writer.add_tokenizer_model(words.model)
     writer.add_tokenizer_pre(words.pre)
     writer.add_token_list(words.tokens)
