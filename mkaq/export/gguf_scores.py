@@ -1,6 +1,7 @@
 """Scores that make llama.cpp merge as SentencePiece's BPE does.
 
-It joins the neighbours with the highest score. llama.cpp joins any two neighbours that make a token, where tokenizer.json lists the pairs that may be joined.
+llama.cpp joins the neighbours with the highest score, any two that make a token; tokenizer.json has a list of
+the pairs that are joined.
 """
 
 from collections.abc import Sequence
