@@ -54,13 +54,17 @@ def use_rules(folder: Path, name: str) -> None:
     path.write_text(json.dumps(data))
 
 
-def use_sentencepiece(folder: Path, *, prefix: bool = True, own: bool = True) -> None:
+PHI3 = ("<|endoftext|>", "<|user|>", "<|end|>")
+
+
+def use_sentencepiece(folder: Path, *, prefix: bool = True, own: bool = True, phi3: bool = False) -> None:
     """Gives a model a tokenizer of SentencePiece, with a tokenizer.json as Llama 2's.
 
     Args:
         folder: The model.
         prefix: Whether a text gets a space in front.
         own: Whether tokenizer.model stays.
+        phi3: Whether it has Phi-3's added tokens, most of which take the spaces after them.
     """
     settings = {"vocab_size": 2000, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
     exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -76,6 +80,11 @@ def use_sentencepiece(folder: Path, *, prefix: bool = True, own: bool = True) ->
     steps = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
     data |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    if phi3:
+        data["added_tokens"][2] |= {"rstrip": True, "special": False}  # </s>
+        data["added_tokens"] += [
+            added_token(2000 + n, text, True, rstrip=n > 0) for n, text in enumerate(PHI3)
+        ]
     (folder / "tokenizer.json").write_text(json.dumps(data))
     config.write_text(json.dumps({"tokenizer_class": "TokenizersBackend"} | names))
     if not own:

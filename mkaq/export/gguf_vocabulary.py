@@ -82,6 +82,7 @@ def vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
     data = json.loads(library.to_str())
     if data["model"].get("byte_fallback"):
         data |= {key: read_json(where).get(key) for key in ("normalizer", "pre_tokenizer")}
+        data["model"]["unk_token"] = tokenizer.unk_token
     if max(data["model"]["vocab"].values(), default=0) >= size:
         raise UnsupportedError(f"it has tokens beyond the {size} rows of the embedding", where=where)
     names = {number: token for token, number in library.get_vocab(with_added_tokens=True).items()}
@@ -103,7 +104,7 @@ def _vocabulary(data: Mapping[str, Any], size: int, names: Mapping[int, str], wh
         raise UnknownRule(f"its model is {model['type']} with options of its own")
     if len(set(tokens)) < len(tokens) or "" in tokens:
         raise UnknownRule("two tokens have the same text, or one has none")
-    strips, merges = _strips(added), [(left, right) for left, right in model["merges"]]
+    strips, merges = _strips(added, tokens), [(left, right) for left, right in model["merges"]]
     by_number = {token["id"]: token for token in added}
     unknown = model.get("unk_token") if model.get("byte_fallback") else None
     kinds = [_kind(number, token, names, by_number, unknown) for number, token in enumerate(tokens)]
@@ -131,14 +132,16 @@ def _kind(
     return Kind.CONTROL if added[number]["special"] else Kind.USER_DEFINED
 
 
-def _strips(added: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether added tokens take the spaces after them; llama.cpp knows all or none."""
+def _strips(added: Sequence[Mapping[str, Any]], tokens: Sequence[str]) -> bool:
+    """Whether added tokens take the spaces after them; llama.cpp knows those of Phi-3, or none."""
     for token in added:
         if token["lstrip"] or token["single_word"]:
             raise UnknownRule(f"the added token {token['content']!r} has lstrip or single_word")
     flags = {token["rstrip"] for token in added if token["content"] not in _UNSTRIPPED}
     if len(flags) > 1 or any(token["rstrip"] for token in added if token["content"] in _UNSTRIPPED):
         raise UnknownRule("some of its added tokens have rstrip, and others do not")
+    if flags == {True} and not {*_UNSTRIPPED, "</s>"} <= set(tokens):
+        raise UnknownRule("its added tokens have rstrip, and are not those of Phi-3")
     return flags == {True}
 
 
