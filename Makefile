@@ -14,6 +14,7 @@ quick: .venv/ready-dev
 
 test: .venv/ready-dev lint
 	@$(MAKE) --no-print-directory .venv-loader/ready || echo "no GPTQModel here (it needs a C compiler): its tests skip"
+	@$(MAKE) --no-print-directory .venv-llamacpp/ready || echo "no prebuilt llama.cpp for this machine: its tests skip"
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: .venv/ready-dev
@@ -45,5 +46,11 @@ lint: .venv/ready-dev
 	.venv-loader/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt transformers accelerate bitsandbytes optimum gptqmodel
 	@touch $@
 
+# llama.cpp, prebuilt, in which the tests run GGUF files.
+.venv-llamacpp/ready: constraints.txt
+	$(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/pip install --quiet --only-binary :all: $(PIP_ARGS) -c constraints.txt numpy xllamacpp
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-loader runs dist build
+	rm -rf .venv .venv-loader .venv-llamacpp runs dist build

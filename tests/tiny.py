@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mkaq.checkpoint.resolve import BUILTIN
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.formats.gptq import quantization_config
+from mkaq.formats.packing import pack_linear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 SIMILAR = {"order": "similarity", "fuse": "average", "coefficient": "similarity", "manifold": {"points": 128}}
@@ -91,3 +95,31 @@ def write_recipe(path: Path, model: Path, text: Path, /, **sections: Any) -> Pat
         del data["calibration"]  # nothing reads it
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     return path
+
+
+def make_gptq(folder: Path, dense: Path, bits: int = 4, group_size: int = 32, *, sym: bool = True) -> Path:
+    """Writes a dense model as a GPTQ checkpoint, with weights rounded to the nearest."""
+    shutil.copytree(dense, folder)
+    model = open_checkpoint(dense)
+    tensors = model.read(model.tensors)
+    for name in [n for n in tensors if n.removesuffix(".weight").endswith(model.arch.linear_names)]:
+        weight = tensors.pop(name).float()
+        rows, columns = weight.shape
+        size = columns if group_size == -1 else group_size
+        groups = weight.reshape(rows, -1, size)
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        if sym:
+            high = torch.maximum(high, -low)
+            low = -high
+        scales = ((high - low) / (2**bits - 1)).clamp(min=1e-4).to(torch.float16)
+        zeros = (2 ** (bits - 1) if sym else (-low / scales.float()).round().clamp(1, 2**bits)) + 0 * scales
+        codes = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 2**bits - 1)
+        g_idx = torch.arange(columns) // size
+        packed = pack_linear(codes.int().reshape(rows, columns), scales, zeros.int(), g_idx, bits)
+        tensors |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in packed.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    options = {"scattered": False, "static_groups": False, "damp_percent": 0.01}
+    settings = quantization_config(bits=bits, group_size=group_size, sym=sym, **options)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return folder
