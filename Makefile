@@ -14,6 +14,7 @@ quick: .venv/ready-dev
 
 test: .venv/ready-dev lint
 	@$(MAKE) --no-print-directory .venv-loader/ready || echo "no GPTQModel here (it needs a C compiler): its tests skip"
+	@for name in compressed mlx; do $(MAKE) --no-print-directory .venv-$$name/ready || echo "no .venv-$$name: its tests skip"; done
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: .venv/ready-dev
@@ -45,5 +46,17 @@ lint: .venv/ready-dev
 	.venv-loader/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt transformers accelerate bitsandbytes optimum gptqmodel
 	@touch $@
 
+# Plain environments in which the tests load the other formats that mkaq writes.
+.venv-compressed/ready: constraints.txt
+	$(PYTHON) -m venv .venv-compressed
+	.venv-compressed/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt torch
+	.venv-compressed/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt transformers accelerate compressed-tensors
+	@touch $@
+
+.venv-mlx/ready: constraints.txt
+	$(PYTHON) -m venv .venv-mlx
+	.venv-mlx/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt 'mlx[cpu]' mlx-lm
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-loader runs dist build
+	rm -rf .venv .venv-loader .venv-compressed .venv-mlx runs dist build

@@ -1,0 +1,1 @@
+"""The same model in the formats of other runtimes: one module per format."""
