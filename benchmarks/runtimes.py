@@ -141,10 +141,8 @@ def make(settings: Row | None, folder: Path) -> None:
 
 def text_ids() -> list[int]:
     tokenizer = load_tokenizer(resolve_model("builtin:tiny-llama"))
-    ids: list[int] = evaluation_sequences(documents("builtin", None, "evaluate"), tokenizer, TOKENS)[
-        0
-    ].tolist()
-    return ids
+    sequences = evaluation_sequences(documents("builtin", None, "evaluate"), tokenizer, TOKENS)
+    return list(sequences[0])
 
 
 def settings_key(case: Row) -> str:

@@ -181,7 +181,10 @@ def dequantize(tensors: dict[str, torch.Tensor], config: Config) -> torch.Tensor
     return (codes - zeros[:, group]).float() * scales[:, group]
 
 
+_ELSEWHERE = "its reader of compressed-tensors is for other models"
 REFUSALS: Mapping[str, Callable[[Config], str]] = {
     "transformers on a CPU": lambda config: "",
+    "ONNX Runtime GenAI": lambda config: _ELSEWHERE,
+    "MLX": lambda config: _ELSEWHERE,
     "llama.cpp": lambda config: NO_GGUF,
 }
