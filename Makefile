@@ -14,7 +14,9 @@ quick: .venv/ready-dev
 
 test: .venv/ready-dev lint
 	@$(MAKE) --no-print-directory .venv-loader/ready || echo "no GPTQModel here (it needs a C compiler): its tests skip"
-	@$(MAKE) --no-print-directory .venv-llamacpp/ready || echo "no prebuilt llama.cpp for this machine: its tests skip"
+	@for name in llamacpp compressed mlx; do \
+		$(MAKE) --no-print-directory .venv-$$name/ready || echo "no .venv-$$name: its tests skip"; \
+	done
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: .venv/ready-dev
@@ -52,5 +54,17 @@ lint: .venv/ready-dev
 	.venv-llamacpp/bin/pip install --quiet --only-binary :all: $(PIP_ARGS) -c constraints.txt numpy xllamacpp
 	@touch $@
 
+# Plain environments in which the tests load the other formats that mkaq writes.
+.venv-compressed/ready: constraints.txt
+	$(PYTHON) -m venv .venv-compressed
+	.venv-compressed/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt torch
+	.venv-compressed/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt transformers accelerate compressed-tensors
+	@touch $@
+
+.venv-mlx/ready: constraints.txt
+	$(PYTHON) -m venv .venv-mlx
+	.venv-mlx/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt 'mlx[cpu]' mlx-lm
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-loader .venv-llamacpp runs dist build
+	rm -rf .venv .venv-loader .venv-llamacpp .venv-compressed .venv-mlx runs dist build

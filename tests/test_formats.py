@@ -150,7 +150,7 @@ def test_format_and_its_bits(config: Config | None, expected: tuple[Format, int 
 def test_unknown_method_is_refused(config: Config) -> None:
     with pytest.raises(UnsupportedError, match=r"quantization .* is not supported"):
         format_of(config, "config.json")
-    assert set(FORMATS) == {"gptq", "bitsandbytes"}
+    assert set(FORMATS) == {"gptq", "bitsandbytes", "compressed-tensors"}
 
 
 def test_version_2_has_zero_points_as_they_are() -> None:

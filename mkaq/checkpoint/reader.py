@@ -23,7 +23,7 @@ from mkaq.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _NOT_ARCHITECTURE = ("quantization_config", "num_labels", "id2label", "label2id")
-_ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
 BLOCK = 1 << 20  # bytes of a block of a tensor; it fits into a processor's cache
 
 

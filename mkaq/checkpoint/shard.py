@@ -20,6 +20,7 @@ _NAMES = {  # in the order of the safetensors library, which keeps tensors align
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
+    torch.uint32: "U32",
     torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",

@@ -48,6 +48,21 @@ def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
         UnsupportedError: If its family or its quantization is not supported.
     """
     config, remarks = _read_config(path, quantized)
+    tensors = read_headers(path)
+    kept = {name: info for name, info in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    checkpoint = Checkpoint(path, config, kept, remarks)
+    _check_layers(checkpoint)
+    checkpoint = settle_head(checkpoint)
+    _check_complete(checkpoint)
+    return checkpoint
+
+
+def read_headers(path: Path) -> dict[str, TensorInfo]:
+    """Reads the index and every header of a folder; all links stay inside it.
+
+    Raises:
+        CheckpointError: If one is damaged, or they contradict one another.
+    """
     files = _weight_files(path)
     _check_links(path, files)
     tensors: dict[str, TensorInfo] = {}
@@ -57,12 +72,7 @@ def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
                 raise CheckpointError(f"tensor {name} is also in {tensors[name].file}", where=path / file)
             tensors[name] = info
     _check_index(path, tensors)
-    kept = {name: info for name, info in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    checkpoint = Checkpoint(path, config, kept, remarks)
-    _check_layers(checkpoint)
-    checkpoint = settle_head(checkpoint)
-    _check_complete(checkpoint)
-    return checkpoint
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mkaq.errors import UnsupportedError
-from mkaq.formats import bitsandbytes, dense, gptq
+from mkaq.formats import bitsandbytes, compressed_tensors, dense, gptq
 from mkaq.formats.format import Format
 
 FORMATS: Mapping[str, Format] = {
     "gptq": gptq,
     "bitsandbytes": bitsandbytes,
+    "compressed-tensors": compressed_tensors,
 }
 
 

@@ -1,0 +1,34 @@
+"""Worker of benchmarks/runtimes.py: vLLM on a CPU."""
+
+import gc
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from runtime_job import NEW, serve
+from vllm import LLM, SamplingParams
+
+
+def run(folder: Path, ids: list[int]) -> tuple[list[float], float]:
+    model = LLM(str(folder), enforce_eager=True, max_model_len=256, max_num_seqs=4)
+    try:
+        prompt = {"prompt_token_ids": ids}
+        once = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        answer = model.generate(prompt, once, use_tqdm=False)[0]
+        places = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
+        given = [place[token].logprob for place, token in places]
+        greedy = SamplingParams(max_tokens=NEW, min_tokens=NEW, temperature=0)
+        start = time.perf_counter()
+        model.generate(prompt, greedy, use_tqdm=False)
+        return given, NEW / (time.perf_counter() - start)
+    finally:
+        del model
+        gc.collect()
+
+
+if __name__ == "__main__":
+    serve(run)

@@ -1,0 +1,35 @@
+"""The table of benchmarks/runtimes.py."""
+
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def report(data: dict[str, Any]) -> str:
+    """Markdown: per runtime and format a table of settings; then what was said of those that do not load."""
+    lines = [
+        "Printed by `python -m benchmarks.runtimes`: the built-in model on a CPU. *difference* is the mean",
+        "difference of a token's log-probability from that of the decoded weights in float32.",
+        "",
+        f"Left out, for want of an environment: {', '.join(data['left_out']) or 'nothing'}.",
+    ]
+    kinds = dict.fromkeys((row["runtime"], row["format"]) for row in data["rows"])
+    for runtime, kind in kinds:
+        rows = [row for row in data["rows"] if (row["runtime"], row["format"]) == (runtime, kind)]
+        lines += ["", f"## {kind} in {runtime}", ""]
+        lines += [
+            "| bits | sym | group | desc_act | loads | agrees | difference | tokens/s |",
+            "|" + "---|" * 8,
+        ]
+        lines += [_line(row) for row in rows]
+        errors = dict.fromkeys(row["error"] for row in rows if "error" in row)
+        lines += ["", *(f"- {error[:300]}" for error in errors)] if errors else []
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Row) -> str:
+    settings = [str(row.get(key, "")) for key in ("bits", "sym", "group_size", "desc_act")]
+    if not row["loads"]:
+        return f"| {' | '.join(settings)} | no | | | |"
+    numbers = f"{row['difference']:.4f} | {row['tokens_per_second']:.0f}"
+    return f"| {' | '.join(settings)} | yes | {'yes' if row['agrees'] else 'NO'} | {numbers} |"

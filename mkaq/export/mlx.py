@@ -1,0 +1,126 @@
+"""MLX's affine form: the codes of GPTQ with w = scale * code + bias, where bias = -zero * scale.
+
+mlx-lm takes a module as quantized if the file holds its `scales`, and finds bits and group size from the
+shapes (mlx-lm 0.32, `load_model`), so embeddings and head stay as they are. MLX multiplies in the type to
+which input, scales and biases are promoted: with bfloat16 weights and float16 scales that is float32.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mkaq.checkpoint.layout import TensorSpec
+from mkaq.checkpoint.reader import Checkpoint
+from mkaq.dtypes import DTYPES
+from mkaq.errors import UnsupportedError
+from mkaq.export.codes import Codes, codes_refusal, quantized_linears
+from mkaq.export.folder import Repacking, Tensors, folder_faults, refuse, write_folder
+from mkaq.formats.packing import unpack
+
+NAME = "mlx"
+_SIZES = (32, 64, 128)
+
+
+def refusal(model_type: str, quantization: Mapping[str, Any] | None) -> str:
+    """Why the format cannot hold a model; empty if it can.
+
+    Args:
+        model_type: The model's family; mlx-lm runs each.
+        quantization: The quantization_config; None for a dense model.
+    """
+    if quantization is None:
+        return "nothing was quantized, and mlx-lm reads the safetensors as they are"
+    reason = codes_refusal(quantization)
+    if not reason and quantization["group_size"] not in _SIZES:
+        return f"its groups have 32, 64 or 128 weights, not {quantization['group_size']}"
+    return reason
+
+
+def write(model: Checkpoint, folder: Path, shard_size: int) -> None:
+    """Writes a folder that mlx-lm loads.
+
+    Args:
+        model: A GPTQ checkpoint.
+        folder: An empty folder.
+        shard_size: Data bytes per weight file.
+
+    Raises:
+        CheckpointError: If a tensor cannot be read.
+        UnsupportedError: If the format cannot hold the model exactly.
+    """
+    refuse(refusal(model.config["model_type"], model.quantization), NAME, model)
+    write_folder(model, folder, _repacking(model), shard_size)
+
+
+def check(model: Checkpoint, folder: Path) -> Iterator[str]:
+    """Compares a folder with the GPTQ checkpoint that it was made from.
+
+    Yields:
+        A sentence for each fault.
+    """
+    yield from folder_faults(model, folder, _repacking(model))
+
+
+def mlx_config(model: Checkpoint) -> dict[str, Any]:
+    """config.json for mlx-lm.
+
+    Most of its models know rotary embeddings only by `rope_theta` and `rope_scaling`: without the first they
+    silently take 10,000. transformers 5 writes both into `rope_parameters`.
+    """
+    own, rope = model.quantization or {}, dict(model.hf_config.rope_parameters)
+    plain = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    theta = rope.pop("rope_theta")
+    scaling = None if rope.get("rope_type", "default") == "default" else {**rope, "type": rope["rope_type"]}
+    quantization = {"group_size": own["group_size"], "bits": own["bits"], "mode": "affine"}
+    return {**plain, "rope_theta": theta, "rope_scaling": scaling, "quantization": quantization}
+
+
+def biases(codes: Codes, dtype: torch.dtype) -> torch.Tensor:
+    """-zero * scale, exactly.
+
+    Args:
+        codes: A linear layer.
+        dtype: The type of the result.
+
+    Returns:
+        Shape (out_features, groups).
+
+    Raises:
+        ValueError: If some are no numbers of that type; the message has their count.
+    """
+    exact = -codes.zeros * codes.scales.float()  # at most 9 bits times 11: exact in float32
+    result = exact.to(dtype)
+    if lost := int((result.float() != exact).sum()):
+        raise ValueError(f"{lost} of {exact.numel()} products of zero point and scale are no {dtype}")
+    return result
+
+
+def _repacking(model: Checkpoint) -> Repacking:
+    own = model.quantization or {}
+    bits, size = own["bits"], own["group_size"]
+    scale = DTYPES[model.tensors[f"{next(iter(quantized_linears(model)))}.scales"].dtype]
+    bias = scale if own["sym"] else torch.float32  # 3 * scale is seldom a float16, 8 * scale always is
+
+    def specs(shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        return {
+            "weight": TensorSpec(torch.uint32, (rows, columns * bits // 32)),
+            "scales": TensorSpec(scale, (rows, columns // size)),
+            "biases": TensorSpec(bias, (rows, columns // size)),
+        }
+
+    def repack(codes: Codes, name: str) -> Tensors:
+        try:
+            added = biases(codes, bias)
+        except ValueError as error:
+            raise UnsupportedError(f"{NAME} cannot hold {name}: {error}", where=model.path) from None
+        return {"weight": codes.words.view(torch.uint32), "scales": codes.scales, "biases": added}
+
+    def decode(tensors: Tensors) -> torch.Tensor:
+        codes = unpack(tensors["weight"].view(torch.int32).T.contiguous(), bits).T
+        group = torch.arange(codes.shape[1]) // size
+        return tensors["scales"].float()[:, group] * codes + tensors["biases"].float()[:, group]
+
+    return Repacking(mlx_config(model), specs, repack, decode)
