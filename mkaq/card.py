@@ -1,5 +1,6 @@
 """README.md of the artifact: a model card for hubs and for people."""
 
+from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -48,8 +49,22 @@ def model_card(manifest: Manifest) -> str:
     lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")', "```", ""]
+    if uses := [use.format(name=manifest.name) for use in _uses(manifest)]:
+        lines += ["The same codes and weights in other formats:", ""]
+        lines += [*(f"- {use}" for use in uses), ""]
     lines += ["`mkaq-manifest.json` records every step; `mkaq verify` checks it.", ""]
     return "\n".join(lines)
+
+
+_USES = {
+    "gguf": "`gguf/{name}.gguf`, for llama.cpp: `llama-cli -m gguf/{name}.gguf`",
+    "compressed-tensors": "`compressed-tensors/`, for transformers (needs `pip install compressed-tensors`)",
+    "mlx": "`mlx/`, for MLX: `mlx_lm.generate --model mlx --prompt ...`",
+}
+
+
+def _uses(manifest: Manifest) -> Iterator[str]:
+    return (use for name, use in _USES.items() if name in manifest.recipe["export"]["formats"])
 
 
 def _origin(manifest: Manifest) -> str:

@@ -15,6 +15,7 @@ from mkaq.digests import digest_of, library_versions
 from mkaq.errors import VerificationError
 from mkaq.pipeline import STAGES
 from mkaq.stages.base import Part, Step
+from mkaq.stages.export import MAIN
 
 if TYPE_CHECKING:
     from mkaq.recipe import Recipe
@@ -122,6 +123,15 @@ class Budget(Part):
     """The chosen option."""
 
 
+class ExportedFormat(Part):
+    """The artifact in another format, in a folder of its own."""
+
+    format: str
+    """The format, and the name of its folder."""
+    bytes: int
+    """Size of its files."""
+
+
 class Manifest(Part):
     """The record of an artifact."""
 
@@ -147,6 +157,8 @@ class Manifest(Part):
     """The environment of each stage that computes."""
     evaluation: dict[str, dict[str, Any]]
     """Measurements by stage."""
+    exports: list[ExportedFormat] = Field(default_factory=list)
+    """The formats beside safetensors; `verify` compares each with the safetensors, bit for bit."""
     files: list[FileEntry]
     """Every file of the artifact except this one."""
     digest: str = ""
@@ -199,7 +211,13 @@ def build_manifest(
 
 def write_manifest(folder: Path, manifest: Manifest, files: list[dict[str, Any]]) -> None:
     """Writes the manifest of an artifact: with its files, and with a digest of itself."""
-    data = _data(manifest.model_copy(update={"files": [FileEntry(**entry) for entry in files]}))
+    exports = [
+        ExportedFormat(format=name, bytes=sum(f["bytes"] for f in files if f["path"].startswith(f"{name}/")))
+        for name in manifest.recipe["export"]["formats"]
+        if name != MAIN
+    ]
+    entries = [FileEntry(**entry) for entry in files]
+    data = _data(manifest.model_copy(update={"exports": exports, "files": entries}))
     data["digest"] = digest_of(data)
     (folder / MANIFEST).write_bytes(_canonical(data))
 

@@ -104,7 +104,7 @@ def ship(recipe: Recipe, job: Job, session: Session, budget: dict[str, Any] | No
     card, inputs = model_card(manifest), job.digests(job.last)
 
     def build(folder: Path) -> dict[str, str]:
-        files = export.run(job, card, folder)
+        files = export.run(job, manifest, card, folder)
         write_manifest(folder, manifest, files)
         return {file["path"]: file["sha256"] for file in files}
 

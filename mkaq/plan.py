@@ -12,7 +12,8 @@ import torch
 from mkaq.budget import Option, most_trials, options_of, settle
 from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.reader import Checkpoint
-from mkaq.errors import ResourceError, UsageError
+from mkaq.errors import ResourceError, UnsupportedError, UsageError
+from mkaq.formats.runtimes import TARGETS, runtimes
 from mkaq.pipeline import STAGES
 from mkaq.progress import Progress
 from mkaq.recipe import Recipe
@@ -21,6 +22,7 @@ from mkaq.run.memory import INTERPRETER
 from mkaq.run.rates import Rehearsal
 from mkaq.stages import evaluate
 from mkaq.stages.base import Stage
+from mkaq.stages.export import check_formats
 from mkaq.stages.quantize import BitsandbytesSection
 from mkaq.units import human, parse_size
 from mkaq.walk.activations import Place
@@ -29,6 +31,7 @@ _CPU = torch.device("cpu")
 _HOST_FRACTION = 0.8  # of the host's memory that hidden states may take
 LONG = 3 * 3600.0  # seconds of a run that deserves advice
 _INSTANT = 2e10  # operations of a run that is over before it could be rehearsed
+_WIDEST = 2.0  # times the bytes of 2-bit codes that a GGUF file of them may have
 _SMALL_FILES = 20_000_000  # bytes of tokenizers, records and reports
 
 
@@ -149,6 +152,9 @@ def plan_run(
     if (measured := evaluate.section(recipe, source)) is not None:  # of every model
         for size in sizes[:-1]:
             works[evaluate.NAME] += evaluate.estimate(measured, size, task).work
+    config = recipe.quantize.config(dtype) if recipe.quantize else None
+    check_formats(recipe.export, source, config)
+    _check_targets(recipe, config)
     base = INTERPRETER[device.type]
     needs = {stage: replace(need, device=need.device + base) for stage, need in needs.items()}
     states, allowed = max(need.states for need in needs.values()), limit or memory_of(device, processes)
@@ -158,11 +164,19 @@ def plan_run(
         place = "host" if fits_host else "files"
     stage_bytes = [size.bytes for size in sizes[1:]]
     shard = min(parse_size(recipe.export.shard_size), max(stage_bytes))
-    disk = sum(stage_bytes) + stage_bytes[-1] + shard + _SMALL_FILES + samples * length * 4
+    copies = 1 + len(recipe.export.others) * (_WIDEST if config and config.get("bits") in (2, 3) else 1.2)
+    disk = sum(stage_bytes) + int(copies * stage_bytes[-1]) + shard + _SMALL_FILES + samples * length * 4
     if place == "files":
         disk += processes * states
     memory = {stage: need.at(place) for stage, need in needs.items()}
     return RunPlan(tuple(sizes), memory, disk, place, states if place == "host" else 0, (), works, length)
+
+
+def _check_targets(recipe: Recipe, config: Mapping[str, Any] | None) -> None:
+    answers = {row.runtime: row.reason for row in runtimes(config, formats=recipe.export.others)}
+    for target in recipe.targets:
+        if reason := answers[TARGETS[target]]:
+            raise UnsupportedError(f"{target} would not run this artifact: {reason}", where="targets")
 
 
 def quantizations(recipe: Recipe, source: Checkpoint, plan: RunPlan) -> list[dict[str, Any] | None]:

@@ -102,6 +102,10 @@ class Recipe(Section):
     """The files of the artifact."""
     evaluate: EvaluateSection | None = None
     """Measurements, or null."""
+    targets: list[Literal["transformers", "vllm", "vllm-cpu", "onnx", "mlx", "openvino", "llama.cpp"]] = (
+        Field(default=[])
+    )
+    """Runtimes that must run the artifact: a recipe whose artifact one of them would refuse is refused."""
 
     @property
     def needs_calibration(self) -> bool:

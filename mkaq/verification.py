@@ -12,6 +12,7 @@ from mkaq.calibrate.tokens import calibration_tokens, tokens_digest
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import MkaqError, ResourceError, VerificationError
+from mkaq.export.formats import EXPORTS
 from mkaq.fit.hold_out import calibration_samples
 from mkaq.formats.formats import format_of
 from mkaq.manifest import MANIFEST, Manifest, read_manifest
@@ -19,6 +20,7 @@ from mkaq.pipeline import stage_of
 from mkaq.progress import Progress
 from mkaq.ranks import ALONE
 from mkaq.stages.calibrate import CalibrationSection
+from mkaq.stages.export import ExportSection, settings_of
 from mkaq.stages.quantize import QuantizeRecord
 from mkaq.verify.case import Case, raise_faults
 from mkaq.verify.files import check_files
@@ -56,6 +58,8 @@ def verify(artifact: Path, source: Path | None, device: torch.device, progress: 
     )
     raise_faults(artifact, [*_size_claims(manifest, checkpoint), *_budget_claims(manifest)])
     checks.append("layers, parameters and bytes are as the manifest says")
+    raise_faults(artifact, list(_export_claims(manifest, checkpoint)))
+    checks += [f"{each.format} holds the same codes and weights, bit for bit" for each in manifest.exports]
     checks.append(_check_runs(checkpoint, device))
     if source is not None:
         original = open_checkpoint(source)
@@ -89,6 +93,20 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         }
         if {module.name for module in quantized.modules} != expected:
             yield "the quantized modules are not those of the model"
+
+
+def _export_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
+    section = ExportSection.model_validate(manifest.recipe["export"])
+    if [each.format for each in manifest.exports] != section.others:
+        yield f"the recipe has the formats {section.formats}, the manifest has others"
+    for name in section.others:
+        folder = checkpoint.path / name
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        recorded = [each.bytes for each in manifest.exports if each.format == name]
+        if [size] != recorded:
+            yield f"{name} has {size} bytes, the manifest says {recorded}"
+        faults = EXPORTS[name].check(checkpoint, folder, settings_of(manifest))
+        yield from (f"{name}: {fault}" for fault in faults)
 
 
 def _budget_claims(manifest: Manifest) -> Iterator[str]:

@@ -61,7 +61,8 @@ def run(
         return
     runtime_rows: list[Runtime] = []
     if result.artifact:
-        runtime_rows = runtimes(open_checkpoint(result.artifact, quantized=True).quantization)
+        config = open_checkpoint(result.artifact, quantized=True).quantization
+        runtime_rows = runtimes(config, formats=loaded.export.others)
     if as_json:
         _print_run_as_json(result, runtime_rows)
     else:
@@ -124,7 +125,7 @@ def plan(
         seconds=seconds,
         refused=refused,
         notes=[*remarks(loaded, processes), *too_long(seconds, torch_device)],
-        runtimes=runtimes(*quantizations(loaded, source, planned)),
+        runtimes=runtimes(*quantizations(loaded, source, planned), formats=loaded.export.others),
         folder=folder,
     )
     if as_json:

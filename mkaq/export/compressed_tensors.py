@@ -12,43 +12,25 @@ from mkaq.dtypes import DTYPES
 from mkaq.errors import UnsupportedError
 from mkaq.export.codes import Codes, codes_refusal, quantized_linears
 from mkaq.export.folder import Repacking, Tensors, folder_faults, refuse, write_folder
+from mkaq.export.settings import Settings
 from mkaq.formats.compressed_tensors import dequantize, pack_linear, quantization_config, schema
 
 NAME = "compressed-tensors"
 
 
-def refusal(model_type: str, quantization: Mapping[str, Any] | None) -> str:
-    """Why the format cannot hold a model; empty if it can.
-
-    Args:
-        model_type: The model's family; the format holds each.
-        quantization: The quantization_config; None for a dense model.
-    """
+def refusal(model: Checkpoint, quantization: Mapping[str, Any] | None) -> str:
+    """Why the format cannot hold a model; empty if it can."""
     return codes_refusal(quantization)
 
 
-def write(model: Checkpoint, folder: Path, shard_size: int) -> None:
-    """Writes a Hugging Face folder.
-
-    Args:
-        model: A GPTQ checkpoint.
-        folder: An empty folder.
-        shard_size: Data bytes per weight file.
-
-    Raises:
-        CheckpointError: If a tensor cannot be read.
-        UnsupportedError: If the format cannot hold the model exactly.
-    """
-    refuse(refusal(model.config["model_type"], model.quantization), NAME, model)
-    write_folder(model, folder, _repacking(model), shard_size)
+def write(model: Checkpoint, folder: Path, settings: Settings) -> None:
+    """Writes a Hugging Face folder; arguments and errors as in `mkaq.export.formats`."""
+    refuse(refusal(model, model.quantization), NAME, model)
+    write_folder(model, folder, _repacking(model), settings.shard_size)
 
 
-def check(model: Checkpoint, folder: Path) -> Iterator[str]:
-    """Compares a folder with the GPTQ checkpoint that it was made from.
-
-    Yields:
-        A sentence for each fault.
-    """
+def check(model: Checkpoint, folder: Path, settings: Settings) -> Iterator[str]:
+    """Yields a sentence for each difference between a folder and the checkpoint that it was made from."""
     yield from folder_faults(model, folder, _repacking(model))
 
 

@@ -27,18 +27,16 @@ _ROPES = {"default": ARCHITECTURES, "linear": ARCHITECTURES, "llama3": ("llama",
 _PLAIN_HEADS = ("qwen2", "phi3")  # their heads' sizes always add up to the hidden size there
 
 
-def unfit(model_type: str, config: Any = None) -> str:
+def unfit(model_type: str, config: Any) -> str:
     """Why llama.cpp would not compute what a model computes; empty if it would.
 
     Args:
         model_type: Its family.
-        config: transformers' configuration object, if it is known.
+        config: transformers' configuration object.
     """
     if model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         return _WHY_NOT.get(model_type, f"model_type {model_type} was not tried there (tried: {known})")
-    if config is None:
-        return ""
     sizes = Sizes.of(config)
     if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
         return f"llama.cpp computes {model_type} with silu, not with hidden_act {config.hidden_act}"

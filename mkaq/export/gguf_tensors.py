@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -15,6 +15,7 @@ from mkaq.dtypes import FLOATS
 from mkaq.errors import CheckpointError, UnsupportedError
 from mkaq.export.gguf_blocks import Bytes, Codes, blocks, exact_type
 from mkaq.export.gguf_metadata import ARCHITECTURES, rope_factors
+from mkaq.export.settings import GgufTypes
 from mkaq.formats.gptq import checkpoint_format
 from mkaq.formats.packing import unpack
 
@@ -22,18 +23,6 @@ Order = NDArray[np.intp] | None
 _ROWS = 1024  # rows that are encoded at once
 _FLOATS = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 _OWN = {torch.float64: Type.F32, torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
-
-
-class Options(NamedTuple):
-    """The types of what is not GPTQ.
-
-    Attributes:
-        embedding: The type of the embedding and of a head of its own; `source`: as in the checkpoint.
-        dense: The type of linear layers that are not quantized.
-    """
-
-    embedding: Literal["source", "f32", "f16", "bf16", "q8_0", "q4_0"] = "source"
-    dense: Literal["source", "f16", "q8_0"] = "source"
 
 
 class Planned(NamedTuple):
@@ -52,7 +41,7 @@ class Planned(NamedTuple):
     make: Callable[[], Bytes]
 
 
-def planned(model: Checkpoint, options: Options) -> Iterator[Planned]:
+def planned(model: Checkpoint, types: GgufTypes) -> Iterator[Planned]:
     """All tensors in the order of the file.
 
     Raises:
@@ -72,7 +61,7 @@ def planned(model: Checkpoint, options: Options) -> Iterator[Planned]:
         if end == "qweight":
             yield _quantized(model, module, target, order)
             continue
-        shape, kind = model.tensors[name].shape, _kind(model, name, options)
+        shape, kind = model.tensors[name].shape, _kind(model, name, types)
         yield Planned(target, kind, shape, partial(_dense, model, name, kind, order))
 
 
@@ -88,11 +77,11 @@ def _order(model: Checkpoint, module: str) -> Order:
     return np.arange(heads * model.sizes.head_dim).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
 
 
-def _kind(model: Checkpoint, name: str, options: Options) -> Type:
+def _kind(model: Checkpoint, name: str, types: GgufTypes) -> Type:
     if len(model.tensors[name].shape) == 1:
         return Type.F32
     outer = name in (model.arch.embed_weight, model.arch.head_weight)
-    wanted = options.embedding if outer else options.dense
+    wanted = types.embedding if outer else types.dense
     kind = _OWN[FLOATS[model.tensors[name].dtype]] if wanted == "source" else Type[wanted.upper()]
     block, columns = gguf.GGML_QUANT_SIZES[kind][0], model.tensors[name].shape[-1]
     if columns % block:

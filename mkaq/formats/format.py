@@ -14,7 +14,7 @@ Config = Mapping[str, Any]
 """The `quantization_config` of a checkpoint; empty for a dense one."""
 
 
-NO_GGUF = "it reads GGUF, which mkaq does not write yet"
+NO_GGUF = "it reads GGUF, which export.formats can add"
 ONLY_DENSE = "only artifacts that are not quantized were tried there"
 
 

@@ -169,7 +169,7 @@ REFUSALS: Mapping[str, Callable[[Config], str]] = {
     "vLLM": _vllm,
     "vLLM on a CPU": lambda config: _vllm(config) or _vllm(config, kernels=(4,)),
     "ONNX Runtime GenAI": _onnx,
-    "MLX": lambda config: "it refuses a checkpoint with g_idx, which GPTQ has",
+    "MLX": lambda config: "it refuses a checkpoint with g_idx, which GPTQ has; export.formats can add mlx",
     "OpenVINO": lambda config: ONLY_DENSE,
     "llama.cpp": lambda config: NO_GGUF,
 }

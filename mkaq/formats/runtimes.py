@@ -11,15 +11,21 @@ from typing import Any
 from mkaq.formats.formats import format_of
 
 Config = Mapping[str, Any] | None
-RUNTIMES = (
-    "transformers on a CPU",
-    "vLLM",
-    "vLLM on a CPU",
-    "ONNX Runtime GenAI",
-    "MLX",
-    "OpenVINO",
-    "llama.cpp",
-)
+TARGETS = {  # the names in a recipe
+    "transformers": "transformers on a CPU",
+    "vllm": "vLLM",
+    "vllm-cpu": "vLLM on a CPU",
+    "onnx": "ONNX Runtime GenAI",
+    "mlx": "MLX",
+    "openvino": "OpenVINO",
+    "llama.cpp": "llama.cpp",
+}
+_OTHER_FORMATS = {  # which runtimes run what is exported beside the safetensors
+    "gguf": ("llama.cpp",),
+    "mlx": ("MLX",),
+    "compressed-tensors": ("transformers on a CPU",),
+}
+RUNTIMES = tuple(TARGETS.values())
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,18 @@ class Runtime:
     reason: str
 
 
-def runtimes(*configs: Config) -> list[Runtime]:
-    """Whether each runtime runs an artifact.
+def runtimes(*configs: Config, formats: Iterable[str] = ()) -> list[Runtime]:
+    """Whether each runtime runs an artifact, in one of its formats.
 
     Args:
         configs: The artifact's quantization_config, or those that a budget may choose; None for a dense
             artifact. A runtime has several entries if the answers differ.
+        formats: The formats beside safetensors.
     """
-    every = ((name, _refusal(name, config)) for config in configs for name in RUNTIMES)
+    served = {name for each in formats for name in _OTHER_FORMATS[each]}
+    every = (
+        (name, "" if name in served else _refusal(name, config)) for config in configs for name in RUNTIMES
+    )
     return [Runtime(name, not reason, reason) for name, reason in dict.fromkeys(every)]
 
 

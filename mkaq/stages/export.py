@@ -1,4 +1,4 @@
-"""The artifact: the last model with a model card and the manifest."""
+"""The artifact: the last model in each format, with a model card and the manifest."""
 
 from __future__ import annotations
 
@@ -7,19 +7,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mkaq.stages.base import Section
 
 if TYPE_CHECKING:
+    from mkaq.checkpoint.reader import Checkpoint
+    from mkaq.export.settings import Settings
+    from mkaq.manifest import Manifest
     from mkaq.run.job import Job
+
+MAIN: Literal["safetensors"] = "safetensors"
+
+
+class GgufSection(Section):
+    """The types in a GGUF file of what GPTQ leaves as it is. The blocked types (q8_0, q4_0) round."""
+
+    embedding: Literal["source", "f32", "f16", "bf16", "q8_0", "q4_0"] = "source"
+    """Type of the embedding, and of a head of its own; `source` is the checkpoint's."""
+    dense: Literal["source", "f16", "q8_0"] = "source"
+    """Type of the linear layers of a model that is not quantized."""
 
 
 class ExportSection(Section):
     """The files of the artifact."""
 
-    formats: list[Literal["safetensors"]] = Field(default=["safetensors"], min_length=1)
-    """Formats to write."""
+    formats: list[Literal["safetensors", "gguf", "compressed-tensors", "mlx"]] = Field(default=[MAIN])
+    """Formats to write: safetensors always, others in folders of their own, with the same codes."""
+    gguf: GgufSection | None = None
+    """Types in the GGUF file, or null."""
     shard_size: str = "4GB"
     """Largest size of one weight file, e.g. `500MB` or `4GB`; a larger tensor gets its own file."""
 
@@ -31,12 +47,63 @@ class ExportSection(Section):
         parse_size(value)
         return value
 
+    @field_validator("formats")
+    @classmethod
+    def _has_the_main_one(cls, value: list[str]) -> list[str]:
+        if MAIN not in value or len(set(value)) < len(value):
+            raise ValueError("names safetensors, from which the others are made, and each format once")
+        return value
 
-def run(job: Job, card: str, folder: Path) -> list[dict[str, Any]]:
+    @model_validator(mode="after")
+    def _gguf_is_written(self) -> ExportSection:
+        if self.gguf is not None and "gguf" not in self.formats:
+            raise ValueError("nothing reads export.gguf: formats has no gguf")
+        return self
+
+    @property
+    def others(self) -> list[str]:
+        """The formats beside safetensors."""
+        return [name for name in self.formats if name != MAIN]
+
+
+def settings_of(manifest: Manifest) -> Settings:
+    """What the other formats are told; it depends only on the manifest."""
+    from mkaq.export.settings import GgufTypes, Settings
+    from mkaq.units import parse_size
+
+    section = ExportSection.model_validate(manifest.recipe["export"])
+    types = GgufTypes(**(section.gguf or GgufSection()).model_dump())
+    return Settings(manifest.name, manifest.source.base_model, parse_size(section.shard_size), types)
+
+
+def check_formats(section: ExportSection, source: Checkpoint, config: dict[str, Any] | None) -> None:
+    """Refuses a format that cannot hold the model to come.
+
+    Args:
+        section: The recipe's section.
+        source: The model to compress.
+        config: The quantization_config of the result; None for a dense one.
+
+    Raises:
+        UnsupportedError: If there is one.
+    """
+    from mkaq.errors import UnsupportedError
+    from mkaq.export.formats import EXPORTS
+
+    for name in section.others:
+        if reason := EXPORTS[name].refusal(source, config):
+            fix = f"leave {name} out, or change quantize"
+            raise UnsupportedError(
+                f"{name} cannot hold this model: {reason}", where="export.formats", fix=fix
+            )
+
+
+def run(job: Job, manifest: Manifest, card: str, folder: Path) -> list[dict[str, Any]]:
     """Writes the artifact, without its manifest.
 
     Args:
         job: The job, with its last model made.
+        manifest: The manifest, without files.
         card: Text of README.md.
         folder: An empty folder.
 
@@ -44,6 +111,7 @@ def run(job: Job, card: str, folder: Path) -> list[dict[str, Any]]:
         Path, bytes and sha256 of every file.
     """
     from mkaq.digests import describe_files
+    from mkaq.export.formats import EXPORTS
 
     for path in _files(job):
         if path.is_file():
@@ -51,6 +119,9 @@ def run(job: Job, card: str, folder: Path) -> list[dict[str, Any]]:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    for name in ExportSection.model_validate(manifest.recipe["export"]).others:
+        (folder / name).mkdir()
+        EXPORTS[name].write(job.model, folder / name, settings_of(manifest))
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return describe_files(folder, names)
 
