@@ -15,6 +15,7 @@ from mkaq.errors import MkaqError, ResourceError, VerificationError
 from mkaq.export.formats import EXPORTS
 from mkaq.fit.hold_out import calibration_samples
 from mkaq.formats.formats import format_of
+from mkaq.generate.stream import stream
 from mkaq.manifest import MANIFEST, Manifest, read_manifest
 from mkaq.pipeline import stage_of
 from mkaq.progress import Progress
@@ -27,7 +28,7 @@ from mkaq.verify.files import check_files
 from mkaq.verify.remeasure import tolerance
 from mkaq.walk.device import compute_dtype
 from mkaq.walk.walk import LayerWalk
-from mkaq.walk.whole_model import generate, whole_model
+from mkaq.walk.whole_model import whole_model
 
 
 def verify(artifact: Path, source: Path | None, device: torch.device, progress: Progress) -> list[str]:
@@ -195,4 +196,4 @@ def _check_runs(checkpoint: Checkpoint, device: torch.device) -> str:
         return "the model runs, layer by layer (too large for memory here)"
     if not bool(torch.isfinite(model(input_ids=prompt).logits).all()):
         raise VerificationError("the model gives NaN", where=checkpoint.path)
-    return f"the model loads and generates ({len(generate(model, prompt, 8, set()))} tokens)"
+    return f"the model loads and generates ({len(list(stream(model, prompt, 8, set())))} tokens)"

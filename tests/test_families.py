@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.generate.stream import stream
 from mkaq.walk.walk import LayerWalk
-from mkaq.walk.whole_model import generate, whole_model
+from mkaq.walk.whole_model import whole_model
 from tests.runs import Outcome
 from tests.tiny import FAMILIES, PROTECT, SIMILAR, make_model
 
@@ -75,7 +76,7 @@ def test_artifact_reloads_and_generates(
     with torch.no_grad():
         logits = ours(IDS, use_cache=False).logits
     assert torch.equal(logits, walk_logits(artifact, checkpoint.dtype))
-    new = generate(ours, IDS[:1], 8, set())
+    new = list(stream(ours, IDS[:1], 8, set()))
     if quantizer != "gptq":  # plain transformers; GPTQ's reload is in test_loader.py, where GPTQModel lives
         theirs = AutoModelForCausalLM.from_pretrained(artifact)
         with torch.no_grad():

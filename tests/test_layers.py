@@ -22,7 +22,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("walk",),
     ("fit",),
     WORK,
-    ("verify", "export"),
+    ("verify", "export", "generate"),
     ("run",),
     ("stages",),
     ("top",),

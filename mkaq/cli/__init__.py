@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mkaq import __version__
-from mkaq.cli import about, artifact, measure, run
+from mkaq.cli import about, artifact, generate, measure, run
 from mkaq.console import escape_unencodable
 from mkaq.errors import as_mkaq_error
 
@@ -46,7 +46,8 @@ app.command()(measure.analyze)
 app.command()(artifact.inspect)
 app.command()(artifact.verify)
 app.command(name="eval")(measure.evaluate)
-app.command(name="generate")(measure.generate_text)
+app.command()(generate.generate)
+app.command()(generate.chat)
 app.command()(about.recipes)
 app.command()(about.schema)
 

@@ -1,4 +1,4 @@
-"""Commands that run a model: compare its layers, measure its quality, generate text."""
+"""Commands that run a model: compare its layers, measure its quality."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -143,38 +143,3 @@ def _print_perplexity(
         return
     value = with_error(measured.perplexity, measured.standard_error, 4)
     print(f"perplexity: {value} ({measured.tokens:,} tokens)")
-
-
-def generate_text(
-    artifact: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens.")] = 64,
-    device: Device = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Continue a text, greedily."""
-    options.quiet_libraries()
-    import torch
-
-    from mkaq.calibrate.tokenizer import load_tokenizer
-    from mkaq.checkpoint.end_tokens import end_tokens
-    from mkaq.checkpoint.resolve import resolve_model
-    from mkaq.checkpoint.validate import open_checkpoint
-    from mkaq.walk.device import compute_dtype, pick_device
-    from mkaq.walk.whole_model import generate, whole_model
-
-    checkpoint, torch_device = open_checkpoint(resolve_model(artifact), quantized=True), pick_device(device)
-    tokenizer = load_tokenizer(checkpoint.path)
-    if prompt.encode(errors="ignore").decode() != prompt:
-        raise UsageError("the prompt is not UTF-8", where="PROMPT")
-    ids = tokenizer(prompt)["input_ids"]
-    if not ids:
-        raise UsageError("the prompt has no tokens", where="PROMPT")
-    stop = end_tokens(checkpoint.path, tokenizer)
-    model = whole_model(checkpoint, torch_device, compute_dtype(checkpoint.dtype, torch_device))
-    new = generate(model, torch.tensor([ids], device=torch_device), max_new_tokens, stop)
-    text = tokenizer.decode(new)
-    if as_json:
-        print_json({"prompt": prompt, "text": text, "tokens": len(new)})
-        return
-    print(prompt + text)

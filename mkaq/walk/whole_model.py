@@ -39,29 +39,3 @@ def check_fits(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
             where=checkpoint.path,
             fix="use a larger machine, or transformers, which keeps quantized weights as they are",
         )
-
-
-@torch.no_grad()
-def generate(model: Any, input_ids: torch.Tensor, max_new_tokens: int, stop: set[int]) -> list[int]:
-    """Greedy generation with a KV cache.
-
-    Args:
-        model: The result of `whole_model`.
-        input_ids: Shape (1, length), at least one token.
-        max_new_tokens: The maximum number of new tokens.
-        stop: Tokens that end the text.
-
-    Returns:
-        The new tokens, without the one that ended the text.
-    """
-    new: list[int] = []
-    cache, inputs = None, input_ids
-    for _ in range(max_new_tokens):
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        token = int(output.logits[0, -1].argmax())
-        if token in stop:
-            break
-        new.append(token)
-        inputs = torch.tensor([[token]], device=input_ids.device)
-    return new

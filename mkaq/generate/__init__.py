@@ -1,0 +1,1 @@
+"""Text from a whole model in memory, token by token."""
