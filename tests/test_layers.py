@@ -22,7 +22,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("walk",),
     ("fit",),
     WORK,
-    ("verify",),
+    ("verify", "export"),
     ("run",),
     ("stages",),
     ("top",),
