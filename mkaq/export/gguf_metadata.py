@@ -75,9 +75,16 @@ def _unfit_rope(model_type: str, config: Any) -> str:
         return f"rope_type {kind} of {model_type} is not known to be the same in llama.cpp"
     other = [key for key, value in rope.items() if key not in _SIZES and value not in (None, _YARN.get(key))]
     if kind == "yarn" and (other or not rope.get("original_max_position_embeddings")):
-        return f"rope_type yarn was tried there with its defaults only, not with {', '.join(other) or 'no length'}"
+        missing = ", ".join(other) or "no original_max_position_embeddings"
+        return f"rope_type yarn was tried there with its defaults only, not with {missing}"
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and model_type != "phi3":
         return f"llama.cpp rotates whole heads of {model_type}, partial_rotary_factor says otherwise"
+    try:
+        lengths = {len(factors) for factors in rope_factors(config).values()}
+    except Exception as error:  # transformers does not check every parameter
+        return f"rope_type {kind} cannot be computed: {type(error).__name__}: {str(error)[:100]}"
+    if lengths - {rotary_size(config) // 2}:
+        return f"the factors of rope_type {kind} are not {rotary_size(config) // 2}, half of what is rotated"
     return ""
 
 
