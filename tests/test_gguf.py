@@ -222,12 +222,10 @@ def test_rope_of_llama3_becomes_factors(tmp_path: Path) -> None:
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-LONG = YARN | {"rope_type": "longrope", "short_factor": [1.0] * 5, "long_factor": [1.0] * 5}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2": ("gemma2", {}, "every second layer"),
     "yarn": ("llama", {"rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast"),
     "dynamic": ("llama", {"rope_parameters": YARN | {"rope_type": "dynamic"}}, "dynamic"),
-    "factors that do not fit": ("phi3", {"rope_parameters": LONG}, "are not 8"),
     "part of a head": (
         "llama",
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},

@@ -79,12 +79,6 @@ def _unfit_rope(model_type: str, config: Any) -> str:
         return f"rope_type yarn was tried there with its defaults only, not with {missing}"
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and model_type != "phi3":
         return f"llama.cpp rotates whole heads of {model_type}, partial_rotary_factor says otherwise"
-    try:
-        lengths = {len(factors) for factors in rope_factors(config).values()}
-    except Exception as error:  # transformers does not check every parameter
-        return f"rope_type {kind} cannot be computed: {type(error).__name__}: {str(error)[:100]}"
-    if lengths - {rotary_size(config) // 2}:
-        return f"the factors of rope_type {kind} are not {rotary_size(config) // 2}, half of what is rotated"
     return ""
 
 
