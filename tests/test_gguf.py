@@ -221,9 +221,11 @@ def test_rope_of_llama3_becomes_factors(tmp_path: Path) -> None:
     assert factors[0] == 1 and factors[-1] == pytest.approx(8) and (np.diff(factors) > -1e-6).all()
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2": ("gemma2", {}, "every second layer"),
-    "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+    "yarn": ("llama", {"rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast"),
+    "dynamic": ("llama", {"rope_parameters": YARN | {"rope_type": "dynamic"}}, "dynamic"),
     "part of a head": (
         "llama",
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},

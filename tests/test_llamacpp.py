@@ -29,6 +29,7 @@ PYTHON = Path(os.environ.get("MKAQ_LLAMACPP_PYTHON", ROOT / ".venv-llamacpp" / "
 SMALL = BUILTIN["builtin:tiny-llama"]
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     "llama3": {
         **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
         "original_max_position_embeddings": 64,

@@ -23,7 +23,26 @@ _WHY_NOT = {
     "gemma2": "llama.cpp lets every second layer of Gemma2 attend to a window, and that order is lost when "
     "layers are merged; a GGUF cannot name the layers",
 }
-_ROPES = {"default": ARCHITECTURES, "linear": ARCHITECTURES, "llama3": ("llama",), "longrope": ("phi3",)}
+_ROPES = {
+    "default": ARCHITECTURES,
+    "linear": ARCHITECTURES,
+    "llama3": ("llama",),
+    "longrope": ("phi3",),
+    "yarn": ARCHITECTURES,
+}
+_YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+}  # llama.cpp's, and transformers' where none is set
+_SIZES = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+)
 _PLAIN_HEADS = ("qwen2", "phi3")  # their heads' sizes always add up to the hidden size there
 
 
@@ -52,6 +71,10 @@ def _unfit_rope(model_type: str, config: Any) -> str:
     kind = rope.get("rope_type", "default") if "rope_theta" in rope else "per layer"
     if ARCHITECTURES[model_type] not in [ARCHITECTURES[name] for name in _ROPES.get(kind, ())]:
         return f"rope_type {kind} of {model_type} is not known to be the same in llama.cpp"
+    other = [key for key, value in rope.items() if key not in _SIZES and value not in (None, _YARN.get(key))]
+    if kind == "yarn" and (other or not rope.get("original_max_position_embeddings")):
+        missing = ", ".join(other) or "no original_max_position_embeddings"
+        return f"rope_type yarn was tried there with its defaults only, not with {missing}"
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and model_type != "phi3":
         return f"llama.cpp rotates whole heads of {model_type}, partial_rotary_factor says otherwise"
     return ""
@@ -107,6 +130,10 @@ def _add_scaling(writer: GGUFWriter, config: Any) -> None:
         case "linear":
             writer.add_rope_scaling_type(RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(float(rope["factor"]))
+        case "yarn":
+            writer.add_rope_scaling_type(RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(float(rope["factor"]))
+            writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
         case "longrope":
             writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
             writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
