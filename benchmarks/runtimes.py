@@ -37,12 +37,13 @@ from mkaq.calibrate.tokens import evaluation_sequences
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.export import compressed_tensors, mlx
+from mkaq.export.settings import Settings
 from mkaq.progress import Progress
 from mkaq.recipe_file import load_recipe
 from mkaq.walk.whole_model import whole_model
 
 HERE = Path(__file__).parent
-CPU, TOKENS, AGREES, SHARD = torch.device("cpu"), 48, 0.05, 4 * 10**9
+CPU, TOKENS, AGREES = torch.device("cpu"), 48, 0.05
 GPTQ = [
     {"bits": bits, "sym": sym, "group_size": size}
     for bits, sym, size in product((4, 8, 2, 3), (True, False), (128, 32, 64, -1))
@@ -112,9 +113,9 @@ def artifacts(folder: Path) -> list[Row]:
         model = open_checkpoint(path, quantized=True)
         for kind, module in FORMATS.items():
             out = folder / f"{name}.{kind}"
-            if not module.refusal("llama", model.quantization) and not out.exists():
+            if not module.refusal(model, model.quantization) and not out.exists():
                 out.mkdir()
-                module.write(model, out, SHARD)
+                module.write(model, out, Settings(name))
             if out.exists():
                 made.append({"format": kind, **shape, "path": out})
     return made

@@ -14,6 +14,7 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import CheckpointError, UnsupportedError
 from mkaq.export import compressed_tensors as export
+from mkaq.export.settings import Settings
 from mkaq.files import write_json
 from mkaq.formats.formats import format_of
 from mkaq.formats.layer import dense_layer
@@ -25,7 +26,7 @@ from tests.tiny import FAMILIES, edit_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 PYTHON = Path(os.environ.get("MKAQ_COMPRESSED_PYTHON", ROOT / ".venv-compressed" / "bin" / "python"))
-SHARD = 200_000
+SETTINGS = Settings("tiny", shard_size=200_000)
 ALL = [(bits, size, sym) for bits in (2, 3, 4, 8) for size in (32, -1) for sym in (True, False)]
 needs_library = pytest.mark.skipif(
     not PYTHON.exists(), reason=f"no compressed-tensors at {PYTHON} (make .venv-compressed/ready makes it)"
@@ -46,7 +47,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, asymmetric: Checkpoint) -
 
 def export_of(model: Checkpoint, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    export.write(model, folder, SHARD)
+    export.write(model, folder, SETTINGS)
     return folder
 
 
@@ -64,7 +65,7 @@ def weights_of(model: Checkpoint) -> dict[str, torch.Tensor]:
 def test_mkaq_reads_back_the_same_weights(tmp_path: Path, bits: int, size: int, sym: bool) -> None:
     model = make_gptq(tmp_path, bits=bits, group_size=size, sym=sym)
     folder = export_of(model, tmp_path / "out")
-    assert list(export.check(model, folder)) == []
+    assert list(export.check(model, folder, SETTINGS)) == []
     read = open_checkpoint(folder, quantized=True)
     assert format_of(read.quantization).bits(read.quantization or {}) == bits
     ours, theirs = weights_of(model), weights_of(read)
@@ -144,16 +145,16 @@ def test_every_damage_is_found(tmp_path: Path, asymmetric: Checkpoint, exported:
     apply, words = DAMAGES[damage]
     folder = shutil.copytree(exported, tmp_path / "copy")
     apply(folder)
-    faults = list(export.check(asymmetric, folder))
+    faults = list(export.check(asymmetric, folder, SETTINGS))
     assert faults and any(words in fault for fault in faults), faults
 
 
-def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_what_it_cannot_hold_is_refused(tmp_path: Path, asymmetric: Checkpoint) -> None:
     scattered = {"quant_method": "gptq", "desc_act": True}
-    assert "columns of a group lie apart" in export.refusal("llama", scattered)
-    assert "nothing was quantized" in export.refusal("llama", None)
-    assert "bitsandbytes" in export.refusal("llama", {"quant_method": "bitsandbytes"})
-    assert export.refusal("llama", {"quant_method": "gptq", "desc_act": False}) == ""
+    assert "columns of a group lie apart" in export.refusal(asymmetric, scattered)
+    assert "nothing was quantized" in export.refusal(asymmetric, None)
+    assert "bitsandbytes" in export.refusal(asymmetric, {"quant_method": "bitsandbytes"})
+    assert export.refusal(asymmetric, {"quant_method": "gptq", "desc_act": False}) == ""
     model = make_gptq(tmp_path)
     dense = open_checkpoint(tmp_path / "dense")
     with pytest.raises(UnsupportedError, match="nothing was quantized"):

@@ -15,6 +15,7 @@ from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import UnsupportedError
 from mkaq.export import mlx
 from mkaq.export.codes import Codes, read_codes
+from mkaq.export.settings import Settings
 from mkaq.walk.whole_model import whole_model
 from tests.exports import make_gptq
 from tests.runs import tree
@@ -24,7 +25,7 @@ from tests.tiny import FAMILIES, edit_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 PYTHON = Path(os.environ.get("MKAQ_MLX_PYTHON", ROOT / ".venv-mlx" / "bin" / "python"))
-NAME = "model.layers.0.mlp.up_proj"
+NAME, SETTINGS = "model.layers.0.mlp.up_proj", Settings("tiny")
 WIDE = {"hidden_size": 128, "head_dim": 32}
 OPTIONS: list[dict[str, Any]] = [{"family": family} for family in FAMILIES]
 OPTIONS += [{"bits": bits, "sym": sym} for bits in (2, 3, 4, 8) for sym in (True, False)]
@@ -45,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def written(model: Checkpoint, folder: Path) -> Path:
     folder.mkdir()
-    mlx.write(model, folder, 1 << 30)
+    mlx.write(model, folder, SETTINGS)
     return folder
 
 
@@ -57,7 +58,7 @@ def test_mlx_decodes_the_same_weights(tmp_path: Path) -> None:
         (tmp_path / str(number)).mkdir()
         models.append(make_gptq(tmp_path / str(number), **option))
         folders.append(written(models[-1], tmp_path / str(number) / "out"))
-        assert list(mlx.check(models[-1], folders[-1])) == []
+        assert list(mlx.check(models[-1], folders[-1], SETTINGS)) == []
         save_file({"ids": ids}, f"{folders[-1]}.ids")
     worker = Path(__file__).parent / "mlx_worker.py"
     done = subprocess.run(
@@ -100,17 +101,17 @@ def test_every_damage_is_found(tmp_path: Path, model: Checkpoint, part: str, wor
     folder = written(model, tmp_path / "out")
     copy = shutil.copytree(folder, tmp_path / "copy")
     change(f"0.mlp.up_proj.{part}", lambda t: (t.view(torch.int32) ^ 1).view(t.dtype))(copy)
-    assert any(words in fault for fault in mlx.check(model, copy))
+    assert any(words in fault for fault in mlx.check(model, copy, SETTINGS))
     edit_config(folder, quantization={"group_size": 64, "bits": 4, "mode": "affine"})
-    assert any("config.json" in fault for fault in mlx.check(model, folder))
+    assert any("config.json" in fault for fault in mlx.check(model, folder, SETTINGS))
 
 
-def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_what_it_cannot_hold_is_refused(tmp_path: Path, model: Checkpoint) -> None:
     gptq = {"quant_method": "gptq", "desc_act": False, "group_size": 64}
-    assert mlx.refusal("llama", gptq) == ""
-    assert "not -1" in mlx.refusal("llama", {**gptq, "group_size": -1})
-    assert "lie apart" in mlx.refusal("llama", {**gptq, "desc_act": True})
-    assert "nothing was quantized" in mlx.refusal("llama", None)
+    assert mlx.refusal(model, gptq) == ""
+    assert "not -1" in mlx.refusal(model, {**gptq, "group_size": -1})
+    assert "lie apart" in mlx.refusal(model, {**gptq, "desc_act": True})
+    assert "nothing was quantized" in mlx.refusal(model, None)
     with pytest.raises(UnsupportedError, match="not 16"):
         written(make_gptq(tmp_path, group_size=16), tmp_path / "out")
 

@@ -15,12 +15,13 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import MkaqError, UnsupportedError
 from mkaq.export import gguf
-from mkaq.export.gguf_tensors import Options
+from mkaq.export.gguf_metadata import unfit
+from mkaq.export.settings import GgufTypes, Settings
 from mkaq.formats.gptq import dequantize
 from tests.tiny import make_gptq, make_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-ABOUT = gguf.About("tiny", "org/tiny", "apache-2.0")
+FILE, ABOUT = "tiny.gguf", Settings("tiny", "org/tiny")
 BIASES = {"attention_bias": True, "mlp_bias": True}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     **{family: (family, {}, None) for family in FAMILIES},
@@ -91,7 +92,7 @@ def expected(model: Checkpoint) -> dict[str, np.ndarray]:
 
 def test_every_tensor_is_there_bit_for_bit(case: tuple[Checkpoint, Path]) -> None:
     model, folder = case
-    found, wanted = decoded(folder / gguf.FILE), expected(model)
+    found, wanted = decoded(folder / FILE), expected(model)
     arch = model.config["model_type"]
     names = library.get_tensor_name_map(
         getattr(library.MODEL_ARCH, "LLAMA" if arch == "mistral" else arch.upper()), model.num_layers
@@ -111,17 +112,17 @@ def test_a_good_file_has_no_faults_and_is_made_again_to_the_byte(
     model, folder = case
     assert list(gguf.check(model, folder, ABOUT)) == []
     gguf.write(model, tmp_path, ABOUT)
-    assert (tmp_path / gguf.FILE).read_bytes() == (folder / gguf.FILE).read_bytes()
+    assert (tmp_path / FILE).read_bytes() == (folder / FILE).read_bytes()
 
 
 def test_the_metadata_say_what_config_json_says(case: tuple[Checkpoint, Path]) -> None:
     model, folder = case
-    found, config = keys(folder / gguf.FILE), model.hf_config
+    found, config = keys(folder / FILE), model.hf_config
     arch = "llama" if config.model_type == "mistral" else config.model_type
     kinds = getattr(config, "layer_types", None) or []
     window = 24 if arch == "llama" != config.model_type or "sliding_attention" in kinds else 256
     assert found["general.architecture"] == arch and found["general.name"] == "tiny"
-    assert found["general.license"] == "apache-2.0" and found["general.base_model.0.name"] == "tiny"
+    assert found["general.base_model.0.name"] == "tiny"
     assert found[f"{arch}.context_length"] == window and found[f"{arch}.vocab_size"] == 4096
     assert found[f"{arch}.block_count"] == 2 and found[f"{arch}.attention.head_count_kv"] == 2
     assert found[f"{arch}.attention.key_length"] == model.sizes.head_dim
@@ -151,9 +152,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: path.write_bytes(path.read_bytes().replace(b"rope.freq_base", b"rope.freq_bale")),
         "lacks llama.rope.freq_base",
     ),
-    "a changed token": (
-        lambda path: path.write_bytes(path.read_bytes().replace(b"apache-2.0", b"apache-2.1")),
-        "another general.license",
+    "a changed text": (
+        lambda path: path.write_bytes(path.read_bytes().replace(b"org/tiny", b"org/tint")),
+        "another general.base_model.0.repo_url",
     ),
     "a file cut short": (lambda path: path.write_bytes(path.read_bytes()[:-32]), ""),
     "something after the end": (
@@ -168,9 +169,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_check_finds(small: tuple[Checkpoint, Path], tmp_path: Path, name: str) -> None:
     model, folder = small
-    shutil.copyfile(folder / gguf.FILE, tmp_path / gguf.FILE)
+    shutil.copyfile(folder / FILE, tmp_path / FILE)
     change, message = FAULTS[name]
-    change(tmp_path / gguf.FILE)
+    change(tmp_path / FILE)
     faults = list(gguf.check(model, tmp_path, ABOUT))
     assert faults and any(message in fault for fault in faults), faults
 
@@ -179,12 +180,12 @@ def test_check_finds_every_flipped_byte_of_the_metadata(
     small: tuple[Checkpoint, Path], tmp_path: Path
 ) -> None:
     model, folder = small
-    data = (folder / gguf.FILE).read_bytes()
-    start = library.GGUFReader(folder / gguf.FILE).data_offset
+    data = (folder / FILE).read_bytes()
+    start = library.GGUFReader(folder / FILE).data_offset
     for place in [*range(8, 700, 61), *range(700, start - 32, start // 12)]:
         changed = bytearray(data)
         changed[place] ^= 4
-        (tmp_path / gguf.FILE).write_bytes(changed)
+        (tmp_path / FILE).write_bytes(changed)
         assert list(gguf.check(model, tmp_path, ABOUT)), place
 
 
@@ -192,22 +193,23 @@ def test_check_finds_every_flipped_byte_of_the_metadata(
 def test_the_embedding_has_the_type_asked_for(
     small: tuple[Checkpoint, Path], tmp_path: Path, kind: str
 ) -> None:
-    options = Options(embedding=kind)  # type: ignore[arg-type]
+    about = ABOUT._replace(gguf=GgufTypes(embedding=kind))  # type: ignore[arg-type]
     model = small[0]
     if kind == "f16":  # bfloat16 reaches further than float16: the smallest weights do not fit
         with pytest.raises(UnsupportedError, match=r"\d+ of the 262144 values of .* do not fit f16 exactly"):
-            gguf.write(model, tmp_path, ABOUT, options)
+            gguf.write(model, tmp_path, about)
         return
-    gguf.write(model, tmp_path, ABOUT, options)
-    found = decoded(tmp_path / gguf.FILE)["token_embd.weight"]
+    gguf.write(model, tmp_path, about)
+    found = decoded(tmp_path / FILE)["token_embd.weight"]
     wanted = model.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"].float().numpy()
     limit = {"q8_0": 0.01, "q4_0": 0.15}.get(kind, 0)
     assert np.linalg.norm(found - wanted) <= limit * np.linalg.norm(wanted)
-    types = {t.name: t.tensor_type.name for t in library.GGUFReader(tmp_path / gguf.FILE).tensors}
+    types = {t.name: t.tensor_type.name for t in library.GGUFReader(tmp_path / FILE).tensors}
     assert types["token_embd.weight"] == types["output.weight"] == kind.upper()
     assert types["blk.0.attn_q.weight"] == "Q4_0" and types["output_norm.weight"] == "F32"
-    assert list(gguf.check(model, tmp_path, ABOUT, options)) == []
-    assert list(gguf.check(model, tmp_path, ABOUT, Options(embedding="q8_0" if kind != "q8_0" else "f32")))
+    assert list(gguf.check(model, tmp_path, about)) == []
+    other = ABOUT._replace(gguf=GgufTypes(embedding="q8_0" if kind != "q8_0" else "f32"))
+    assert list(gguf.check(model, tmp_path, other))
 
 
 def test_rope_of_llama3_becomes_factors(tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def test_rope_of_llama3_becomes_factors(tmp_path: Path) -> None:
     }
     model = open_checkpoint(make_model(tmp_path / "model", layers=1, rope_parameters=rope))
     gguf.write(model, tmp_path, ABOUT)
-    factors = decoded(tmp_path / gguf.FILE)["rope_freqs.weight"]
+    factors = decoded(tmp_path / FILE)["rope_freqs.weight"]
     assert factors[0] == 1 and factors[-1] == pytest.approx(8) and (np.diff(factors) > -1e-6).all()
 
 
@@ -241,10 +243,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_llama_cpp_computes_in_another_way_is_refused(tmp_path: Path, name: str) -> None:
     family, changes, reason = REFUSED[name]
     model = open_checkpoint(make_model(tmp_path / "model", family, layers=2, **changes))
-    assert reason in gguf.refusal(family, None, model.hf_config)
+    assert reason in gguf.refusal(model, None)
     with pytest.raises(UnsupportedError, match=reason):
         gguf.write(model, tmp_path, ABOUT)
-    assert not (tmp_path / gguf.FILE).exists()
+    assert not (tmp_path / FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -256,16 +258,18 @@ def test_what_llama_cpp_computes_in_another_way_is_refused(tmp_path: Path, name:
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
     ],
 )
-def test_codes_that_do_not_fit_are_refused(changes: dict[str, Any], reason: str) -> None:
-    plain = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
-    assert gguf.refusal("llama", plain) == "" == gguf.refusal("llama", None)
-    assert reason in gguf.refusal("llama", plain | changes)
-    assert "was not tried" in gguf.refusal("falcon", None)
+def test_codes_that_do_not_fit_are_refused(
+    small: tuple[Checkpoint, Path], changes: dict[str, Any], reason: str
+) -> None:
+    plain = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    assert gguf.refusal(small[0], plain) == "" == gguf.refusal(small[0], None)
+    assert reason in gguf.refusal(small[0], plain | changes)
+    assert "was not tried" in unfit("falcon", None)
 
 
 def test_rows_that_fit_no_blocks_are_refused(small: tuple[Checkpoint, Path]) -> None:
     settings = {**(small[0].quantization or {}), "group_size": 128}
-    assert "64 weights" in gguf.refusal("llama", settings, small[0].hf_config)
+    assert "64 weights" in gguf.refusal(small[0], settings)
 
 
 def test_scattered_groups_are_refused_whatever_the_configuration_says(tmp_path: Path) -> None:
@@ -282,9 +286,11 @@ class Scattered(Checkpoint):
         return {name: t.flip(0) if name.endswith("g_idx") else t for name, t in super().read(names).items()}
 
 
-def test_without_the_package_the_refusal_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_refusal_says_how_to_get_it(
+    small: tuple[Checkpoint, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mkaq.export.gguf.find_spec", lambda name: None)
-    assert "pip install 'mkaq[gguf]'" in gguf.refusal("llama", None)
+    assert "pip install 'mkaq[gguf]'" in gguf.refusal(small[0], None)
 
 
 def test_a_damaged_tokenizer_is_one_error(small: tuple[Checkpoint, Path], tmp_path: Path) -> None:

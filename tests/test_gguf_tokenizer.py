@@ -12,6 +12,7 @@ import pytest
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import CheckpointError, UnsupportedError
 from mkaq.export import gguf
+from mkaq.export.settings import Settings
 from tests.tiny import edit_config, make_model
 from tests.tiny_tokenizers import GPT2, RULES, split, use_rules, use_sentencepiece
 
@@ -34,8 +35,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def written(model: Path, folder: Path, name: str = "tiny") -> dict[str, Any]:
     """The metadata of a model's GGUF file."""
     folder.mkdir()
-    gguf.write(open_checkpoint(model), folder, gguf.About(name))
-    fields = library.GGUFReader(folder / gguf.FILE).fields
+    gguf.write(open_checkpoint(model), folder, Settings(name))
+    fields = library.GGUFReader(folder / f"{name}.gguf").fields
     return {key.removeprefix("tokenizer.ggml."): field.contents() for key, field in fields.items()}
 
 

@@ -18,7 +18,7 @@ from mkaq.checkpoint.resolve import BUILTIN
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.export import gguf
 from mkaq.export.gguf_metadata import window
-from mkaq.export.gguf_tensors import Options
+from mkaq.export.settings import GgufTypes, Settings
 from mkaq.walk.whole_model import whole_model
 from tests.runs import one_thread
 from tests.tiny import make_gptq, make_model, write_text
@@ -127,13 +127,13 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Ans
     text = write_text(tmp_path_factory.mktemp("text") / "text.txt").read_text()[:4000]
 
     def run(
-        models: dict[str, Path], positions: int = 200, options: Options | None = None
+        models: dict[str, Path], positions: int = 200, types: GgufTypes | None = None
     ) -> dict[str, Answer]:
         root, asked = tmp_path_factory.mktemp("llamacpp"), {}
         for number, (name, path) in enumerate(models.items()):
             folder, model = root / str(number), open_checkpoint(path, quantized=True)
             folder.mkdir()
-            gguf.write(model, folder, gguf.About(name), options)
+            gguf.write(model, folder, Settings("model", gguf=types or GgufTypes()))
             ids = AutoTokenizer.from_pretrained(path)(text, add_special_tokens=False)["input_ids"]
             ids = ids[: min(positions, window(model.hf_config) or positions)]
             (folder / "request.json").write_text(json.dumps({"texts": texts(), "ids": ids}))
@@ -206,7 +206,7 @@ def test_every_family_gives_the_same_logits(
 def test_other_types_of_the_embedding_run(
     embedding: Any, limit: float, ask: Callable[..., dict[str, Answer]]
 ) -> None:
-    answer = ask({"dense": SMALL}, 64, Options(embedding=embedding, dense="q8_0"))["dense"]
+    answer = ask({"dense": SMALL}, 64, GgufTypes(embedding=embedding, dense="q8_0"))["dense"]
     assert compare(answer)[1] < limit
 
 
