@@ -158,6 +158,7 @@ def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
     dense = open_checkpoint(tmp_path / "dense")
     with pytest.raises(UnsupportedError, match="nothing was quantized"):
         export_of(dense, tmp_path / "none")
+    assert ["nothing was quantized" in fault for fault in export.check(dense, tmp_path / "none")] == [True]
     change("q_proj.g_idx", lambda t: t.flip(0))(model.path)
     with pytest.raises(UnsupportedError, match="lie apart"):
         export_of(model, tmp_path / "scattered")

@@ -49,13 +49,16 @@ def check(model: Checkpoint, folder: Path) -> Iterator[str]:
     Yields:
         A sentence for each fault.
     """
-    yield from folder_faults(model, folder, _repacking(model))
+    if reason := refusal(model.config["model_type"], model.quantization):
+        yield f"{NAME} cannot hold this model: {reason}"
+    else:
+        yield from folder_faults(model, folder, _repacking(model))
 
 
 def _repacking(model: Checkpoint) -> Repacking:
     own = model.quantization or {}
     config = quantization_config(
-        bits=own["bits"], group_size=own["group_size"], sym=own["sym"], head=model.arch.head
+        bits=own["bits"], group_size=own["group_size"], sym=bool(own.get("sym")), head=model.arch.head
     )
     linears = quantized_linears(model)
     scale = DTYPES[model.tensors[f"{next(iter(linears))}.scales"].dtype]

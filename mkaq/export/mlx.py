@@ -60,7 +60,10 @@ def check(model: Checkpoint, folder: Path) -> Iterator[str]:
     Yields:
         A sentence for each fault.
     """
-    yield from folder_faults(model, folder, _repacking(model))
+    if reason := refusal(model.config["model_type"], model.quantization):
+        yield f"{NAME} cannot hold this model: {reason}"
+    else:
+        yield from folder_faults(model, folder, _repacking(model))
 
 
 def mlx_config(model: Checkpoint) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def _repacking(model: Checkpoint) -> Repacking:
     own = model.quantization or {}
     bits, size = own["bits"], own["group_size"]
     scale = DTYPES[model.tensors[f"{next(iter(quantized_linears(model)))}.scales"].dtype]
-    bias = scale if own["sym"] else torch.float32  # 3 * scale is seldom a float16, 8 * scale always is
+    bias = scale if own.get("sym") else torch.float32  # 3 * scale is seldom a float16, 8 * scale always is
 
     def specs(shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
