@@ -35,7 +35,8 @@ def running(config: dict[str, Any] | None) -> set[str]:
     [
         ({"bits": 4}, EVERY),
         ({"bits": 4, "group_size": 256}, {HERE, ONNX}),
-        ({"bits": 4, "group_size": -1}, EVERY - {HERE}),
+        ({"bits": 4, "group_size": -1}, {VLLM, VLLM_CPU}),
+        ({"bits": 8, "group_size": -1}, {HERE, VLLM}),
         ({"bits": 4, "group_size": 16}, {ONNX}),
         ({"bits": 8}, EVERY - {VLLM_CPU}),
         ({"bits": 8, "group_size": 16}, {HERE, ONNX}),
