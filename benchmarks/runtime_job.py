@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 MARK = "RESULT "
-NEW = 32
+NEW = 16
 Run = Callable[[Path, list[int]], tuple[list[float], float]]
 
 

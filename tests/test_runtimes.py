@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mkaq.formats.compressed_tensors import quantization_config
 from mkaq.formats.runtimes import describe, runtimes
 from mkaq.stages.quantize import BitsandbytesSection, GptqSection
 from tests.runs import Mkaq
@@ -34,7 +35,8 @@ def running(config: dict[str, Any] | None) -> set[str]:
     [
         ({"bits": 4}, EVERY),
         ({"bits": 4, "group_size": 256}, {HERE, ONNX}),
-        ({"bits": 4, "group_size": -1}, EVERY - {HERE}),
+        ({"bits": 4, "group_size": -1}, {VLLM, VLLM_CPU}),
+        ({"bits": 8, "group_size": -1}, {HERE, VLLM}),
         ({"bits": 4, "group_size": 16}, {ONNX}),
         ({"bits": 8}, EVERY - {VLLM_CPU}),
         ({"bits": 8, "group_size": 16}, {HERE, ONNX}),
@@ -57,6 +59,14 @@ def test_bitsandbytes_runs_in_transformers_and_what_is_only_merged_nearly_everyw
         section = BitsandbytesSection(method="bitsandbytes", bits=bits)
         assert running(section.config(torch.bfloat16)) == {HERE}
     assert running(None) == EVERY | {"MLX", "OpenVINO"}
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_compressed_tensors(sym: bool) -> None:
+    for bits, expected in [(4, {HERE, VLLM_CPU}), (8, {HERE}), (3, {HERE}), (2, {HERE})]:
+        config = quantization_config(bits=bits, group_size=128, sym=sym, head="lm_head")
+        assert running(config) == expected
+    assert "is not known" in next(row.reason for row in runtimes(config) if row.runtime == VLLM)
 
 
 def test_lines_name_the_setting_and_what_would_do() -> None:

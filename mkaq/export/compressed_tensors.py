@@ -37,7 +37,7 @@ def check(model: Checkpoint, folder: Path, settings: Settings) -> Iterator[str]:
 def _repacking(model: Checkpoint) -> Repacking:
     own = model.quantization or {}
     config = quantization_config(
-        bits=own["bits"], group_size=own["group_size"], sym=own["sym"], head=model.arch.head
+        bits=own["bits"], group_size=own["group_size"], sym=bool(own.get("sym")), head=model.arch.head
     )
     linears = quantized_linears(model)
     scale = DTYPES[model.tensors[f"{next(iter(linears))}.scales"].dtype]

@@ -83,7 +83,7 @@ def _repacking(model: Checkpoint) -> Repacking:
     own = model.quantization or {}
     bits, size = own["bits"], own["group_size"]
     scale = DTYPES[model.tensors[f"{next(iter(quantized_linears(model)))}.scales"].dtype]
-    bias = scale if own["sym"] else torch.float32  # 3 * scale is seldom a float16, 8 * scale always is
+    bias = scale if own.get("sym") else torch.float32  # 3 * scale is seldom a float16, 8 * scale always is
 
     def specs(shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape

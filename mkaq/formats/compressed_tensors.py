@@ -184,6 +184,7 @@ def dequantize(tensors: dict[str, torch.Tensor], config: Config) -> torch.Tensor
 _ELSEWHERE = "its reader of compressed-tensors is for other models"
 REFUSALS: Mapping[str, Callable[[Config], str]] = {
     "transformers on a CPU": lambda config: "",
+    "vLLM on a CPU": lambda config: "" if bits(config) == 4 else f"it has no kernel for {bits(config)} bits",
     "ONNX Runtime GenAI": lambda config: _ELSEWHERE,
     "MLX": lambda config: _ELSEWHERE,
     "llama.cpp": lambda config: NO_GGUF,

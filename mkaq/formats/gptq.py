@@ -153,7 +153,10 @@ def _vllm(config: Config, kernels: Sequence[int] = (4, 8)) -> str:
 def _onnx(config: Config) -> str:
     if config["bits"] == 3:
         return "it cannot unpack 3 bits"
-    if config["bits"] == 2 and config["group_size"] not in (16, 32, 64, 128, 256):
+    size = config["group_size"]
+    if size < 16 or size & (size - 1):  # its operator MatMulNBits says so; few models have only such rows
+        return f"its groups are powers of two from 16 on, not {_size(config)}"
+    if config["bits"] == 2 and size > 256:
         return f"it takes 2 bits in groups of 256 or fewer, not {_size(config)}"
     if config["desc_act"] and (config["bits"] == 8 or not config["sym"]):
         return "with desc_act and no static_groups it reads 4 bits with sym: true only"

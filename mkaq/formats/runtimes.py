@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mkaq.formats import compressed_tensors
 from mkaq.formats.formats import format_of
 
 Config = Mapping[str, Any] | None
@@ -19,11 +20,6 @@ TARGETS = {  # the names in a recipe
     "mlx": "MLX",
     "openvino": "OpenVINO",
     "llama.cpp": "llama.cpp",
-}
-_OTHER_FORMATS = {  # which runtimes run what is exported beside the safetensors
-    "gguf": ("llama.cpp",),
-    "mlx": ("MLX",),
-    "compressed-tensors": ("transformers on a CPU",),
 }
 RUNTIMES = tuple(TARGETS.values())
 
@@ -51,11 +47,25 @@ def runtimes(*configs: Config, formats: Iterable[str] = ()) -> list[Runtime]:
             artifact. A runtime has several entries if the answers differ.
         formats: The formats beside safetensors.
     """
-    served = {name for each in formats for name in _OTHER_FORMATS[each]}
     every = (
-        (name, "" if name in served else _refusal(name, config)) for config in configs for name in RUNTIMES
+        (name, "" if name in served else _refusal(name, config))
+        for config in configs
+        for served in [set(_served(config, formats))]
+        for name in RUNTIMES
     )
     return [Runtime(name, not reason, reason) for name, reason in dict.fromkeys(every)]
+
+
+def _served(config: Config, formats: Iterable[str]) -> Iterator[str]:
+    """The runtimes that run what is exported beside the safetensors."""
+    if "gguf" in formats:
+        yield "llama.cpp"
+    if "mlx" in formats:
+        yield "MLX"
+    if config and "compressed-tensors" in formats:
+        form = {key: config[key] for key in ("bits", "group_size", "sym")}
+        again = compressed_tensors.quantization_config(**form, head="lm_head")
+        yield from (name for name, refuse in compressed_tensors.REFUSALS.items() if not refuse(again))
 
 
 def _refusal(name: str, config: Config) -> str:
