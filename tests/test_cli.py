@@ -65,7 +65,18 @@ def test_commands_that_quantize_nothing_do_not_load_the_compiler(plain: Path) ->
 
 def test_help_names_every_command(mkaq: Mkaq) -> None:
     text = mkaq("--help").out
-    for name in ("run", "plan", "analyze", "inspect", "verify", "eval", "generate", "recipes", "schema"):
+    for name in (
+        "run",
+        "plan",
+        "analyze",
+        "inspect",
+        "verify",
+        "eval",
+        "generate",
+        "chat",
+        "recipes",
+        "schema",
+    ):
         assert f"\n  {name} " in text
         assert "Usage" in mkaq(name, "--help").out
 
