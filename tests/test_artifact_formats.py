@@ -43,6 +43,11 @@ def test_every_format_is_in_the_artifact_the_manifest_and_the_card(made: Path) -
         assert f"`{each.format}/" in (made / "README.md").read_text()
 
 
+def test_inspect_names_every_format(made: Path, mkaq: Mkaq) -> None:
+    shown = mkaq("inspect", made).out
+    assert all(f"{name}: the same codes and weights in " in shown for name in EVERY[1:])
+
+
 def test_the_same_recipe_gives_the_same_bytes(made: Path, formats: Path, tmp_path: Path) -> None:
     assert tree(run_quietly(formats, tmp_path / "again") / "artifact") == tree(made)
 

@@ -38,6 +38,8 @@ def _print_manifest(manifest: "Manifest") -> None:
     for step in manifest.steps:
         for line in stage_of(step.step).describe(step).lines:
             print(line)
+    for each in manifest.exports:
+        print(f"{each.format}: the same codes and weights in {human(each.bytes)}")
     print(f"{len(manifest.files)} files, {human(sum(file.bytes for file in manifest.files))}")
 
 
