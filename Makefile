@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run quick test test-long real-model lint clean
+.PHONY: run quick test test-long runtimes real-model lint clean
 
 run: .venv/ready
 	$(BIN)/mkaq run recipes/tiny_llama_int4.yaml
@@ -14,13 +14,16 @@ quick: .venv/ready-dev
 
 test: .venv/ready-dev lint
 	@$(MAKE) --no-print-directory .venv-loader/ready || echo "no GPTQModel here (it needs a C compiler): its tests skip"
-	@for name in llamacpp compressed mlx; do \
+	@for name in llamacpp compressed; do \
 		$(MAKE) --no-print-directory .venv-$$name/ready || echo "no .venv-$$name: its tests skip"; \
 	done
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: .venv/ready-dev
 	$(BIN)/python -m pytest -m long
+
+# What the tests of exports and benchmarks/runtimes.py run artifacts in; each skips without its own.
+runtimes: .venv-llamacpp/ready .venv-compressed/ready .venv-mlx/ready .venv-loader/ready
 
 real-model: .venv/ready-dev .venv-loader/ready
 	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[bench]'
