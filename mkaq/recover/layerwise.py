@@ -1,13 +1,14 @@
 """The recover stage: every layer of the compressed model is tuned alone toward the original hidden states.
 
 Knowledge distillation without the whole model: each layer reads the output of the tuned layers before it, and
-its target is the source's hidden state after the group of layers that it replaces. The final norm is rescaled
-at the end. One layer, its optimizer state and two streams of activations are in memory.
+its target is the source's hidden state after the group of layers that it replaces. The final norm is tuned in
+the end, toward the source's predictions. One layer, its optimizer state and two streams of activations are in
+memory.
 """
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,9 +21,10 @@ from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.checkpoint.writer import writer_of
 from mkaq.files import write_json
-from mkaq.fit.final_norm import Rescaled, rescale, rescaled
 from mkaq.fit.hold_out import Samples, held_out_mean, token_weights
 from mkaq.heap import return_freed_memory
+from mkaq.recover.final_norm import TunedNorm, tune_final_norm
+from mkaq.recover.steps import schedule, shuffled
 from mkaq.walk.batches import batch_size
 from mkaq.walk.walk import LayerWalk
 
@@ -68,12 +70,12 @@ class Recovered(NamedTuple):
 
     Attributes:
         layers: The outcome of every layer.
-        final_norm: How the final norm was rescaled.
+        final_norm: How the final norm was tuned.
         digests: sha256 of the weight files by name.
     """
 
     layers: list[RecoveredLayer]
-    final_norm: Rescaled
+    final_norm: TunedNorm
     digests: Mapping[str, str]
 
 
@@ -121,8 +123,11 @@ def recover(
                 for name, parameter in layer.named_parameters():
                     writer.add(arch.in_layer(new, name), parameter.detach().to("cpu", dtype))
             return_freed_memory()
-        final_norm = rescale(source, walk, original, states, samples)
-        writer.add(norm, rescaled(compressed, final_norm, dtype))
+        final_norm = tune_final_norm(source, walk, original, states, samples, dtype, tuning.seed)
+        writer.add(norm, final_norm.weight)
+        progress.say(
+            f"  final norm: divergence {final_norm.divergence_before:.4f} -> {final_norm.divergence:.4f}"
+        )
     write_json(folder / "config.json", compressed.config)
     copy_side_files(compressed.path, folder)
     return Recovered(records, final_norm, writer.digests)
@@ -215,23 +220,10 @@ def with_weights(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Mo
     return twin.requires_grad_(False)
 
 
-def schedule(step: int, steps: int) -> float:
-    """The fraction of the learning rate at a step: linear warm-up over the first 1/20, then a cosine to 0."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def shuffled(samples: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yields batches of sample numbers without end: every sample once per epoch, in a new order each time."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    while True:
-        order = torch.randperm(samples, generator=generator)
-        full = max(1, samples // batch_size) * batch_size
-        yield from torch.split(order[:full], batch_size)
-
-
 def _line(record: RecoveredLayer) -> str:
     outcome = f"step {record.steps}" if record.steps else "kept as it was"
     return f"  layer {record.new}: held-out error {record.error_before:.4f} -> {record.error:.4f} ({outcome})"
+
+
+def _norm_line(norm: TunedNorm) -> str:
+    return f"  final norm: held-out divergence {norm.divergence_before:.4f} -> {norm.divergence:.4f}"

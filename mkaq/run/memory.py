@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mkaq.merge.cost import LOGITS
 from mkaq.merge.solve import CANDIDATES
+from mkaq.recover.final_norm import LOGITS as TUNED_LOGITS
 from mkaq.run.estimate import Need, Task
 from mkaq.run.work import trial_tokens
 from mkaq.walk.batches import TOKENS_PER_BATCH
@@ -97,7 +98,8 @@ def _fusing(shape: _Shape, group: int, tokens: int, length: int) -> int:
 
 
 def tuning(task: Task, batch_size: int) -> Need:
-    """Weights, gradients, optimizer, best and rounded weights in float32; activations for backward.
+    """Weights, gradients, optimizer, best and rounded weights in float32; activations for backward. Or, for
+    the final norm, two heads and their logits.
 
     Eager attention keeps its weights and their gradients: 32 bytes per head and pair of tokens.
     """
@@ -106,7 +108,11 @@ def tuning(task: Task, batch_size: int) -> Need:
     batch = min(batch, max(length, TOKENS_PER_BATCH))
     kept = 24 * shape.intermediate + 80 * shape.hidden + (32 * length * shape.heads if eager else 0)
     states = 2 * task.own * length * shape.hidden * shape.exact
-    return Need(shape.walked(shape.exact) + 4 * 8 * shape.layer + batch * kept, states)
+    heads = shape.vocabulary * shape.hidden * (2 * shape.exact + shape.stored) + 5 * 4 * min(
+        TUNED_LOGITS, shape.vocabulary * batch
+    )
+    layer = shape.walked(shape.exact) + 4 * 8 * shape.layer + batch * kept
+    return Need(max(layer, heads), states)
 
 
 def gptq(task: Task, *, desc_act: bool, joint: bool) -> Need:

@@ -56,7 +56,7 @@ class RecoveredLayer(Part):
 
 
 class RecoverRecord(Step):
-    """Layer-by-layer tuning toward the hidden states of the source."""
+    """Layer-by-layer tuning toward the hidden states of the source; the final norm toward its predictions."""
 
     step: Literal["recover"] = "recover"
     """Kind."""
@@ -67,7 +67,7 @@ class RecoverRecord(Step):
     layers: list[RecoveredLayer]
     """Every layer."""
     final_norm: FinalNorm
-    """How the final norm was rescaled, on top of the merge's factor."""
+    """How the final norm was tuned, on top of the merge's factor."""
 
     def follows(self) -> bool:
         """Tuned weights do not follow from the record."""
@@ -114,7 +114,8 @@ def run(section: LayerwiseSection, job: Job, folder: Path) -> Made:
     tuning = Tuning(section.steps, section.learning_rate, section.batch_size, job.seed)
     done = recover(source, walk, job.groups(), samples, tuning, folder, job.output)
     layers = [asdict(layer) for layer in done.layers]
-    return Made({"layers": layers, "final_norm": asdict(done.final_norm)}, done.digests)
+    norm = {key: value for key, value in vars(done.final_norm).items() if key != "weight"}
+    return Made({"layers": layers, "final_norm": {"scale": 1.0, **norm}}, done.digests)
 
 
 def describe(record: RecoverRecord) -> Description:
@@ -141,5 +142,5 @@ def check(record: RecoverRecord, case: Case) -> None:
     case.demand(recovery_faults(record, len(case.groups)))
     case.unknown()
     errors = [layer.error for layer in record.layers]
-    case.measure = lambda *walks: residual_errors(errors, record.final_norm, case.groups, *walks)
+    case.measure = lambda *walks: residual_errors(errors, record.final_norm.error, case.groups, *walks)
     case.scale(record.final_norm)

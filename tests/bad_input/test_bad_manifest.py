@@ -75,7 +75,7 @@ FUSIONS: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
         lambda m: [
             m["steps"][0]["final_norm"].update(scale=0.5),
             m["steps"][1]["final_norm"].update(
-                scale=m["steps"][0]["final_norm"]["scale"] * m["steps"][1]["final_norm"]["scale"] * 2
+                scale=m["steps"][0]["final_norm"]["scale"] * 2, divergence=None
             ),
         ],
         ("model.norm.weight",),
