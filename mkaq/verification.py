@@ -97,7 +97,11 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _export_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
-    section = ExportSection.model_validate(manifest.recipe["export"])
+    try:
+        section = ExportSection.model_validate(manifest.recipe.get("export"))
+    except ValidationError:
+        where = checkpoint.path / MANIFEST
+        raise VerificationError("recipe.export cannot be read", where=where) from None
     if [each.format for each in manifest.exports] != section.others:
         yield f"the recipe has the formats {section.formats}, the manifest has others"
     for name in section.others:

@@ -67,24 +67,14 @@ FUSIONS: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
         lambda m: m["steps"][0]["layers"][1].update({"from": {"1": 1.0}}),
         ("do not stand for all layers of the source",),
     ),
-    "factor of the final norm": (
-        lambda m: m["steps"][0]["final_norm"].update(scale=0.5),
-        ("model.norm.weight is not the source's, rescaled",),
-    ),
-    "factors that make up for each other": (
-        lambda m: [
-            m["steps"][0]["final_norm"].update(scale=0.5),
-            m["steps"][1]["final_norm"].update(
-                scale=m["steps"][0]["final_norm"]["scale"] * 2, divergence=None
-            ),
-        ],
-        ("model.norm.weight",),
+    "a tuned norm that is said to have one factor": (
+        lambda m: m["steps"][1]["final_norm"].update(divergence=None),
+        ("model.norm.weight is not the source's",),
     ),
     "error of the final norm": (
         lambda m: m["steps"][1]["final_norm"].update(error=0.001),
         ("the final norm leaves an error of", "says 0.001"),
     ),
-    "no factor of the final norm": (lambda m: m["steps"][0].update(final_norm=None), ("model.norm.weight",)),
     "not fused": (lambda m: m["steps"][0]["layers"][1].update(fused=None), ("layer 1: its origins",)),
     "a fused layer less": (lambda m: m["steps"][0]["layers"].pop(), ("has 2 layers, the manifest 1",)),
     "error of a tuned layer": (
@@ -135,6 +125,21 @@ ERRORS: dict[str, tuple[str, Callable[[Any], object], tuple[str, ...]]] = {
     "error of the final norm": (
         "untuned",
         lambda m: m["steps"][0]["final_norm"].update(error=0.001),
+        ("the final norm leaves an error of", "says 0.001"),
+    ),
+    "factor of the final norm": (
+        "untuned",
+        lambda m: m["steps"][0]["final_norm"].update(scale=0.5),
+        ("model.norm.weight is not the source's, rescaled",),
+    ),
+    "no factor of the final norm": (
+        "untuned",
+        lambda m: m["steps"][0].update(final_norm=None),
+        ("model.norm.weight",),
+    ),
+    "error of the norm after quantizing": (
+        "rounded",
+        lambda m: m["steps"][1].update(norm_error=0.001),
         ("the final norm leaves an error of", "says 0.001"),
     ),
     "residual of a quantized layer": (
