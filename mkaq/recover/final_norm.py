@@ -139,7 +139,7 @@ class _Learner:
         walk, piece = self.walk, max(1, LOGITS // self.walk.checkpoint.sizes.vocabulary)
         fast = walk.ranks.has_fast_bfloat16(walk.device)
         pair = (walk.to_device(x[rows]).flatten(0, 1) for x in (self.original, self.states))
-        for target, own in zip(*(x.split(piece) for x in pair), strict=True):
+        for target, own in zip(*(torch.split(x, piece) for x in pair), strict=True):
             with torch.autocast(walk.device.type, torch.bfloat16, enabled=fast):
                 with torch.no_grad():
                     wanted = self.source_logits(target[None]).float().log_softmax(-1)
