@@ -110,12 +110,12 @@ class _Learner:
     def learn(self, count: int, length: int, seed: int) -> torch.Tensor:
         """The factors, learned from the first `count` samples; shape (hidden_size,)."""
         walk = self.walk
-        logs = torch.zeros(self.states.shape[-1], device=walk.device, requires_grad=True)
+        logs = torch.zeros(self.states.shape[-1], device=walk.device).requires_grad_()
         optimizer = torch.optim.Adam([logs], _LEARNING_RATE)
-        size = min(count, max(1, _STEP // (length * walk.ranks.size)))
+        size = max(1, min(count, _STEP // (length * walk.ranks.size)))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, _STEPS))
         for _, chosen in zip(range(_STEPS), shuffled(count, size, seed), strict=False):
-            tokens = len(chosen) * length
+            tokens = max(1, len(chosen) * length)  # a process may have none
             for divergence in self._divergences(chosen, logs):
                 (divergence.sum() / tokens).backward()  # type: ignore[no-untyped-call]
             assert logs.grad is not None
