@@ -104,6 +104,7 @@ def _export_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         raise VerificationError("recipe.export cannot be read", where=where) from None
     if [each.format for each in manifest.exports] != section.others:
         yield f"the recipe has the formats {section.formats}, the manifest has others"
+    settings = settings_of(manifest)
     for name in section.others:
         folder = checkpoint.path / name
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -113,7 +114,7 @@ def _export_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
         if reason := EXPORTS[name].refusal(checkpoint, checkpoint.quantization):
             yield f"{name} cannot hold this model: {reason}"
             continue
-        faults = EXPORTS[name].check(checkpoint, folder, settings_of(manifest))
+        faults = EXPORTS[name].check(checkpoint, folder, settings)
         yield from (f"{name}: {fault}" for fault in faults)
 
 

@@ -1,7 +1,7 @@
 """Commands that write text: continue a prompt, and talk."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -104,7 +104,7 @@ class _Speaker(NamedTuple):
     tokenizer: Any
     stop: set[int]
     device: "torch.device"
-    sampling: "Sampling"
+    choose: "Callable[[torch.Tensor], int]"
 
     def prompt(self, messages: Sequence[dict[str, str]], where: str) -> list[int]:
         """The tokens of a conversation, up to where the model answers."""
@@ -119,12 +119,11 @@ class _Speaker(NamedTuple):
         import torch
         from transformers import TextStreamer
 
-        from mkaq.generate.sampling import chooser
         from mkaq.generate.stream import Pace, stream
 
         pace, printer, new = Pace(), TextStreamer(self.tokenizer), list[int]()
         inputs = torch.tensor([ids], device=self.device)
-        for token in stream(self.model, inputs, limit, self.stop, chooser(self.sampling), pace):
+        for token in stream(self.model, inputs, limit, self.stop, self.choose, pace):
             new.append(token)
             if show:
                 printer.put(torch.tensor([token]))
@@ -139,10 +138,11 @@ def _speaker(model: str, device: str, sampling: "Sampling") -> _Speaker:
     from mkaq.checkpoint.end_tokens import end_tokens
     from mkaq.checkpoint.resolve import resolve_model
     from mkaq.checkpoint.validate import open_checkpoint
+    from mkaq.generate.sampling import chooser
     from mkaq.walk.device import compute_dtype, pick_device
     from mkaq.walk.whole_model import whole_model
 
     checkpoint, torch_device = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
     tokenizer = load_tokenizer(checkpoint.path)
     whole = whole_model(checkpoint, torch_device, compute_dtype(checkpoint.dtype, torch_device))
-    return _Speaker(whole, tokenizer, end_tokens(checkpoint.path, tokenizer), torch_device, sampling)
+    return _Speaker(whole, tokenizer, end_tokens(checkpoint.path, tokenizer), torch_device, chooser(sampling))

@@ -30,11 +30,15 @@ _ZERO_POINTS = "8-bit codes with zero points (sym: false) need 9 bits, which no 
 
 def refusal(model: Checkpoint, quantization: Mapping[str, Any] | None) -> str:
     """Why a GGUF file cannot hold a model, or llama.cpp would compute or tokenize in another way."""
+    return _unfit_model(model, quantization) or _unfit_tokenizer(model)
+
+
+def _unfit_model(model: Checkpoint, quantization: Mapping[str, Any] | None) -> str:
     if find_spec("gguf") is None:
         return "it needs the package gguf: pip install 'mkaq[gguf]'"
     if reason := unfit(model.config["model_type"], model.hf_config):
         return reason
-    return _unfit_codes(quantization, model.sizes) or _unfit_tokenizer(model)
+    return _unfit_codes(quantization, model.sizes)
 
 
 def _unfit_codes(quantization: Mapping[str, Any] | None, sizes: Sizes) -> str:
@@ -93,7 +97,7 @@ def _place(tensor: Planned) -> tuple[tuple[int, ...], Any, int]:
 
 def _described(model: Checkpoint, settings: Settings) -> tuple[GGUFWriter, list[Planned]]:
     """A writer with all metadata, and the tensors to come."""
-    refuse(refusal(model, model.quantization), NAME, model)
+    refuse(_unfit_model(model, model.quantization), NAME, model)  # its tokenizer is read below
     import gguf
 
     from mkaq.export.gguf_tensors import planned

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.dtypes import FLOATS
 from mkaq.errors import CheckpointError, UnsupportedError
+from mkaq.export.codes import read_codes
 from mkaq.export.gguf_blocks import Bytes, Codes, blocks, exact_type
 from mkaq.export.gguf_metadata import ARCHITECTURES, rope_factors
 from mkaq.export.settings import GgufTypes
-from mkaq.formats.gptq import checkpoint_format
 from mkaq.formats.packing import unpack
 
 Order = NDArray[np.intp] | None
@@ -129,20 +129,16 @@ def _quantized(model: Checkpoint, module: str, target: str, order: Order) -> Pla
 def _blocks(model: Checkpoint, module: str, kind: str, order: Order) -> Bytes:
     """The codes of a GPTQ layer as blocks."""
     config = model.quantization or {}
-    parts = model.read(f"{module}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx"))
-    words, zero_words, scales, groups = parts.values()
-    bits, size = int(config["bits"]), len(groups) // len(scales)
-    if not torch.equal(groups.long(), torch.arange(len(groups)) // size):
-        what = f"the columns of a group of {module} lie apart (desc_act); GGUF's lie together"
-        raise UnsupportedError(what, where=model.path)
-    zeros = unpack(zero_words.T.contiguous(), bits) + (checkpoint_format(config) == "gptq")
-    halves = scales.T.to(torch.float16)
-    if not torch.equal(halves.double(), scales.T.double()):
+    words, scales, zeros = read_codes(model, module)
+    bits = int(config["bits"])
+    size = words.shape[1] * 32 // bits // scales.shape[1]
+    halves = scales.to(torch.float16)
+    if not torch.equal(halves.double(), scales.double()):
         raise UnsupportedError(f"the scales of {module} do not fit float16", where=model.path)
     done = []
-    for start in range(0, words.shape[1], _ROWS):
+    for start in range(0, len(words), _ROWS):
         part = slice(start, start + _ROWS)
-        steps = unpack(words[:, part], bits).T - zeros[part].repeat_interleave(size, dim=1)
+        steps = unpack(words[part].T, bits).T - zeros[part].repeat_interleave(size, dim=1)
         steps, offsets = steps.to(torch.int16), zeros[part].to(torch.int16)
         codes = Codes(steps.numpy(), halves[part].numpy(), offsets.numpy())
         try:

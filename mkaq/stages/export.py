@@ -119,9 +119,10 @@ def run(job: Job, manifest: Manifest, card: str, folder: Path) -> list[dict[str,
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    settings = settings_of(manifest)
     for name in ExportSection.model_validate(manifest.recipe["export"]).others:
         (folder / name).mkdir()
-        EXPORTS[name].write(job.model, folder / name, settings_of(manifest))
+        EXPORTS[name].write(job.model, folder / name, settings)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return describe_files(folder, names)
 
