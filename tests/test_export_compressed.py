@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from mkaq.files import write_json
 from mkaq.formats.formats import format_of
 from mkaq.formats.layer import dense_layer
 from mkaq.walk.whole_model import whole_model
-from tests.exports import make_gptq
+from tests.exports import decoded_by, make_gptq
 from tests.runs import tree
 from tests.tiny import FAMILIES, edit_config
 
@@ -86,20 +85,9 @@ def test_the_library_decodes_the_same_weights(tmp_path: Path) -> None:
     ids = torch.randint(2, 4096, (2, 40), generator=torch.Generator().manual_seed(3))
     options = [{"family": family} for family in FAMILIES]
     options += [{"family": "llama", "bits": b, "group_size": size, "sym": sym} for b, size, sym in ALL]
-    models, folders = [], []
-    for number, option in enumerate(options):
-        (tmp_path / str(number)).mkdir()
-        models.append(make_gptq(tmp_path / str(number), **option))  # type: ignore[arg-type]
-        folders.append(export_of(models[-1], tmp_path / str(number) / "out"))
-        save_file({"ids": ids}, f"{folders[-1]}.ids")
-    worker = Path(__file__).parent / "compressed_worker.py"
-    done = subprocess.run(
-        [PYTHON, worker, *folders], capture_output=True, text=True, cwd=tmp_path, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for option, model, folder in zip(options, models, folders, strict=True):
-        theirs, ours = load_file(f"{folder}.safetensors"), weights_of(model)
-        logits = theirs.pop("logits")
+    found = decoded_by("compressed_worker.py", PYTHON, options, export_of, ids, tmp_path)
+    for option, model, theirs in found:
+        ours, logits = weights_of(model), theirs.pop("logits")
         assert ours.keys() == theirs.keys(), option
         if not option.get("sym", True):  # decoded at once, in the type of the scales
             ours = {name: weight.half().float() for name, weight in ours.items()}

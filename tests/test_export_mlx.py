@@ -2,13 +2,11 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
@@ -17,7 +15,7 @@ from mkaq.export import mlx
 from mkaq.export.codes import Codes, read_codes
 from mkaq.export.settings import Settings
 from mkaq.walk.whole_model import whole_model
-from tests.exports import make_gptq
+from tests.exports import decoded_by, make_gptq
 from tests.runs import tree
 from tests.test_export_compressed import change, weights_of
 from tests.tiny import FAMILIES, edit_config
@@ -53,21 +51,14 @@ def written(model: Checkpoint, folder: Path) -> Path:
 @needs_mlx
 def test_mlx_decodes_the_same_weights(tmp_path: Path) -> None:
     ids = torch.randint(2, 4096, (2, 20), generator=torch.Generator().manual_seed(3))
-    models, folders = [], []
-    for number, option in enumerate(OPTIONS):
-        (tmp_path / str(number)).mkdir()
-        models.append(make_gptq(tmp_path / str(number), **option))
-        folders.append(written(models[-1], tmp_path / str(number) / "out"))
-        assert list(mlx.check(models[-1], folders[-1], SETTINGS)) == []
-        save_file({"ids": ids}, f"{folders[-1]}.ids")
-    worker = Path(__file__).parent / "mlx_worker.py"
-    done = subprocess.run(
-        [PYTHON, worker, *folders], capture_output=True, text=True, cwd=tmp_path, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for option, model, folder in zip(OPTIONS, models, folders, strict=True):
-        theirs, ours = load_file(f"{folder}.safetensors"), weights_of(model)
-        logits = theirs.pop("logits")
+
+    def checked(model: Checkpoint, folder: Path) -> Path:
+        assert list(mlx.check(model, written(model, folder), SETTINGS)) == []
+        return folder
+
+    found = decoded_by("mlx_worker.py", PYTHON, OPTIONS, checked, ids, tmp_path)
+    for option, model, theirs in found:
+        ours, logits = weights_of(model), theirs.pop("logits")
         assert ours.keys() == theirs.keys(), option
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), option
         with torch.no_grad():
