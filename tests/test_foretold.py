@@ -36,9 +36,11 @@ def test_what_is_counted(task: Task) -> None:
     layers, tokens = task.source.num_layers, 16 * 32
     assert work.measuring(task, layers, 8, 32) == Work(exact=layers * 8 * 32, logits=8 * 32)
     tuned = work.tuning(task, layers - 1, steps=10, batch_size=4)
-    assert tuned.tuned == (layers - 1) * 10 * 4 * 32
+    end = 10 * 14 * 32  # toward predictions, all samples to learn from
+    assert tuned.tuned == (layers - 1) * 10 * 4 * 32 + end
+    assert tuned.logits == 3 * end + 8 * 2 * 32
     assert tuned.stepped == (layers - 1) * 10 * task.source.count_weights(task.source.layer_tensor_names(0))
-    assert work.tuning(task, 1, 10, 1000).tuned == 10 * 14 * 32  # no more samples than there are
+    assert work.tuning(task, 1, 10, 1000).tuned == 2 * 10 * 14 * 32  # no more samples than there are
     candidates = [(1, 2), (2, 2)]
     tried = work.trying(task, candidates, fuse=True, measured=False)
     assert tried.logits == 3 * 2 * 4 * 32 and tried.exact > layers * tokens / 2 and not tried.fast

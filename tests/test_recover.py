@@ -187,7 +187,9 @@ def test_recovered_run(family: str, text: Path, mkaq: Mkaq, tmp_path: Path) -> N
     assert FINAL_NORM in changed
     assert (artifact / SINGLE).read_bytes() == (folder / "recover" / SINGLE).read_bytes()
 
-    told_norm = f"inal norm tuned: divergence {norm.divergence_before:.4f} to {norm.divergence:.4f}"
+    told_norm = (
+        f"last layer and final norm tuned: divergence {norm.divergence_before:.4f} to {norm.divergence:.4f}"
+    )
     assert told_norm in mkaq("inspect", artifact).out and told_norm in (folder / "report.html").read_text()
 
     before = tree(artifact)

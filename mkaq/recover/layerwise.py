@@ -1,15 +1,14 @@
 """The recover stage: every layer of the compressed model is tuned alone toward the original hidden states.
 
 Knowledge distillation without the whole model: each layer reads the output of the tuned layers before it, and
-its target is the source's hidden state after the group of layers that it replaces. The final norm is tuned in
-the end, toward the source's predictions. One layer, its optimizer state and two streams of activations are in
-memory.
+its target is the source's hidden state after the group of layers that it replaces. The last one and the final
+norm are then tuned toward the source's predictions. One layer, its optimizer state and two streams of
+activations are in memory.
 """
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,8 +22,8 @@ from mkaq.checkpoint.writer import writer_of
 from mkaq.files import write_json
 from mkaq.fit.hold_out import Samples, held_out_mean, token_weights
 from mkaq.heap import return_freed_memory
-from mkaq.recover.final_norm import TunedNorm, tune_final_norm
-from mkaq.recover.steps import schedule, shuffled
+from mkaq.recover.ending import TunedNorm, tune_ending, tuned_norm
+from mkaq.recover.steps import descend, rounded_weights, settle, shuffled, with_weights
 from mkaq.walk.batches import batch_size
 from mkaq.walk.walk import LayerWalk
 
@@ -64,6 +63,10 @@ class Tuning:
     batch_size: int
     seed: int
 
+    def rate(self, hidden: int) -> float:
+        """The learning rate for layers of a width."""
+        return 0.25 / hidden if self.learning_rate == "auto" else self.learning_rate
+
 
 class Recovered(NamedTuple):
     """The results of `recover`.
@@ -101,12 +104,12 @@ def recover(
     """
     dtype, progress = output.dtype, output.progress
     compressed = walk.checkpoint
-    arch, norm = compressed.arch, compressed.arch.final_norm_weight
+    arch = compressed.arch
     if walk.device.type == "cpu":
         walk.use_eager_attention()
         source.use_eager_attention()
     original, states = source.embed(samples.tokens), walk.embed(samples.tokens)
-    records = []
+    records: list[RecoveredLayer] = []
     layout = layout_like(compressed, range(compressed.num_layers), dtype)
     with writer_of(walk.ranks, folder, output.shard_size, layout) as writer:
         for name, tensor in compressed.each(
@@ -117,17 +120,31 @@ def recover(
             for index in group:
                 source.pass_layer(index, original)
             with walk.layer(new) as layer:
-                records.append(tune(walk, layer, new, states, original, samples, tuning, dtype))
+                record = tune(walk, layer, new, states, original, samples, tuning, dtype)
+                if new == len(groups) - 1:
+                    ending = tune_ending(
+                        source,
+                        walk,
+                        layer,
+                        states,
+                        original,
+                        samples,
+                        dtype,
+                        learning_rate=tuning.rate(states.shape[-1]),
+                        steps=tuning.steps,
+                        seed=tuning.seed,
+                    )
+                    error = layer_error(walk, layer, new, states, original, samples)
+                    record = replace(record, error=error, steps=record.steps + ending.steps)
+                records.append(record)
                 walk.run_all(layer, new, states)
                 progress.say(_line(records[-1]))
                 for name, parameter in layer.named_parameters():
                     writer.add(arch.in_layer(new, name), parameter.detach().to("cpu", dtype))
             return_freed_memory()
-        final_norm = tune_final_norm(source, walk, original, states, samples, dtype, tuning.seed)
-        writer.add(norm, final_norm.weight)
-        progress.say(
-            f"  final norm: divergence {final_norm.divergence_before:.4f} -> {final_norm.divergence:.4f}"
-        )
+        writer.add(arch.final_norm_weight, ending.norm)
+    final_norm = tuned_norm(source, walk, original, states, samples, ending)
+    progress.say(f"  end: held-out divergence {ending.divergence_before:.4f} -> {ending.divergence:.4f}")
     write_json(folder / "config.json", compressed.config)
     copy_side_files(compressed.path, folder)
     return Recovered(records, final_norm, writer.digests)
@@ -160,41 +177,32 @@ def tune(
         tuning: How layers are tuned.
         dtype: Type of the saved weights.
     """
-    parameters = dict(layer.named_parameters())
     before = lowest = layer_error(walk, layer, new, inputs, targets, samples)
     if walk.ranks.broadcast(before == 0):
         return RecoveredLayer(new, 0.0, 0.0, 0)
-    best, best_step = {name: parameter.detach().clone() for name, parameter in parameters.items()}, 0
+    best, best_step = rounded_weights(layer, dtype, walk.dtype), 0
     layer.float().requires_grad_(True)
     fast = walk.ranks.has_fast_bfloat16(walk.device)
-    learning_rate = 0.25 / inputs.shape[-1] if tuning.learning_rate == "auto" else tuning.learning_rate
-    optimizer = torch.optim.AdamW(layer.parameters(), learning_rate, (0.9, 0.95), weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, tuning.steps))
+    optimizer = torch.optim.AdamW(
+        layer.parameters(), tuning.rate(inputs.shape[-1]), (0.9, 0.95), weight_decay=0.0
+    )
     orders = shuffled(samples.num_train, math.ceil(tuning.batch_size / walk.ranks.size), tuning.seed)
-    for step, chosen in zip(range(1, tuning.steps + 1), orders, strict=False):
-        parts = torch.split(chosen, batch_size(inputs)) if len(chosen) else ()
-        for part in parts:
+
+    def backward(chosen: torch.Tensor) -> None:
+        for part in torch.split(chosen, batch_size(inputs)) if len(chosen) else ():
             with torch.autocast(walk.device.type, torch.bfloat16, enabled=fast):
                 output = walk.run(layer, new, inputs[part])
             target = walk.to_device(targets[part]).float()
             loss = ((output.float() - target).square().mean(-1) * token_weights(target)).mean()
             (loss * (len(part) / len(chosen))).backward()  # type: ignore[no-untyped-call]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters()]
-        walk.ranks.average(len(chosen), *gradients)
-        for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+
+    for step in descend(optimizer, tuning.steps, orders, backward, walk.ranks):
         if step % math.ceil(tuning.steps / CHECKS) == 0 or step == tuning.steps:
-            rounded = {name: p.detach().to(dtype).to(walk.dtype) for name, p in layer.named_parameters()}
+            rounded = rounded_weights(layer, dtype, walk.dtype)
             error = layer_error(walk, with_weights(layer, rounded), new, inputs, targets, samples)
             if walk.ranks.broadcast(error < lowest):
                 lowest, best, best_step = error, rounded, step
-    best = {name: walk.ranks.broadcast_tensor(weight.contiguous()) for name, weight in best.items()}
-    layer.load_state_dict(best, strict=False, assign=True)
-    layer.requires_grad_(False)
+    settle(layer, best, walk.ranks)
     return RecoveredLayer(new, before, lowest, best_step)
 
 
@@ -213,17 +221,6 @@ def layer_error(
     )
 
 
-def with_weights(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy of a layer with other weights."""
-    twin = copy.deepcopy(layer)
-    twin.load_state_dict(weights, strict=False, assign=True)
-    return twin.requires_grad_(False)
-
-
 def _line(record: RecoveredLayer) -> str:
     outcome = f"step {record.steps}" if record.steps else "kept as it was"
     return f"  layer {record.new}: held-out error {record.error_before:.4f} -> {record.error:.4f} ({outcome})"
-
-
-def _norm_line(norm: TunedNorm) -> str:
-    return f"  final norm: held-out divergence {norm.divergence_before:.4f} -> {norm.divergence:.4f}"

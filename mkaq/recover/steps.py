@@ -1,9 +1,47 @@
-"""The steps of an optimizer: which samples each sees, and how large it is."""
+"""An optimizer's steps: which samples each sees, how large it is, and the weights that it leaves."""
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch import nn
+
+from mkaq.ranks import Ranks
+
+
+def descend(
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    orders: Iterator[torch.Tensor],
+    backward: Callable[[torch.Tensor], None],
+    ranks: Ranks,
+) -> Iterator[int]:
+    """Takes steps along the gradients of all processes, each group of parameters clipped to a norm of 1.
+
+    Args:
+        optimizer: The optimizer; its learning rates follow `schedule`.
+        steps: The number of steps.
+        orders: This process's sample numbers of each step.
+        backward: Adds the gradients of the mean loss of some samples.
+        ranks: The processes.
+
+    Yields:
+        The number of each step, from 1, once it is taken.
+    """
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
+    for step, chosen in zip(range(1, steps + 1), orders, strict=False):
+        backward(chosen)
+        for group in optimizer.param_groups:
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]]
+            ranks.average(len(chosen), *gradients)
+            for parameter, gradient in zip(group["params"], gradients, strict=True):
+                parameter.grad = gradient
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        yield step
 
 
 def schedule(step: int, steps: int) -> float:
@@ -21,3 +59,22 @@ def shuffled(samples: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]
         order = torch.randperm(samples, generator=generator)
         full = max(1, samples // batch_size) * batch_size
         yield from torch.split(order[:full], batch_size)
+
+
+def rounded_weights(layer: nn.Module, saved: torch.dtype, computed: torch.dtype) -> dict[str, torch.Tensor]:
+    """Copies of a layer's weights as they are after saving, in the type that computes."""
+    return {name: p.detach().to(saved).to(computed, copy=True) for name, p in layer.named_parameters()}
+
+
+def with_weights(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A copy of a layer with other weights."""
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(weights, strict=False, assign=True)
+    return twin.requires_grad_(False)
+
+
+def settle(layer: nn.Module, weights: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
+    """Gives a layer the first process's weights, in place; it learns no more."""
+    same = {name: ranks.broadcast_tensor(weight.contiguous()) for name, weight in weights.items()}
+    layer.load_state_dict(same, strict=False, assign=True)
+    layer.requires_grad_(False)

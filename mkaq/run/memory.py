@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from mkaq.merge.cost import LOGITS
 from mkaq.merge.solve import CANDIDATES
-from mkaq.recover.final_norm import LOGITS as TUNED_LOGITS
+from mkaq.recover.ending import LOGITS as TUNED_LOGITS
+from mkaq.recover.ending import STEP as ENDING_TOKENS
 from mkaq.run.estimate import Need, Task
 from mkaq.run.work import trial_tokens
 from mkaq.walk.batches import TOKENS_PER_BATCH
@@ -98,8 +99,8 @@ def _fusing(shape: _Shape, group: int, tokens: int, length: int) -> int:
 
 
 def tuning(task: Task, batch_size: int) -> Need:
-    """Weights, gradients, optimizer, best and rounded weights in float32; activations for backward. Or, for
-    the final norm, two heads and their logits.
+    """Weights, gradients, optimizer, best and rounded weights in float32; activations for backward. At the
+    end two heads and their logits, too.
 
     Eager attention keeps its weights and their gradients: 32 bytes per head and pair of tokens.
     """
@@ -111,8 +112,9 @@ def tuning(task: Task, batch_size: int) -> Need:
     heads = shape.vocabulary * shape.hidden * (2 * shape.exact + shape.stored) + 5 * 4 * min(
         TUNED_LOGITS, shape.vocabulary * batch
     )
-    layer = shape.walked(shape.exact) + 4 * 8 * shape.layer + batch * kept
-    return Need(max(layer, heads), states)
+    weights = shape.walked(shape.exact) + 4 * 8 * shape.layer
+    end = heads + min(batch, max(length, ENDING_TOKENS)) * kept
+    return Need(weights + max(batch * kept, end), states)
 
 
 def gptq(task: Task, *, desc_act: bool, joint: bool) -> Need:

@@ -6,7 +6,8 @@ from mkaq.fit.hold_out import HELD_OUT, held_out_samples
 from mkaq.fit.ridge import RIDGES, TARGETS
 from mkaq.merge.cost import COEFFICIENTS, built_on, probe_count
 from mkaq.merge.solve import CANDIDATES
-from mkaq.recover.final_norm import LEARNED
+from mkaq.recover.ending import CHECKS, STEP, STEPS
+from mkaq.recover.ending import HELD_OUT as ENDING_HELD_OUT
 from mkaq.run.estimate import Task, Work
 
 
@@ -98,10 +99,12 @@ def tuning(task: Task, layers: int, steps: int, batch_size: int) -> Work:
     held = held_out_samples(task.samples)
     batch = min(batch_size, max(1, task.samples - held)) / task.processes
     exact = task.source.num_layers * task.own + layers * (task.own + 6 * held / task.processes)
-    learned = min(LEARNED / task.processes, (task.own - held) * task.length)
+    learned, watched = (n * task.length / task.processes for n in (task.samples - held, held))
+    end = min(steps, STEPS) * min(STEP / task.processes, learned)
+    watched = min(ENDING_HELD_OUT / task.processes, watched)
     return Work(
-        logits=7 * learned,  # twice: two heads, and a gradient
-        tuned=layers * steps * batch * task.length,
+        logits=3 * end + 2 * (CHECKS + 1) * watched,  # two heads, and a gradient
+        tuned=layers * steps * batch * task.length + end,
         stepped=1.0 * layers * steps * _weights(task),
         exact=exact * task.length,
     )

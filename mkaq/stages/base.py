@@ -75,14 +75,18 @@ class FinalNorm(Part):
     error: float
     """Error with this factor, or with these factors."""
     divergence_before: float | None = None
-    """KL(source || model) in nats per held-out token, before each feature got a factor of its own."""
+    """KL(source || model) in nats per held-out token, before the last layer and a factor for each feature
+    were tuned toward it."""
     divergence: float | None = None
     """The same after; None if there is but one factor."""
 
     def lines(self) -> list[str]:
         """The record in readable lines."""
         if self.divergence is not None:
-            return [f"final norm tuned: divergence {self.divergence_before:.4f} to {self.divergence:.4f}"]
+            return [
+                "last layer and final norm tuned: "
+                f"divergence {self.divergence_before:.4f} to {self.divergence:.4f}"
+            ]
         return [f"final norm times {self.scale:.4f}; error {self.error_before:.4f} to {self.error:.4f}"]
 
 

@@ -31,7 +31,8 @@ class LayerwiseSection(Section):
     method: Literal["layerwise"]
     """Knowledge distillation, layer by layer."""
     steps: int = Field(default=100, ge=1, le=100_000)
-    """Optimizer steps per layer."""
+    """Optimizer steps per layer. Then at most 48 of these tune the last layer and the final norm toward the
+    source's predictions."""
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
     """AdamW's peak learning rate, falling to 0 along a cosine; `auto` is 0.25 / hidden_size."""
     batch_size: int = Field(default=32, ge=1, le=4096)
@@ -52,11 +53,12 @@ class RecoveredLayer(Part):
     error: float
     """Error with the final weights."""
     steps: int
-    """The step with the lowest held-out error; 0: the weights are those of the merge."""
+    """The step with the lowest held-out error; the last layer's: plus those toward predictions.
+    0: the weights are those of the merge."""
 
 
 class RecoverRecord(Step):
-    """Layer-by-layer tuning toward the hidden states of the source; the final norm toward its predictions."""
+    """Layer-by-layer tuning toward the hidden states of the source; in the end toward its predictions."""
 
     step: Literal["recover"] = "recover"
     """Kind."""
@@ -67,7 +69,7 @@ class RecoverRecord(Step):
     layers: list[RecoveredLayer]
     """Every layer."""
     final_norm: FinalNorm
-    """How the final norm was tuned, on top of the merge's factor."""
+    """How the final norm was tuned, with the last layer, on top of the merge's factor."""
 
     def follows(self) -> bool:
         """Tuned weights do not follow from the record."""
@@ -114,8 +116,8 @@ def run(section: LayerwiseSection, job: Job, folder: Path) -> Made:
     tuning = Tuning(section.steps, section.learning_rate, section.batch_size, job.seed)
     done = recover(source, walk, job.groups(), samples, tuning, folder, job.output)
     layers = [asdict(layer) for layer in done.layers]
-    norm = {key: value for key, value in vars(done.final_norm).items() if key != "weight"}
-    return Made({"layers": layers, "final_norm": {"scale": 1.0, **norm}}, done.digests)
+    norm = {"scale": 1.0, **asdict(done.final_norm)}
+    return Made({"layers": layers, "final_norm": norm}, done.digests)
 
 
 def describe(record: RecoverRecord) -> Description:

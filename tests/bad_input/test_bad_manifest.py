@@ -17,8 +17,10 @@ from tests.tiny import CHANNELS, write_recipe
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) -> Path:
     """An artifact whose layers were fused and tuned. Not to be changed: copy it first."""
-    recover = {"method": "layerwise", "steps": 2, "batch_size": 4}
-    return artifact_of(tmp_path_factory.mktemp("fused"), model, text, recover=recover)
+    recover = {"method": "layerwise", "steps": 20, "batch_size": 4, "learning_rate": 1e-3}
+    calibration = {"dataset": "text", "path": str(text), "num_samples": 64, "max_seq_length": 32}
+    folder = tmp_path_factory.mktemp("fused")
+    return artifact_of(folder, model, text, recover=recover, calibration=calibration)
 
 
 @pytest.fixture(scope="module")
