@@ -92,8 +92,19 @@ FUSIONS: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
         ("the recovered layers are not 0 to 1",),
     ),
     "tuned for the worse": (
-        lambda m: m["steps"][1]["layers"][1].update(error_before=0.0),
+        lambda m: m["steps"][1]["layers"][0].update(error=0.5),
+        ("recovered layer 0 is said to be worse",),
+    ),
+    "a last layer for the worse, and predictions no better": (
+        lambda m: (
+            m["steps"][1]["layers"][1].update(error_before=0.0),
+            m["steps"][1]["final_norm"].update(divergence_before=0.0, divergence=0.0),
+        ),
         ("recovered layer 1 is said to be worse",),
+    ),
+    "predictions for the worse": (
+        lambda m: m["steps"][1]["final_norm"].update(divergence=9.0),
+        ("the divergence is said to have grown",),
     ),
 }
 
