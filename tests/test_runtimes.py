@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.runtimes_table import END, START, table
 from mkaq.formats.compressed_tensors import quantization_config
 from mkaq.formats.runtimes import describe, runtimes
 from mkaq.stages.quantize import BitsandbytesSection, GptqSection
@@ -16,6 +17,15 @@ from tests.runs import Mkaq
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE, VLLM, VLLM_CPU = "transformers on a CPU", "vLLM", "vLLM on a CPU"
 ONNX = "ONNX Runtime GenAI"
+ROOT = Path(__file__).parent.parent
+TRIALS = json.loads((ROOT / "benchmarks/results/runtimes.json").read_text())["rows"]
+TRIED = {  # the names of environments
+    "transformers with GPTQModel": HERE,
+    "transformers with compressed-tensors": HERE,
+    "MLX on a CPU": "MLX",
+    "vLLM on a CPU": VLLM_CPU,
+    "ONNX Runtime GenAI": ONNX,
+}
 EVERY = {HERE, VLLM, VLLM_CPU, ONNX}
 
 
@@ -54,6 +64,23 @@ def test_gptq(options: dict[str, Any], expected: set[str]) -> None:
     assert running(gptq(**options)) == expected
 
 
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda t: " ".join(str(v) for v in list(t.values())[:6]))
+def test_the_answer_is_what_was_seen(trial: dict[str, Any]) -> None:
+    runtime, kind = TRIED[trial["runtime"]], trial["format"]
+    options = {key: trial[key] for key in ("bits", "sym", "group_size", "desc_act") if key in trial}
+    if kind == "compressed-tensors":
+        config: dict[str, Any] | None = quantization_config(**options, head="lm_head")
+    else:
+        config = None if kind == "dense" else gptq(**options)
+    answers = {row.runtime: row.runs for row in runtimes(config, formats=["mlx"] if kind == "mlx" else [])}
+    assert answers[runtime] == (trial["loads"] and trial["agrees"])
+
+
+def test_readme_has_the_table() -> None:
+    """`python -m benchmarks.runtimes_table` writes it."""
+    assert f"{START}{table()}{END}" in (ROOT / "README.md").read_text()
+
+
 def test_bitsandbytes_runs_in_transformers_and_what_is_only_merged_nearly_everywhere() -> None:
     for bits in (4, 8):
         section = BitsandbytesSection(method="bitsandbytes", bits=bits)
@@ -67,6 +94,8 @@ def test_compressed_tensors(sym: bool) -> None:
         config = quantization_config(bits=bits, group_size=128, sym=sym, head="lm_head")
         assert running(config) == expected
     assert "is not known" in next(row.reason for row in runtimes(config) if row.runtime == VLLM)
+    odd = quantization_config(bits=4, group_size=16, sym=sym, head="lm_head")
+    assert running(odd) == {HERE}
 
 
 def test_lines_name_the_setting_and_what_would_do() -> None:

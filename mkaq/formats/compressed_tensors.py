@@ -181,10 +181,17 @@ def dequantize(tensors: dict[str, torch.Tensor], config: Config) -> torch.Tensor
     return (codes - zeros[:, group]).float() * scales[:, group]
 
 
+def _vllm_cpu(config: Config) -> str:
+    size = _weights(config)["group_size"]
+    if (number := bits(config)) != 4:
+        return f"it has no kernel for {number} bits"
+    return "" if size in (None, 32, 64, 128) else f"whether it runs group_size {size} is not known"
+
+
 _ELSEWHERE = "its reader of compressed-tensors is for other models"
 REFUSALS: Mapping[str, Callable[[Config], str]] = {
     "transformers on a CPU": lambda config: "",
-    "vLLM on a CPU": lambda config: "" if bits(config) == 4 else f"it has no kernel for {bits(config)} bits",
+    "vLLM on a CPU": _vllm_cpu,
     "ONNX Runtime GenAI": lambda config: _ELSEWHERE,
     "MLX": lambda config: _ELSEWHERE,
     "llama.cpp": lambda config: NO_GGUF,
