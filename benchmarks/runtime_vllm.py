@@ -2,18 +2,17 @@
 
 import gc
 import os
-import time
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from runtime_job import NEW, serve
+from runtime_job import NEW, Answer, Stopwatch, serve
 from vllm import LLM, SamplingParams
 
 
-def run(folder: Path, ids: list[int]) -> tuple[list[float], float]:
+def run(folder: Path, ids: list[int], prompts: list[list[int]]) -> Answer:
     model = LLM(str(folder), enforce_eager=True, max_model_len=256, max_num_seqs=4)
     try:
         prompt = {"prompt_token_ids": ids}
@@ -21,10 +20,12 @@ def run(folder: Path, ids: list[int]) -> tuple[list[float], float]:
         answer = model.generate(prompt, once, use_tqdm=False)[0]
         places = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
         given = [place[token].logprob for place, token in places]
-        greedy = SamplingParams(max_tokens=NEW, min_tokens=NEW, temperature=0)
-        start = time.perf_counter()
-        model.generate(prompt, greedy, use_tqdm=False)
-        return given, NEW / (time.perf_counter() - start)
+        greedy, watch, texts = SamplingParams(max_tokens=NEW, temperature=0), Stopwatch(), []
+        for one in prompts:
+            with watch:
+                answer = model.generate({"prompt_token_ids": one}, greedy, use_tqdm=False)[0]
+            texts.append(list(answer.outputs[0].token_ids))
+        return Answer(given, texts, watch.speed(texts))
     finally:
         del model
         gc.collect()

