@@ -24,7 +24,8 @@ from mkaq.progress import Progress
 from mkaq.quantize.gptq_layers import quantize_gptq
 from mkaq.quantize.joint import JointTarget
 from mkaq.ranks import ALONE
-from mkaq.recover.layerwise import Tuning, recover
+from mkaq.recover.layerwise import recover
+from mkaq.recover.steps import Tuning
 from mkaq.stages.quantize import GptqSection
 from mkaq.walk.device import compute_dtype
 from mkaq.walk.walk import LayerWalk

@@ -18,7 +18,8 @@ from mkaq.merge.channels import fuse
 from mkaq.quantize.gptq import gptq
 from mkaq.quantize.gptq_layers import kernels_for
 from mkaq.quantize.hessian import HessianSum
-from mkaq.recover.layerwise import Tuning, tune
+from mkaq.recover.layerwise import tune
+from mkaq.recover.steps import Tuning
 from mkaq.walk.batches import spans
 from mkaq.walk.device import compute_dtype
 from mkaq.walk.piecewise import Piecewise

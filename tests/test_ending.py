@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.fit.hold_out import hold_out
 from mkaq.recover.ending import Ending, tune_ending, tuned_norm
+from mkaq.recover.steps import Tuning
 from mkaq.walk.walk import LayerWalk
 from tests.tiny import make_model
 
@@ -46,17 +47,8 @@ def tuned(
         walks[0].pass_layer(index, original)
     walks[1].pass_layer(0, inputs)
     with walks[1].layer(1) as layer:
-        done = tune_ending(
-            *walks,
-            layer,
-            inputs,
-            original,
-            samples,
-            torch.float32,
-            learning_rate=learning_rate,
-            steps=steps,
-            seed=0,
-        )
+        tuning = Tuning(steps, learning_rate, batch_size=32, seed=0)
+        done = tune_ending(*walks, layer, inputs, original, samples, tuning, torch.float32)
         walks[1].run_all(layer, 1, inputs)
         after = {f"model.layers.1.{name}": p.clone() for name, p in layer.named_parameters()}
     norm = tuned_norm(*walks, original, inputs, samples, done)

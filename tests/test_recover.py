@@ -15,8 +15,8 @@ from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.fit.hold_out import hold_out
 from mkaq.manifest import MANIFEST, manifest_schema, read_manifest
 from mkaq.merge.average import merge_layers
-from mkaq.recover.layerwise import RecoveredLayer, Tuning, layer_error, tune
-from mkaq.recover.steps import schedule, shuffled
+from mkaq.recover.layerwise import RecoveredLayer, layer_error, tune
+from mkaq.recover.steps import Tuning, schedule, shuffled
 from mkaq.stages.recover import RecoverRecord
 from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq, Outcome, forge, tree

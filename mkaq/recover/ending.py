@@ -18,7 +18,7 @@ from torch import nn
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.fit.final_norm import norm_error
 from mkaq.fit.hold_out import Samples
-from mkaq.recover.steps import descend, rounded_weights, settle, shuffled, with_weights
+from mkaq.recover.steps import Tuning, descend, rounded_weights, settle, shuffled, with_weights
 from mkaq.walk.batches import batch_size
 from mkaq.walk.walk import LayerWalk
 
@@ -88,11 +88,8 @@ def tune_ending(
     inputs: torch.Tensor,
     original: torch.Tensor,
     samples: Samples,
+    tuning: Tuning,
     dtype: torch.dtype,
-    *,
-    learning_rate: float,
-    steps: int,
-    seed: int,
 ) -> Ending:
     """Tunes the last layer in place, and the weight of the final norm.
 
@@ -103,12 +100,10 @@ def tune_ending(
         inputs: The output of the layers before it, shape (samples, length, hidden_size).
         original: Last hidden states of the original, of the same shape.
         samples: The samples, some of them held out.
+        tuning: How: the layer's learning rate, and the largest number of steps.
         dtype: Type of the saved weights.
-        learning_rate: AdamW's, for the layer.
-        steps: The largest number of steps.
-        seed: Seed of the order of the samples.
     """
-    ranks, taken = walk.ranks, min(steps, STEPS)
+    ranks, taken = walk.ranks, min(tuning.steps, STEPS)
     norm = NormFactors(walk.checkpoint, dtype)
     with ExitStack() as heads:
         logits = [heads.enter_context(each.head()) for each in (source, walk)]
@@ -122,8 +117,8 @@ def tune_ending(
             {"params": list(layer.parameters())},
             {"params": [logs], "lr": _NORM_RATE},
         ]
-        optimizer = torch.optim.AdamW(groups, learning_rate, (0.9, 0.95), weight_decay=0.0)
-        orders = shuffled(samples.num_train, model.share(STEP), seed)
+        optimizer = torch.optim.AdamW(groups, tuning.rate(inputs.shape[-1]), (0.9, 0.95), weight_decay=0.0)
+        orders = shuffled(samples.num_train, model.share(STEP), tuning.seed)
         backward = partial(model.backward, layer=layer, logs=logs)
         for step in descend(optimizer, taken, orders, backward, ranks):
             if step % math.ceil(taken / CHECKS) == 0 or step == taken:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from mkaq.files import write_json
 from mkaq.fit.hold_out import Samples, held_out_mean, token_weights
 from mkaq.heap import return_freed_memory
 from mkaq.recover.ending import TunedNorm, tune_ending, tuned_norm
-from mkaq.recover.steps import descend, rounded_weights, settle, shuffled, with_weights
+from mkaq.recover.steps import Tuning, descend, rounded_weights, settle, shuffled, with_weights
 from mkaq.walk.batches import batch_size
 from mkaq.walk.walk import LayerWalk
 
@@ -45,27 +45,6 @@ class RecoveredLayer:
     error_before: float
     error: float
     steps: int
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How layers are tuned.
-
-    Attributes:
-        steps: Optimizer steps per layer.
-        learning_rate: AdamW's learning rate; `auto` is 0.25 / hidden_size.
-        batch_size: Largest number of sequences per step.
-        seed: Seed of the order of the samples.
-    """
-
-    steps: int
-    learning_rate: float | Literal["auto"]
-    batch_size: int
-    seed: int
-
-    def rate(self, hidden: int) -> float:
-        """The learning rate for layers of a width."""
-        return 0.25 / hidden if self.learning_rate == "auto" else self.learning_rate
 
 
 class Recovered(NamedTuple):
@@ -122,18 +101,7 @@ def recover(
             with walk.layer(new) as layer:
                 record = tune(walk, layer, new, states, original, samples, tuning, dtype)
                 if new == len(groups) - 1:
-                    ending = tune_ending(
-                        source,
-                        walk,
-                        layer,
-                        states,
-                        original,
-                        samples,
-                        dtype,
-                        learning_rate=tuning.rate(states.shape[-1]),
-                        steps=tuning.steps,
-                        seed=tuning.seed,
-                    )
+                    ending = tune_ending(source, walk, layer, states, original, samples, tuning, dtype)
                     error = layer_error(walk, layer, new, states, original, samples)
                     record = replace(record, error=error, steps=record.steps + ending.steps)
                 records.append(record)

@@ -1,13 +1,36 @@
-"""An optimizer's steps: which samples each sees, how large it is, and the weights that it leaves."""
+"""An optimizer's steps: which samples each sees, how large it is, and the weights that they leave."""
 
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from mkaq.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How layers are tuned.
+
+    Attributes:
+        steps: Optimizer steps per layer.
+        learning_rate: AdamW's learning rate; `auto` is 0.25 / hidden_size.
+        batch_size: Largest number of sequences per step.
+        seed: Seed of the order of the samples.
+    """
+
+    steps: int
+    learning_rate: float | Literal["auto"]
+    batch_size: int
+    seed: int
+
+    def rate(self, hidden: int) -> float:
+        """The learning rate for layers of a width."""
+        return 0.25 / hidden if self.learning_rate == "auto" else self.learning_rate
 
 
 def descend(

@@ -108,7 +108,8 @@ def estimate(section: LayerwiseSection, before: ModelSize, task: Task) -> Estima
 def run(section: LayerwiseSection, job: Job, folder: Path) -> Made:
     """Writes the tuned checkpoint."""
     from mkaq.fit.hold_out import calibration_samples
-    from mkaq.recover.layerwise import Tuning, recover
+    from mkaq.recover.layerwise import recover
+    from mkaq.recover.steps import Tuning
 
     samples = calibration_samples(job.ranks, job.tokens(), job.seed)
     source = job.walk(job.source)
