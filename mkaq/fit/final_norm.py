@@ -65,14 +65,12 @@ def norm_error(
     original: torch.Tensor,
     compressed: torch.Tensor,
     samples: Samples,
-    factors: torch.Tensor | None = None,
 ) -> float:
     """The error of a model's final norm: sum |t - f|^2 / sum |t|^2 over held-out tokens.
 
-    The arguments are those of `rescale`; t are the original's normed states, f the model's, times
-    `factors` of shape (hidden_size,) if given.
+    The arguments are those of `rescale`; t are the original's normed states, f the model's.
     """
-    return _energies(source, walk, original, compressed, samples, factors)[1].missed(1.0)
+    return _energies(source, walk, original, compressed, samples)[1].missed(1.0)
 
 
 class _Energies(NamedTuple):
@@ -95,7 +93,6 @@ def _energies(
     original: torch.Tensor,
     compressed: torch.Tensor,
     samples: Samples,
-    factors: torch.Tensor | None = None,
 ) -> tuple[_Energies, _Energies]:
     """The sums over the tokens to learn from and over the held-out tokens, of all processes."""
     sums = torch.zeros(2, 3, dtype=torch.float64, device=walk.device)
@@ -104,7 +101,6 @@ def _energies(
             for rows in batches:
                 target = source_norm(walk.to_device(original[rows])).float()
                 own = own_norm(walk.to_device(compressed[rows])).float()
-                own = own if factors is None else own * factors
                 for number, (a, b) in enumerate(((target, target), (target, own), (own, own))):
                     split[number] += (a * b).sum(-1).double().sum()
                 walk.activations.release()

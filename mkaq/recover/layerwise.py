@@ -1,9 +1,8 @@
 """The recover stage: every layer of the compressed model is tuned alone toward the original hidden states.
 
 Knowledge distillation without the whole model: each layer reads the output of the tuned layers before it, and
-its target is the source's hidden state after the group of layers that it replaces. The last one and the final
-norm are then tuned toward the source's predictions. One layer, its optimizer state and two streams of
-activations are in memory.
+its target is the source's hidden state after the group of layers that it replaces. The last one is then tuned
+toward the source's predictions. One layer, its optimizer state and two streams of activations are in memory.
 """
 
 import math
@@ -22,7 +21,7 @@ from mkaq.checkpoint.writer import writer_of
 from mkaq.files import write_json
 from mkaq.fit.hold_out import Samples, held_out_mean, token_weights
 from mkaq.heap import return_freed_memory
-from mkaq.recover.ending import TunedNorm, tune_ending, tuned_norm
+from mkaq.recover.ending import tune_ending
 from mkaq.recover.steps import Tuning, descend, rounded_weights, settle, shuffled, with_weights
 from mkaq.walk.batches import batch_size
 from mkaq.walk.walk import LayerWalk
@@ -52,12 +51,15 @@ class Recovered(NamedTuple):
 
     Attributes:
         layers: The outcome of every layer.
-        final_norm: How the final norm was tuned.
+        divergence_before: KL(source || model) in nats per held-out token, before the last layer was tuned
+            toward it.
+        divergence: The same after.
         digests: sha256 of the weight files by name.
     """
 
     layers: list[RecoveredLayer]
-    final_norm: TunedNorm
+    divergence_before: float
+    divergence: float
     digests: Mapping[str, str]
 
 
@@ -91,9 +93,7 @@ def recover(
     records: list[RecoveredLayer] = []
     layout = layout_like(compressed, range(compressed.num_layers), dtype)
     with writer_of(walk.ranks, folder, output.shard_size, layout) as writer:
-        for name, tensor in compressed.each(
-            n for n in compressed.outer_tensor_names if n != arch.final_norm_weight
-        ):
+        for name, tensor in compressed.each(compressed.outer_tensor_names):
             writer.add(name, tensor.to(dtype))
         for new, group in enumerate(progress.track(groups, "recover (layerwise)")):
             for index in group:
@@ -110,12 +110,12 @@ def recover(
                 for name, parameter in layer.named_parameters():
                     writer.add(arch.in_layer(new, name), parameter.detach().to("cpu", dtype))
             return_freed_memory()
-        writer.add(arch.final_norm_weight, ending.norm)
-    final_norm = tuned_norm(source, walk, original, states, samples, ending)
-    progress.say(f"  end: held-out divergence {ending.divergence_before:.4f} -> {ending.divergence:.4f}")
+    progress.say(
+        f"  last layer: held-out divergence {ending.divergence_before:.4f} -> {ending.divergence:.4f}"
+    )
     write_json(folder / "config.json", compressed.config)
     copy_side_files(compressed.path, folder)
-    return Recovered(records, final_norm, writer.digests)
+    return Recovered(records, ending.divergence_before, ending.divergence, writer.digests)
 
 
 def tune(

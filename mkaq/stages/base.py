@@ -66,27 +66,17 @@ class Part(BaseModel):
 
 
 class FinalNorm(Part):
-    """How the final norm was changed; errors: fractions of the energy of its output, held-out tokens."""
+    """How the final norm was rescaled; errors: fractions of the energy of its output, held-out tokens."""
 
     scale: float = Field(gt=0)
-    """The factor; 1 if each feature has one of its own."""
+    """The factor."""
     error_before: float
     """Error with factor 1."""
     error: float
-    """Error with this factor, or with these factors."""
-    divergence_before: float | None = None
-    """KL(source || model) in nats per held-out token, before the last layer and a factor for each feature
-    were tuned toward it."""
-    divergence: float | None = None
-    """The same after; None if there is but one factor."""
+    """Error with this factor."""
 
     def lines(self) -> list[str]:
         """The record in readable lines."""
-        if self.divergence is not None:
-            return [
-                "last layer and final norm tuned: "
-                f"divergence {self.divergence_before:.4f} to {self.divergence:.4f}"
-            ]
         return [f"final norm times {self.scale:.4f}; error {self.error_before:.4f} to {self.error:.4f}"]
 
 

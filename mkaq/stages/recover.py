@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from mkaq.run.estimate import Estimate, ModelSize, Task
-from mkaq.stages.base import Description, FinalNorm, Made, Mode, Part, Section, Step, Table
+from mkaq.stages.base import Description, Made, Mode, Part, Section, Step, Table
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint
@@ -31,8 +31,7 @@ class LayerwiseSection(Section):
     method: Literal["layerwise"]
     """Knowledge distillation, layer by layer."""
     steps: int = Field(default=100, ge=1, le=100_000)
-    """Optimizer steps per layer. Then at most 48 of these tune the last layer and the final norm toward the
-    source's predictions."""
+    """Optimizer steps per layer. Then at most 48 tune the last layer toward the source's predictions."""
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
     """AdamW's peak learning rate, falling to 0 along a cosine; `auto` is 0.25 / hidden_size."""
     batch_size: int = Field(default=32, ge=1, le=4096)
@@ -58,7 +57,7 @@ class RecoveredLayer(Part):
 
 
 class RecoverRecord(Step):
-    """Layer-by-layer tuning toward the hidden states of the source; in the end toward its predictions."""
+    """Layer-by-layer tuning toward the hidden states of the source; the last one toward its predictions."""
 
     step: Literal["recover"] = "recover"
     """Kind."""
@@ -68,8 +67,10 @@ class RecoverRecord(Step):
     """The recipe's section."""
     layers: list[RecoveredLayer]
     """Every layer."""
-    final_norm: FinalNorm
-    """How the final norm was tuned, with the last layer, on top of the merge's factor."""
+    divergence_before: float
+    """KL(source || model) in nats per held-out token, before the last layer was tuned toward it."""
+    divergence: float
+    """The same after."""
 
     def follows(self) -> bool:
         """Tuned weights do not follow from the record."""
@@ -117,8 +118,8 @@ def run(section: LayerwiseSection, job: Job, folder: Path) -> Made:
     tuning = Tuning(section.steps, section.learning_rate, section.batch_size, job.seed)
     done = recover(source, walk, job.groups(), samples, tuning, folder, job.output)
     layers = [asdict(layer) for layer in done.layers]
-    norm = {"scale": 1.0, **asdict(done.final_norm)}
-    return Made({"layers": layers, "final_norm": norm}, done.digests)
+    facts = {"layers": layers, "divergence_before": done.divergence_before, "divergence": done.divergence}
+    return Made(facts, done.digests)
 
 
 def describe(record: RecoverRecord) -> Description:
@@ -134,7 +135,8 @@ def describe(record: RecoverRecord) -> Description:
         for x in record.layers
     ]
     table = Table("Recovered layers", ("layer", "error before", "error", "best step"), rows)
-    return Description(sentence, [line, *record.final_norm.lines()], [table])
+    end = f"last layer: divergence {record.divergence_before:.4f} to {record.divergence:.4f}"
+    return Description(sentence, [line, end], [table])
 
 
 def check(record: RecoverRecord, case: Case) -> None:
@@ -145,5 +147,4 @@ def check(record: RecoverRecord, case: Case) -> None:
     case.demand(recovery_faults(record, len(case.groups)))
     case.unknown()
     errors = [layer.error for layer in record.layers]
-    case.measure = lambda *walks: residual_errors(errors, record.final_norm.error, case.groups, *walks)
-    case.scale(record.final_norm)
+    case.measure = lambda *walks: residual_errors(errors, None, case.groups, *walks)

@@ -59,7 +59,6 @@ class Case:
         self.measure: Measure | None = None
         self.recomputed = ""
         self._scales: list[float] = []
-        self._tuned = False
         self._faults: list[str] = []
 
     def merged(
@@ -85,10 +84,9 @@ class Case:
         self._faults += faults
 
     def scale(self, norm: "FinalNorm | None") -> None:
-        """Adds a factor of the final norm, applied after the earlier ones; tuned factors are not known."""
+        """Adds a factor of the final norm, applied after the earlier ones."""
         if norm is not None:
             self._scales.append(norm.scale)
-            self._tuned |= norm.divergence is not None
 
     def compare(self, progress: Progress) -> list[str]:
         """Compares the artifact with all collected claims.
@@ -118,8 +116,6 @@ class Case:
         """Yields the faults of the tensors outside the layers."""
         arch = self.source.arch
         for name, tensor in self.source.each(self.source.outer_tensor_names):
-            if self._tuned and name == arch.final_norm_weight:
-                continue  # its error is measured
             expected = tensor
             for scale in self._scales if name == arch.final_norm_weight else ():
                 expected = scaled_norm(expected, scale, arch.norm_offset, self.dtype)

@@ -18,10 +18,9 @@ def recovery_faults(step: "RecoverRecord", layers: int) -> Iterator[str]:
     """Yields wrong layer numbers, and errors that grew; the last layer's may, if the divergence fell."""
     if [layer.new for layer in step.layers] != list(range(layers)):
         yield f"the recovered layers are not 0 to {layers - 1}"
-    before, after = step.final_norm.divergence_before or 0.0, step.final_norm.divergence or 0.0
-    if after > before:
+    if step.divergence > step.divergence_before:
         yield "the divergence is said to have grown: such weights are not kept"
-    for layer in step.layers[:-1] if after < before else step.layers:
+    for layer in step.layers[:-1] if step.divergence < step.divergence_before else step.layers:
         if layer.error > layer.error_before:
             yield f"recovered layer {layer.new} is said to be worse than before: such weights are not kept"
 

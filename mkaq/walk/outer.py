@@ -136,19 +136,17 @@ class Outer:
             norm.to("meta")
 
     @contextmanager
-    def head(self) -> Iterator[Callable[..., torch.Tensor]]:
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """For a `with` block, a function from the last layer's output to logits, through the final norm.
 
-        The last layer's output has shape (batch, length, hidden_size); a second argument, of shape
-        (hidden_size,), multiplies the norm's output.
+        The last layer's output has shape (batch, length, hidden_size).
         """
         skeleton, stub = self.skeleton, _Base()
         head = skeleton.get_submodule(self._arch.head)
         with self.final_norm() as norm:
 
-            def logits(hidden_states: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
-                normed = norm(hidden_states)
-                stub.hidden_states = normed if factors is None else normed * factors.to(normed.dtype)
+            def logits(hidden_states: torch.Tensor) -> torch.Tensor:
+                stub.hidden_states = norm(hidden_states)
                 output: torch.Tensor = skeleton(inputs_embeds=hidden_states, use_cache=False).logits
                 return output
 

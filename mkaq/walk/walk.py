@@ -163,8 +163,8 @@ class LayerWalk:
         """The norm after the last layer, for a `with` block."""
         return self._outer.final_norm()
 
-    def head(self) -> AbstractContextManager[Callable[..., torch.Tensor]]:
-        """For a `with` block, a function from the last layer's output to logits: see `Outer.head`."""
+    def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
+        """For a `with` block, a function from the last layer's output to logits, through the final norm."""
         return self._outer.head()
 
     @torch.no_grad()

@@ -69,14 +69,6 @@ FUSIONS: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
         lambda m: m["steps"][0]["layers"][1].update({"from": {"1": 1.0}}),
         ("do not stand for all layers of the source",),
     ),
-    "a tuned norm that is said to have one factor": (
-        lambda m: m["steps"][1]["final_norm"].update(divergence=None),
-        ("model.norm.weight is not the source's",),
-    ),
-    "error of the final norm": (
-        lambda m: m["steps"][1]["final_norm"].update(error=0.001),
-        ("the final norm leaves an error of", "says 0.001"),
-    ),
     "not fused": (lambda m: m["steps"][0]["layers"][1].update(fused=None), ("layer 1: its origins",)),
     "a fused layer less": (lambda m: m["steps"][0]["layers"].pop(), ("has 2 layers, the manifest 1",)),
     "error of a tuned layer": (
@@ -98,12 +90,12 @@ FUSIONS: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "a last layer for the worse, and predictions no better": (
         lambda m: (
             m["steps"][1]["layers"][1].update(error_before=0.0),
-            m["steps"][1]["final_norm"].update(divergence_before=0.0, divergence=0.0),
+            m["steps"][1].update(divergence_before=0.0, divergence=0.0),
         ),
         ("recovered layer 1 is said to be worse",),
     ),
     "predictions for the worse": (
-        lambda m: m["steps"][1]["final_norm"].update(divergence=9.0),
+        lambda m: m["steps"][1].update(divergence=9.0),
         ("the divergence is said to have grown",),
     ),
 }
