@@ -34,6 +34,8 @@ def _line(row: Row) -> str:
     settings = [str(row.get(key, "")) for key in ("bits", "sym", "group_size", "desc_act")]
     if not row["loads"]:
         return f"| {' | '.join(settings)} | no | | | | | |"
-    same = f"{sum(gap == 0 for gap in row['gaps'])} of {len(row['gaps'])} | {max(row['gaps']):.4f}"
+    same = " | "  # of rows that were made before prompts were continued
+    if gaps := row.get("gaps"):
+        same = f"{sum(gap == 0 for gap in gaps)} of {len(gaps)} | {max(gaps):.4f}"
     numbers = f"{row['difference']:.4f} | {same} | {row['tokens_per_second']:.0f}"
     return f"| {' | '.join(settings)} | yes | {'yes' if row['agrees'] else 'NO'} | {numbers} |"
