@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.fit.hold_out import hold_out
-from mkaq.recover.ending import Ending, tune_ending
-from mkaq.recover.steps import Tuning
+from mkaq.recover.ending import tune_ending
+from mkaq.recover.steps import Descent, Tuning
 from mkaq.walk.walk import LayerWalk
 from tests.tiny import make_model
 
@@ -20,7 +20,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 def tuned(
     folder: Path, family: str, up: float, *, steps: int = 100
-) -> tuple[Ending, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[Descent, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Tunes a model that is the source but for a factor of the last layer's up_proj.
 
     Returns:
@@ -48,17 +48,17 @@ def tuned(
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_what_the_head_needs_is_found_again(tmp_path: Path, family: str) -> None:
     done, tensors, layer = tuned(tmp_path, family, 0.5)
-    assert 0 < done.divergence < 0.5 * done.divergence_before
-    assert done.steps in (16, 32, 48)
+    assert 0 < done.error < 0.5 * done.before
+    assert done.step in (16, 32, 48)
     assert not layer[UP].equal(tensors[UP].float())
 
 
 def test_few_steps_are_kept_to(tmp_path: Path) -> None:
     done, *_ = tuned(tmp_path, "llama", 0.5, steps=3)
-    assert 0 < done.steps <= 3
+    assert 0 < done.step <= 3
 
 
 def test_a_layer_that_is_right_stays(tmp_path: Path) -> None:
     done, tensors, layer = tuned(tmp_path, "llama", 1.0)
-    assert done.steps == 0 and done.divergence == done.divergence_before == pytest.approx(0, abs=1e-6)
+    assert done.step == 0 and done.error == done.before == pytest.approx(0, abs=1e-6)
     assert all(layer[name].equal(tensors[name].float()) for name in layer)

@@ -66,7 +66,7 @@ def norm_error(
     compressed: torch.Tensor,
     samples: Samples,
 ) -> float:
-    """The error of a model's final norm: sum |t - f|^2 / sum |t|^2 over held-out tokens.
+    """The error of a model's final norm as it is: sum |t - f|^2 / sum |t|^2 over held-out tokens.
 
     The arguments are those of `rescale`; t are the original's normed states, f the model's.
     """

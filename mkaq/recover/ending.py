@@ -7,19 +7,17 @@ sequences in random order come more often, and steps are shorter: what is gained
 must not be lost on another (docs/quality.md).
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from mkaq.fit.hold_out import Samples
 from mkaq.fit.shuffle import SHUFFLED
-from mkaq.recover.steps import Tuning, descend, rounded_weights, settle, shuffled, with_weights
+from mkaq.recover.steps import Descent, Tuning, descend, shuffled
 from mkaq.walk.batches import batch_size
 from mkaq.walk.walk import LayerWalk
 
@@ -32,20 +30,6 @@ HELD_OUT = 6_144  # tokens that decide, of all processes
 LOGITS = 1 << 24  # numbers at once
 
 
-class Ending(NamedTuple):
-    """The outcome; without an effect on held-out tokens the weights stay, and both values are the same.
-
-    Attributes:
-        divergence_before: KL(source || model) per held-out token in nats, before tuning.
-        divergence: The same with the tuned weights.
-        steps: The step with the lowest divergence; 0 if the weights stay.
-    """
-
-    divergence_before: float
-    divergence: float
-    steps: int
-
-
 def tune_ending(
     source: LayerWalk,
     walk: LayerWalk,
@@ -55,8 +39,8 @@ def tune_ending(
     samples: Samples,
     tuning: Tuning,
     dtype: torch.dtype,
-) -> Ending:
-    """Tunes the last layer in place.
+) -> Descent:
+    """Tunes the last layer in place; the error is KL(source || model) per held-out token, in nats.
 
     Args:
         source: The walk over the original model.
@@ -68,27 +52,22 @@ def tune_ending(
         tuning: How: the learning rate, and the largest number of steps.
         dtype: Type of the saved weights.
     """
-    ranks, taken = walk.ranks, min(tuning.steps, STEPS)
+    rows = _repeated(samples)
     with ExitStack() as heads:
         logits = [heads.enter_context(each.head()) for each in (source, walk)]
         model = _Model(source, walk, logits, original, inputs)
         held = range(samples.num_train, len(samples.tokens))[: model.share(HELD_OUT)]
-        best, best_step = rounded_weights(layer, dtype, walk.dtype), 0
-        before = lowest = model.divergence(held, layer)
-        layer.float().requires_grad_(True)
-        optimizer = torch.optim.AdamW(
-            layer.parameters(), RATE * tuning.rate(inputs.shape[-1]), (0.9, 0.95), weight_decay=0.0
+        return descend(
+            walk,
+            layer,
+            dtype,
+            (rows[chosen] for chosen in shuffled(len(rows), model.share(STEP), tuning.seed)),
+            partial(model.backward, layer),
+            partial(model.divergence, held),
+            steps=min(tuning.steps, STEPS),
+            learning_rate=RATE * tuning.rate(inputs.shape[-1]),
+            checks=CHECKS,
         )
-        rows = _repeated(samples)
-        orders = (rows[chosen] for chosen in shuffled(len(rows), model.share(STEP), tuning.seed))
-        for step in descend(optimizer, taken, orders, partial(model.backward, layer), ranks):
-            if step % math.ceil(taken / CHECKS) == 0 or step == taken:
-                weights = rounded_weights(layer, dtype, walk.dtype)
-                divergence = model.divergence(held, with_weights(layer, weights))
-                if ranks.broadcast(divergence < lowest):
-                    lowest, best, best_step = divergence, weights, step
-    settle(layer, best, ranks)
-    return Ending(before, lowest, best_step)
 
 
 def _repeated(samples: Samples) -> torch.Tensor:

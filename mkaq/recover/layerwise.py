@@ -22,7 +22,7 @@ from mkaq.files import write_json
 from mkaq.fit.hold_out import Samples, held_out_mean, token_weights
 from mkaq.heap import return_freed_memory
 from mkaq.recover.ending import tune_ending
-from mkaq.recover.steps import Tuning, descend, rounded_weights, settle, shuffled, with_weights
+from mkaq.recover.steps import Tuning, descend, shuffled
 from mkaq.walk.batches import batch_size
 from mkaq.walk.walk import LayerWalk
 
@@ -103,19 +103,17 @@ def recover(
                 if new == len(groups) - 1:
                     ending = tune_ending(source, walk, layer, states, original, samples, tuning, dtype)
                     error = layer_error(walk, layer, new, states, original, samples)
-                    record = replace(record, error=error, steps=record.steps + ending.steps)
+                    record = replace(record, error=error, steps=record.steps + ending.step)
                 records.append(record)
                 walk.run_all(layer, new, states)
                 progress.say(_line(records[-1]))
                 for name, parameter in layer.named_parameters():
                     writer.add(arch.in_layer(new, name), parameter.detach().to("cpu", dtype))
             return_freed_memory()
-    progress.say(
-        f"  last layer: held-out divergence {ending.divergence_before:.4f} -> {ending.divergence:.4f}"
-    )
+    progress.say(f"  last layer: held-out divergence {ending.before:.4f} -> {ending.error:.4f}")
     write_json(folder / "config.json", compressed.config)
     copy_side_files(compressed.path, folder)
-    return Recovered(records, ending.divergence_before, ending.divergence, writer.digests)
+    return Recovered(records, ending.before, ending.error, writer.digests)
 
 
 def tune(
@@ -131,9 +129,8 @@ def tune(
     """Tunes a layer in place; leaves the weights of the lowest held-out error, rounded to `dtype`.
 
     The loss is |output - target|^2 / |target|^2, averaged over tokens: the following norms see the same
-    relative error. AdamW without weight decay, with products in bfloat16; the learning rate warms up linearly
-    and then falls to 0 along a cosine. A step's batch goes through the layer in parts of `TOKENS_PER_BATCH`
-    tokens, whose gradients are added.
+    relative error. Products are in bfloat16, the rest is that of `descend`. A step's batch goes through the
+    layer in parts of `TOKENS_PER_BATCH` tokens, whose gradients are added.
 
     Args:
         walk: The walk that the layer belongs to.
@@ -145,15 +142,7 @@ def tune(
         tuning: How layers are tuned.
         dtype: Type of the saved weights.
     """
-    before = lowest = layer_error(walk, layer, new, inputs, targets, samples)
-    if walk.ranks.broadcast(before == 0):
-        return RecoveredLayer(new, 0.0, 0.0, 0)
-    best, best_step = rounded_weights(layer, dtype, walk.dtype), 0
-    layer.float().requires_grad_(True)
     fast = walk.ranks.has_fast_bfloat16(walk.device)
-    optimizer = torch.optim.AdamW(
-        layer.parameters(), tuning.rate(inputs.shape[-1]), (0.9, 0.95), weight_decay=0.0
-    )
     orders = shuffled(samples.num_train, math.ceil(tuning.batch_size / walk.ranks.size), tuning.seed)
 
     def backward(chosen: torch.Tensor) -> None:
@@ -164,14 +153,14 @@ def tune(
             loss = ((output.float() - target).square().mean(-1) * token_weights(target)).mean()
             (loss * (len(part) / len(chosen))).backward()  # type: ignore[no-untyped-call]
 
-    for step in descend(optimizer, tuning.steps, orders, backward, walk.ranks):
-        if step % math.ceil(tuning.steps / CHECKS) == 0 or step == tuning.steps:
-            rounded = rounded_weights(layer, dtype, walk.dtype)
-            error = layer_error(walk, with_weights(layer, rounded), new, inputs, targets, samples)
-            if walk.ranks.broadcast(error < lowest):
-                lowest, best, best_step = error, rounded, step
-    settle(layer, best, walk.ranks)
-    return RecoveredLayer(new, before, lowest, best_step)
+    def error_of(other: nn.Module) -> float:
+        return layer_error(walk, other, new, inputs, targets, samples)
+
+    rate = tuning.rate(inputs.shape[-1])
+    done = descend(
+        walk, layer, dtype, orders, backward, error_of, steps=tuning.steps, learning_rate=rate, checks=CHECKS
+    )
+    return RecoveredLayer(new, *done)
 
 
 @torch.no_grad()

@@ -4,12 +4,12 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from mkaq.ranks import Ranks
+from mkaq.walk.walk import LayerWalk
 
 
 @dataclass(frozen=True)
@@ -33,38 +33,74 @@ class Tuning:
         return 0.25 / hidden if self.learning_rate == "auto" else self.learning_rate
 
 
+class Descent(NamedTuple):
+    """How a layer was tuned.
+
+    Attributes:
+        before: The error of its weights before.
+        error: The lowest error, that of its weights now.
+        step: The step that had it; 0 if the weights are those before.
+    """
+
+    before: float
+    error: float
+    step: int
+
+
 def descend(
-    optimizer: torch.optim.Optimizer,
-    steps: int,
+    walk: LayerWalk,
+    layer: nn.Module,
+    dtype: torch.dtype,
     orders: Iterator[torch.Tensor],
     backward: Callable[[torch.Tensor], None],
-    ranks: Ranks,
-) -> Iterator[int]:
-    """Takes steps along the gradients of all processes, each group of parameters clipped to a norm of 1.
+    error_of: Callable[[nn.Module], float],
+    *,
+    steps: int,
+    learning_rate: float,
+    checks: int,
+) -> Descent:
+    """Tunes a layer in place; leaves the weights of the lowest error, rounded to `dtype`.
+
+    AdamW without weight decay, along the gradients of all processes, clipped to a norm of 1; the learning
+    rate follows `schedule`.
 
     Args:
-        optimizer: The optimizer; its learning rates follow `schedule`.
-        steps: The number of steps.
+        walk: The walk that the layer belongs to.
+        layer: The layer, with its weights on the device.
+        dtype: Type of the saved weights.
         orders: This process's sample numbers of each step.
         backward: Adds the gradients of the mean loss of some samples.
-        ranks: The processes.
-
-    Yields:
-        The number of each step, from 1, once it is taken.
+        error_of: The error of a layer with other weights, on held-out samples.
+        steps: The number of steps.
+        learning_rate: The peak learning rate.
+        checks: How many times the error is measured.
     """
+    before = lowest = error_of(layer)
+    if walk.ranks.broadcast(before == 0):
+        return Descent(0.0, 0.0, 0)
+    best, best_step = rounded_weights(layer, dtype, walk.dtype), 0
+    layer.float().requires_grad_(True)
+    optimizer = torch.optim.AdamW(layer.parameters(), learning_rate, (0.9, 0.95), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
     for step, chosen in zip(range(1, steps + 1), orders, strict=False):
         backward(chosen)
-        for group in optimizer.param_groups:
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group["params"]]
-            ranks.average(len(chosen), *gradients)
-            for parameter, gradient in zip(group["params"], gradients, strict=True):
-                parameter.grad = gradient
-            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters()]
+        walk.ranks.average(len(chosen), *gradients)
+        for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        yield step
+        if step % math.ceil(steps / checks) == 0 or step == steps:
+            rounded = rounded_weights(layer, dtype, walk.dtype)
+            error = error_of(with_weights(layer, rounded))
+            if walk.ranks.broadcast(error < lowest):
+                lowest, best, best_step = error, rounded, step
+    best = {name: walk.ranks.broadcast_tensor(weight.contiguous()) for name, weight in best.items()}
+    layer.load_state_dict(best, strict=False, assign=True)
+    layer.requires_grad_(False)
+    return Descent(before, lowest, best_step)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -94,10 +130,3 @@ def with_weights(layer: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Mo
     twin = copy.deepcopy(layer)
     twin.load_state_dict(weights, strict=False, assign=True)
     return twin.requires_grad_(False)
-
-
-def settle(layer: nn.Module, weights: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
-    """Gives a layer the first process's weights, in place; it learns no more."""
-    same = {name: ranks.broadcast_tensor(weight.contiguous()) for name, weight in weights.items()}
-    layer.load_state_dict(same, strict=False, assign=True)
-    layer.requires_grad_(False)

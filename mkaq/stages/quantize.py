@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from mkaq.checkpoint.reader import Checkpoint
-    from mkaq.fit.residuals import Residuals
     from mkaq.recipe import Recipe
     from mkaq.run.job import Job
     from mkaq.verify.case import Case
@@ -150,10 +149,6 @@ class QuantizeRecord(Step):
     """Mean of |output - original|^2 / |original|^2 over held-out tokens after each layer, if weights do not
     follow from the source: they were fused, tuned or solved before they were quantized."""
 
-    norm_error: float | None = None
-    """Error of the final norm with these layers, a fraction of the energy of its output, if residuals are
-    given."""
-
     def modes(self) -> Mapping[str, Mode]:
         """Errors of hidden states are measured exactly, by one process."""
         return {} if self.residuals is None else {"residuals": Mode(alone=True)}
@@ -219,8 +214,7 @@ def run(section: QuantizeSection, job: Job, folder: Path) -> Made:
         result = _bitsandbytes(section, job, folder)
     facts = {"method": section.method, "bits": section.bits, **result.facts}
     if measured(section, job) and job.ranks.is_main:
-        measured_again = _residuals(job, folder)
-        facts |= {"residuals": measured_again.layers, "norm_error": measured_again.final_norm}
+        facts["residuals"] = _residuals(job, folder)
     return Made(facts, result.digests)
 
 
@@ -259,8 +253,8 @@ def _gptq(section: GptqSection, job: Job, folder: Path) -> Made:
     return Made({"modules": [asdict(module) for module in done.modules], "final_norm": norm}, done.digests)
 
 
-def _residuals(job: Job, folder: Path) -> Residuals:
-    """The errors of each quantized layer's output, and of the final norm's, against the source."""
+def _residuals(job: Job, folder: Path) -> list[float]:
+    """The error of each quantized layer's output against the source."""
     from mkaq.checkpoint.validate import open_checkpoint
     from mkaq.fit.hold_out import calibration_samples
     from mkaq.fit.residuals import residuals
@@ -269,7 +263,7 @@ def _residuals(job: Job, folder: Path) -> Residuals:
     samples = calibration_samples(ALONE, job.tokens(), job.seed)
     source = job.walk(job.source, ranks=ALONE)
     quantized = job.walk(open_checkpoint(folder, quantized=True), beside=source, ranks=ALONE)
-    return residuals(source, quantized, job.groups(), samples.held_out_only())
+    return residuals(source, quantized, job.groups(), samples.held_out_only()).layers
 
 
 def describe(record: QuantizeRecord) -> Description:
@@ -309,6 +303,6 @@ def check(record: QuantizeRecord, case: Case) -> None:
     case.fault(residual_faults(record, solved or case.measure is not None))
     case.modules = {module.name: module for module in record.modules}
     if record.residuals is not None:
-        errors, norm = record.residuals, record.norm_error
-        case.measure = lambda *walks: residual_errors(errors, norm, case.groups, *walks)
+        errors = record.residuals
+        case.measure = lambda *walks: residual_errors(errors, record.final_norm, case.groups, *walks)
     case.scale(record.final_norm)

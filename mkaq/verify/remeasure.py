@@ -21,6 +21,7 @@ from mkaq.walk.hooks import input_of
 from mkaq.walk.walk import LayerWalk
 
 if TYPE_CHECKING:
+    from mkaq.stages.base import FinalNorm
     from mkaq.stages.merge import MergeRecord
 
 Rows = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
@@ -53,7 +54,7 @@ def tolerance(measured_in: str | None, dtype: torch.dtype) -> Tolerance:
 
 def residual_errors(
     recorded: Sequence[float],
-    norm: float | None,
+    norm: "FinalNorm | None",
     groups: Sequence[Sequence[int]],
     source: LayerWalk,
     walk: LayerWalk,
@@ -64,7 +65,7 @@ def residual_errors(
 
     Args:
         recorded: The recorded errors of the layers.
-        norm: The recorded error of the final norm, if there is one.
+        norm: The record of the final norm.
         groups: For each layer, the source layers that it replaces.
         source: A walk over the source.
         walk: A walk over the artifact.
@@ -74,8 +75,8 @@ def residual_errors(
     measured = residuals(source, walk, groups, samples)
     for new, pair in enumerate(zip(measured.layers, recorded, strict=True)):
         yield from allowed.faults(f"layer {new}", *pair)
-    if norm is not None:
-        yield from allowed.faults("the final norm", measured.final_norm, norm)
+    if norm:
+        yield from allowed.faults("the final norm", measured.final_norm, norm.error)
 
 
 def merge_faults(
