@@ -1,6 +1,7 @@
 """Runs of mkaq for the tests: how one is started, what it told, what lies in its folder."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,3 +100,9 @@ def forge(artifact: Path, edit: Callable[[Any], Any]) -> None:
     data["digest"] = digest_of(data)
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     (artifact / MANIFEST).write_bytes(text.encode(errors="surrogatepass"))
+
+
+def python_of(environment: str) -> Path:
+    """The Python of an environment of its own, `.venv-NAME` unless MKAQ_NAME_PYTHON is set."""
+    default = Path(__file__).parent.parent / f".venv-{environment}" / "bin" / "python"
+    return Path(os.environ.get(f"MKAQ_{environment.upper()}_PYTHON", default))

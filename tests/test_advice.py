@@ -11,11 +11,11 @@ import pytest
 
 from mkaq.errors import UsageError
 from mkaq.evaluate import tasks
-from tests.runs import ROOT, Mkaq, one_message
+from tests.runs import Mkaq, one_message, python_of
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PYTHON = Path(os.environ.get("MKAQ_LOADER_PYTHON", ROOT / ".venv-loader" / "bin" / "python"))
+PYTHON = python_of("loader")
 CALIBRATION = {"num_samples": 8, "max_seq_length": 32}
 LOAD = """
 import sys, torch

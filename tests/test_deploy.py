@@ -1,6 +1,5 @@
 """What docs/deploy.md says loads an artifact, does."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import run_quietly
+from tests.runs import python_of, run_quietly
 from tests.tiny import write_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -20,8 +19,7 @@ BLOCKS = dict(
 
 def environment(name: str) -> Path:
     """The folder of the programs of a runtime's environment; without it the test skips."""
-    default = ROOT / f".venv-{name}" / "bin" / "python"
-    python = Path(os.environ.get(f"MKAQ_{name.upper()}_PYTHON", default))
+    python = python_of(name)
     if not python.exists():
         pytest.skip(f"no {name} at {python} (make .venv-{name}/ready makes it)")
     return python.parent

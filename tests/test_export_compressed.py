@@ -1,6 +1,5 @@
 """The compressed-tensors export: the same codes, decoded alike by mkaq and by the library itself."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +18,11 @@ from mkaq.formats.formats import format_of
 from mkaq.formats.layer import dense_layer
 from mkaq.walk.whole_model import whole_model
 from tests.exports import decoded_by, make_gptq
-from tests.runs import tree
+from tests.runs import python_of, tree
 from tests.tiny import FAMILIES, edit_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parent.parent
-PYTHON = Path(os.environ.get("MKAQ_COMPRESSED_PYTHON", ROOT / ".venv-compressed" / "bin" / "python"))
+PYTHON = python_of("compressed")
 SETTINGS = Settings("tiny", shard_size=200_000)
 ALL = [(bits, size, sym) for bits in (2, 3, 4, 8) for size in (32, -1) for sym in (True, False)]
 needs_library = pytest.mark.skipif(

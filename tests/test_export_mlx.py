@@ -1,6 +1,5 @@
 """The MLX export: the same codes in MLX's affine form, decoded alike by MLX itself."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from mkaq.export.codes import Codes, read_codes
 from mkaq.export.settings import Settings
 from mkaq.walk.whole_model import whole_model
 from tests.exports import decoded_by, make_gptq
-from tests.runs import tree
+from tests.runs import python_of, tree
 from tests.test_export_compressed import change, weights_of
 from tests.tiny import FAMILIES, edit_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parent.parent
-PYTHON = Path(os.environ.get("MKAQ_MLX_PYTHON", ROOT / ".venv-mlx" / "bin" / "python"))
+PYTHON = python_of("mlx")
 NAME, SETTINGS = "model.layers.0.mlp.up_proj", Settings("tiny")
 WIDE = {"hidden_size": 128, "head_dim": 32}
 OPTIONS: list[dict[str, Any]] = [{"family": family} for family in FAMILIES]

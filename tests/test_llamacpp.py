@@ -1,7 +1,6 @@
 """GGUF files in the real llama.cpp: the tokens and the logits of transformers."""
 
 import json
-import os
 import random
 import subprocess
 from collections.abc import Callable
@@ -20,12 +19,11 @@ from mkaq.export import gguf
 from mkaq.export.gguf_metadata import window
 from mkaq.export.settings import GgufTypes, Settings
 from mkaq.walk.whole_model import whole_model
-from tests.runs import one_thread
+from tests.runs import one_thread, python_of
 from tests.tiny import make_gptq, make_model, write_text
 from tests.tiny_tokenizers import RULES, use_rules, use_sentencepiece
 
-ROOT = Path(__file__).parent.parent
-PYTHON = Path(os.environ.get("MKAQ_LLAMACPP_PYTHON", ROOT / ".venv-llamacpp" / "bin" / "python"))
+PYTHON = python_of("llamacpp")
 SMALL = BUILTIN["builtin:tiny-llama"]
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},

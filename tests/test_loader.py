@@ -1,6 +1,5 @@
 """What mkaq writes loads in an environment without mkaq: transformers, optimum, GPTQModel, bitsandbytes."""
 
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.walk.whole_model import whole_model
-from tests.runs import Outcome
+from tests.runs import Outcome, python_of
 from tests.tiny import FAMILIES, make_model
 
-ROOT = Path(__file__).parent.parent
-PYTHON = Path(os.environ.get("MKAQ_LOADER_PYTHON", ROOT / ".venv-loader" / "bin" / "python"))
+PYTHON = python_of("loader")
 GPTQ: dict[str, dict[str, Any]] = {
     "2 bits": {"bits": 2, "sym": False},
     "3 bits": {"bits": 3},
