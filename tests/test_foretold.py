@@ -81,8 +81,9 @@ def test_forward_pass_takes_about_what_is_said(task: Task, tmp_path: Path) -> No
             walk.run_all(layer, 1, states)
             times.append(time.perf_counter() - began)
         taken = min(times)
-    said = Rehearsal(task.source, CPU, 32, tmp_path).seconds(Work(exact=128 * 32))
-    assert taken / 5 < said < 5 * taken  # other tests may run beside it: the quickest of many
+    work = Work(exact=128 * 32)
+    said = min(Rehearsal(task.source, CPU, 32, tmp_path).seconds(work) for _ in range(5))
+    assert taken / 5 < said < 5 * taken  # other tests may run beside it: the quickest of many, both
 
 
 @pytest.fixture
