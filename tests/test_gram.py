@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mkaq.fit.gram import add_gram, factorize, mirror
+from mkaq.fit.gram import add_gram, factorize, inverse_of, mirror
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -35,3 +35,14 @@ def test_factor_is_made_in_place_where_there_is_one() -> None:
     assert factor is not None and factor.data_ptr() == work.data_ptr()
     assert torch.equal(factor, factor.tril()) and torch.allclose(factor @ factor.T, gram)
     assert factorize(-gram) is None
+
+
+@pytest.mark.parametrize("size", [1, 128, 300, 1100])  # one stripe, and several
+def test_inverse_is_made_in_the_memory_of_the_factor(size: int) -> None:
+    rows = torch.randn(size + 10, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = rows.T @ rows
+    factor = factorize(gram.clone())
+    assert factor is not None
+    inverse = inverse_of(factor)
+    assert inverse.data_ptr() == factor.data_ptr() and torch.equal(inverse, inverse.T)
+    assert torch.allclose(inverse @ gram, torch.eye(size, dtype=torch.float64), atol=1e-6)

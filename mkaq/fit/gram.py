@@ -48,23 +48,32 @@ def factorize(gram: torch.Tensor) -> torch.Tensor | None:
 
 
 def inverse_of(factor: torch.Tensor) -> torch.Tensor:
-    """The inverse of A = L L^T, computed in the memory of L and of one more matrix.
+    """The inverse of A = L L^T, computed in the memory of L and of two stripes.
 
     Stripe by stripe, so that neither the zeros of L^-1 nor both halves of the result are computed. (torch's
     `cholesky_inverse` runs on one core of a CPU.)
 
     Args:
-        factor: L, shape (n, n), lower triangular; its contents are lost.
+        factor: L, shape (n, n), with an upper triangle of zeros; its contents are lost.
     """
-    inverse = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    _invert_triangle(factor)
     for start, stop in stripes(len(factor)):
-        stripe = inverse[start:, start:stop]
-        stripe.copy_(torch.linalg.solve_triangular(factor[start:, start:], stripe, upper=False))
-    for start, stop in stripes(len(factor)):
-        below = inverse[start:]
+        below = factor[start:]
         factor[start:stop, start:] = below[:, start:stop].T @ below[:, start:]
     mirror(factor)
     return factor
+
+
+def _invert_triangle(lower: torch.Tensor) -> None:
+    """Replaces L by L^-1: below block (i, i) it is -(L^-1 of the blocks after i) L_below,i L_ii^-1."""
+    for start, stop in reversed([*stripes(len(lower))]):
+        block, below = lower[start:stop, start:stop], lower[stop:, start:stop]
+        one = torch.eye(len(block), dtype=lower.dtype, device=lower.device)
+        block.copy_(torch.linalg.solve_triangular(block, one, upper=False))
+        product = below @ block
+        for first, last in stripes(len(product)):
+            after = lower[stop + first : stop + last, stop : stop + last]
+            below[first:last] = (after @ product[:last]).neg_()
 
 
 def solve_positive(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

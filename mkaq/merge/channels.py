@@ -7,7 +7,7 @@ hidden state after layer m. A group of one layer keeps its parts but is solved t
 of its input. The regressions weight every token by the inverse of its mean square, as the following norms do.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,10 +19,13 @@ from mkaq.fit.hold_out import Samples, held_out_error
 from mkaq.fit.ridge import Fit
 from mkaq.fit.targets import advance, without_bias
 from mkaq.merge.parts import fold_norm, take_columns, take_parts
-from mkaq.merge.solve import PartSolver
+from mkaq.merge.solve import Candidates, Features, PartSolver
 from mkaq.walk.batches import batches, spans
 from mkaq.walk.hooks import input_of
 from mkaq.walk.walk import LayerWalk
+
+Run = Callable[[nn.Module, slice], None]
+"""Runs a layer on some samples, at least up to the writer of one kind of part."""
 
 
 @dataclass(frozen=True)
@@ -75,41 +78,46 @@ def fuse(
     new = untouched(layers, (heads, channels), dtype)
     solver = PartSolver(walk, group[0], original, samples, layers, dtype)
 
-    def readers_of(kind: Parts, part: str) -> tuple[list[dict[str, torch.Tensor]], list[nn.Module]]:
-        """The readers of each layer, and the part (attention or MLP) up to its writer with each of them."""
-        readers = [fold_norm(layer, kind, layers[0], dtype) for layer in layers]
+    def written_by(kind: Parts, part: str, run: Run) -> Candidates:
+        """The parts of the group, as they are seen by what the new layer has before them."""
         rest = below(new, part, kind.norm)
         del rest[f"{kind.out_proj}.weight"]
-        return readers, [walk.assemble(group[0], rest | own, partial=True) for own in readers]
+        readers = [fold_norm(layer, kind, layers[0], dtype) for layer in layers]
 
-    def submodule_input(module: nn.Module, name: str, rows: slice) -> torch.Tensor:
-        return input_of(module.get_submodule(name), partial(walk.run, module, group[0], compressed[rows]))
+        def features_of(origins: torch.Tensor) -> Features:
+            modules = [
+                walk.assemble(group[0], rest | take_parts(readers, kind, own), partial=True)
+                for own in torch.split(origins, kind.count)  # as many as a layer has at a time
+            ]
+            return lambda rows: torch.cat(
+                [input_of(each.get_submodule(kind.out_proj), partial(run, each, rows)) for each in modules],
+                -1,
+            )
 
-    readers, candidates = readers_of(heads, arch.attention)
+        return Candidates(kind, readers, features_of)
 
-    def heads_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        features = torch.cat([submodule_input(each, heads.out_proj, rows) for each in candidates], -1)
-        return features, without_bias(walk.to_device(attended[rows]), new, heads.out_proj)
+    def attend(module: nn.Module, rows: slice) -> None:
+        walk.run(module, group[0], compressed[rows])
 
-    head_origins, attention = solver.solve(heads, readers, heads_at, new)
+    def attention_target(rows: slice) -> torch.Tensor:
+        return without_bias(walk.to_device(attended[rows]), new, heads.out_proj)
+
+    head_origins, attention = solver.solve(written_by(heads, arch.attention, attend), attention_target, new)
     walk.activations.recycle(attended)
     module = walk.assemble(group[0], below(new, arch.attention, heads.norm, channels.norm), partial=True)
     for rows in spans(compressed):
-        compressed[rows] = submodule_input(module, channels.norm, rows)
+        compressed[rows] = input_of(module.get_submodule(channels.norm), partial(attend, module, rows))
+    del module
 
-    readers, candidates = readers_of(channels, arch.mlp)
+    def activate(module: nn.Module, rows: slice) -> None:
+        normed = module.get_submodule(channels.norm)(walk.to_device(compressed[rows]))
+        module.get_submodule(arch.mlp)(normed)
 
-    def channels_at(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        states = walk.to_device(compressed[rows])
-        normed = module.get_submodule(channels.norm)(states)
-        features = [
-            input_of(each.get_submodule(channels.out_proj), partial(each.get_submodule(arch.mlp), normed))
-            for each in candidates
-        ]
-        target = walk.to_device(original[rows]).float() - states
-        return torch.cat(features, -1), without_bias(target, new, channels.out_proj)
+    def mlp_target(rows: slice) -> torch.Tensor:
+        missing = walk.to_device(original[rows]).float() - walk.to_device(compressed[rows])
+        return without_bias(missing, new, channels.out_proj)
 
-    channel_origins, mlp = solver.solve(channels, readers, channels_at, new)
+    channel_origins, mlp = solver.solve(written_by(channels, arch.mlp, activate), mlp_target, new)
     return FusedLayer(tuple(group), new, head_origins, channel_origins, attention, mlp)
 
 

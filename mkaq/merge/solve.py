@@ -11,7 +11,7 @@ from mkaq.fit.moments import Moments
 from mkaq.fit.ridge import Fit
 from mkaq.fit.select import column_sizes, columns_of, keep_columns
 from mkaq.fit.targets import add_rows, add_up, fit_together, moments_of
-from mkaq.merge.parts import all_parts, part_columns, take_columns, take_parts
+from mkaq.merge.parts import all_parts, take_columns, take_parts
 from mkaq.ranks import Ranks
 from mkaq.walk.batches import TOKENS_PER_BATCH
 from mkaq.walk.walk import LayerWalk
@@ -20,8 +20,23 @@ CANDIDATES = 1.5  # candidate channels per kept channel: those that write most
 SELECTION_RIDGE = 1e-2
 NEARLY_BEST = 0.9  # fraction of the best ridge's gain on held-out text of the calibration's domain
 
-Rows = Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
-"""Features and target of some samples."""
+Features = Callable[[slice], torch.Tensor]
+"""What parts give to the writer for some samples, side by side, shape (samples, length, columns)."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One kind of part in all layers of a group.
+
+    Attributes:
+        parts: Heads or channels.
+        readers: The readers of each layer, rewritten to follow the first layer's norm.
+        features_of: The features of parts, given their origins (position in the group, number).
+    """
+
+    parts: Parts
+    readers: Sequence[Mapping[str, torch.Tensor]]
+    features_of: Callable[[torch.Tensor], Features]
 
 
 @dataclass(frozen=True)
@@ -46,35 +61,34 @@ class PartSolver:
 
     def solve(
         self,
-        parts: Parts,
-        readers: Sequence[Mapping[str, torch.Tensor]],
-        rows_at: Rows,
+        candidates: Candidates,
+        target_at: Callable[[slice], torch.Tensor],
         new: dict[str, torch.Tensor],
     ) -> tuple[torch.Tensor, Fit]:
         """Adds the readers and the solved writer of one kind of part to a new layer.
 
         Args:
-            parts: Heads or channels.
-            readers: The readers of each layer, rewritten to follow the first layer's norm.
-            rows_at: For some samples, the features of all parts of all layers side by side, and the target.
+            candidates: The parts to choose from.
+            target_at: What they should write, for some samples.
             new: The new layer's tensors.
 
         Returns:
             Old layer and number of each part, shape (count, 2), int32; and the fit of the writer.
         """
         ranks, (learned, held) = self.walk.ranks, self.samples.splits()
+        parts, features_of = candidates.parts, candidates.features_of
         origins = all_parts(len(self.layers), parts)
         if parts.width == 1 and len(self.layers) > 1:
-            origins = origins[self._strongest(parts, rows_at)]
-        moments = self._moments(parts, origins, rows_at, learned)
+            origins = origins[self._strongest(candidates, origins)]
+        moments = self._moments(features_of(origins), target_at, len(origins) * parts.width, learned)
         if len(self.layers) > 1:
             chosen = choose_together(ranks, moments, parts)
             origins = origins[chosen.cpu()]
             moments = moments.select(columns_of(chosen, parts.width))
-        held_out = self._moments(parts, origins, rows_at, held)
+        held_out = self._moments(features_of(origins), target_at, len(origins) * parts.width, held)
         prior = take_columns(self.layers, parts, origins).to(self.walk.device)
         solved = fit_together(ranks, moments, held_out, prior, NEARLY_BEST)
-        new.update(take_parts(readers, parts, origins))
+        new.update(take_parts(candidates.readers, parts, origins))
         rounded = solved.weight.to(self.dtype)
         new[f"{parts.out_proj}.weight"] = rounded.cpu()
         origins[:, 0] += self.first
@@ -82,27 +96,31 @@ class PartSolver:
             solved = replace(solved, error=ranks.broadcast(held_out.error(rounded)))
         return origins.to(torch.int32), solved
 
-    def _strongest(self, parts: Parts, rows_at: Rows) -> torch.Tensor:
+    def _strongest(self, candidates: Candidates, origins: torch.Tensor) -> torch.Tensor:
         """The parts that write most by themselves, measured on the first batch of all samples."""
-        rows, ranks = first_batch(self.samples), self.walk.ranks
-        writers = torch.cat([layer[f"{parts.out_proj}.weight"] for layer in self.layers], 1)
-        sizes = torch.zeros(writers.shape[1], device=self.walk.device)
+        rows, ranks, parts = first_batch(self.samples), self.walk.ranks, candidates.parts
+        sizes = torch.zeros(len(origins), device=self.walk.device)
         if len(self.original[rows]):  # else the batch belongs to other processes
-            features, weights = rows_at(rows)[0], token_weights(self.walk.to_device(self.original[rows]))
-            sizes += column_sizes(features.flatten(0, -2), weights.reshape(-1), writers)
+            weights = token_weights(self.walk.to_device(self.original[rows])).reshape(-1)
+            per_layer = (torch.split(numbers, parts.count) for numbers in (sizes, origins))
+            for size, own, layer in zip(*per_layer, self.layers, strict=True):  # one layer's parts at a time
+                features = candidates.features_of(own)(rows).flatten(0, -2)
+                size += column_sizes(features, weights, layer[f"{parts.out_proj}.weight"])
         ranks.all_reduce(sizes)
         strong = sizes.topk(int(CANDIDATES * parts.count)).indices.sort().values
         return ranks.broadcast_tensor(strong).cpu()
 
     def _moments(
-        self, parts: Parts, origins: torch.Tensor, rows_at: Rows, batches: Sequence[slice]
+        self,
+        features_at: Features,
+        target_at: Callable[[slice], torch.Tensor],
+        columns: int,
+        batches: Sequence[slice],
     ) -> Moments:
-        columns = part_columns(parts, origins).to(self.walk.device)
-        moments = moments_of(self.walk, len(columns))
+        moments = moments_of(self.walk, columns)
         for rows in batches:
-            features, target = rows_at(rows)
-            chosen = features if len(columns) == features.shape[-1] else features[..., columns]
-            add_rows(moments, chosen, target, self.walk.to_device(self.original[rows]))
+            final = self.walk.to_device(self.original[rows])
+            add_rows(moments, features_at(rows), target_at(rows), final)
             self.walk.activations.release()
         add_up(self.walk.ranks, moments)
         return moments

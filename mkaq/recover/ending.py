@@ -7,8 +7,7 @@ sequences in random order come more often, and steps are shorter: what is gained
 must not be lost on another (docs/quality.md).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,9 +52,10 @@ def tune_ending(
         dtype: Type of the saved weights.
     """
     rows = _repeated(samples)
-    with ExitStack() as heads:
-        logits = [heads.enter_context(each.head()) for each in (source, walk)]
-        model = _Model(source, walk, logits, original, inputs)
+    fast = walk.ranks.has_fast_bfloat16(walk.device)
+    head = source.unembedding(torch.bfloat16 if fast else source.dtype)  # nothing changes it: one is enough
+    with source.final_norm() as source_norm, walk.final_norm() as own_norm, head as logits:
+        model = _Model(walk, (source_norm, own_norm), logits, original, inputs)
         held = range(samples.num_train, len(samples.tokens))[: model.share(HELD_OUT)]
         return descend(
             walk,
@@ -79,11 +79,11 @@ def _repeated(samples: Samples) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Model:
-    """The heads of both models, the source's last hidden states and the last layer's inputs."""
+    """The final norms of source and model, their head, and what the last layer should write and gets."""
 
-    source: LayerWalk
     walk: LayerWalk
-    logits: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+    norms: tuple[nn.Module, nn.Module]
+    logits: Callable[[torch.Tensor], torch.Tensor]
     original: torch.Tensor
     inputs: torch.Tensor
 
@@ -114,14 +114,14 @@ class _Model:
 
     def _divergences(self, rows: torch.Tensor, output: torch.Tensor) -> Iterator[torch.Tensor]:
         """KL(source || model) of every token of some samples, some tokens at a time."""
-        source_logits, own_logits = self.logits
+        source_norm, own_norm = self.norms
         piece = max(1, LOGITS // self.walk.checkpoint.sizes.vocabulary)
         pair = (self.walk.to_device(self.original[rows]).flatten(0, 1), output.flatten(0, 1))
         for target, own in zip(*(torch.split(x, piece) for x in pair), strict=True):
             with self._autocast():
                 with torch.no_grad():
-                    wanted = source_logits(target[None]).float().log_softmax(-1)
-                told = own_logits(own[None]).float().log_softmax(-1)
+                    wanted = self.logits(source_norm(target[None])).float().log_softmax(-1)
+                told = self.logits(own_norm(own[None])).float().log_softmax(-1)
             yield (wanted.exp() * (wanted - told)).sum(-1)
 
     def _autocast(self) -> torch.autocast:

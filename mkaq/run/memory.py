@@ -89,18 +89,19 @@ def merging(task: Task, fuse: str, longest: int, measured: bool) -> Need:
 
 def _fusing(shape: _Shape, group: int, tokens: int, length: int) -> int:
     """Bytes of a group's layers as modules, of their channels' outputs for a batch, and of the moments."""
-    channels = group * shape.intermediate
-    kept = channels if group == 1 else int(CANDIDATES * shape.intermediate)
-    readers = 2 * shape.hidden * shape.intermediate  # of channels, as stored and as computed
-    modules = (group + 1) * shape.layer * shape.stored + group * readers * (shape.stored + shape.exact)
-    summing = 4 * (kept**2 + kept * shape.hidden) + _batch(tokens, length) * 4 * (2 * channels + 2 * kept)
-    choosing = 4 * (3 * kept**2 + 2 * kept * shape.hidden)  # the Gram matrix, its factor and its inverse
-    return modules + max(summing + shape.batch(_batch(tokens, length), shape.exact), choosing)
+    kept = shape.intermediate if group == 1 else int(CANDIDATES * shape.intermediate)
+    readers = 2 * shape.hidden * shape.intermediate * shape.stored  # of a layer's channels
+    modules = (group + 1) * shape.layer * shape.stored + group * readers
+    batch = _batch(tokens, length)
+    summing = 4 * (kept**2 + kept * shape.hidden) + 4 * batch * 3 * kept + shape.batch(batch, shape.exact)
+    summing += 2 * shape.hidden * kept * shape.exact  # the readers of the candidates
+    choosing = 4 * (2.3 * kept**2 + 2 * kept * shape.hidden)  # the Gram matrix, its inverse, and stripes
+    return modules + max(summing, int(choosing))
 
 
 def tuning(task: Task, batch_size: int) -> Need:
     """Weights, gradients, optimizer, best and rounded weights in float32; activations for backward. At the
-    end two heads and their logits, too.
+    end the head and the logits of both models, too.
 
     Eager attention keeps its weights and their gradients: 32 bytes per head and pair of tokens.
     """
@@ -109,11 +110,10 @@ def tuning(task: Task, batch_size: int) -> Need:
     batch = min(batch, max(length, TOKENS_PER_BATCH))
     kept = 24 * shape.intermediate + 80 * shape.hidden + (32 * length * shape.heads if eager else 0)
     states = 2 * task.own * length * shape.hidden * shape.exact
-    heads = shape.vocabulary * shape.hidden * (2 * shape.exact + shape.stored) + 5 * 4 * min(
-        TUNED_LOGITS, shape.vocabulary * batch
-    )
+    logits = min(TUNED_LOGITS, shape.vocabulary * batch)
+    head = shape.vocabulary * shape.hidden * (shape.fast + shape.stored) + 5 * 4 * logits
     weights = shape.walked(shape.exact) + 4 * 8 * shape.layer
-    end = heads + min(batch, max(length, ENDING_TOKENS)) * kept
+    end = head + min(batch, max(length, ENDING_TOKENS)) * kept
     return Need(weights + max(batch * kept, end), states)
 
 

@@ -76,10 +76,16 @@ class Layers:
         Args:
             index: The layer whose attention type and keyword arguments the copy has.
             tensors: Dense weights, by their names in the layer.
-            partial: Whether some may be missing; the modules that need them cannot run.
+            partial: Whether some may be missing, and linear layers of another size; modules that need what
+                is missing, or the usual size, cannot run.
         """
         layer = copy.deepcopy(self.modules[index])
-        layer.load_state_dict(self._moved(tensors), strict=not partial, assign=True)
+        if partial:
+            for name, tensor in self._moved(tensors).items():
+                module, _, parameter = name.rpartition(".")
+                layer.get_submodule(module).register_parameter(parameter, nn.Parameter(tensor, False))
+        else:
+            layer.load_state_dict(self._moved(tensors), strict=True, assign=True)
         return layer.requires_grad_(False)
 
     def tensors(self, index: int) -> Tensors:

@@ -141,34 +141,45 @@ class Outer:
 
         The last layer's output has shape (batch, length, hidden_size).
         """
+        with self.final_norm() as norm, self.unembedding() as logits:
+            yield lambda hidden_states: logits(norm(hidden_states))
+
+    @contextmanager
+    def unembedding(
+        self, dtype: torch.dtype | None = None
+    ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """For a `with` block, a function from the final norm's output to logits.
+
+        Args:
+            dtype: Type of the weight; None for that of the layers.
+        """
         skeleton, stub = self.skeleton, _Base()
         head = skeleton.get_submodule(self._arch.head)
-        with self.final_norm() as norm:
 
-            def logits(hidden_states: torch.Tensor) -> torch.Tensor:
-                stub.hidden_states = norm(hidden_states)
-                output: torch.Tensor = skeleton(inputs_embeds=hidden_states, use_cache=False).logits
-                return output
+        def logits(normed: torch.Tensor) -> torch.Tensor:
+            stub.hidden_states = normed
+            output: torch.Tensor = skeleton(inputs_embeds=normed, use_cache=False).logits
+            return output
 
-            self._load(self._weight_and_bias(self._arch.head_weight))
-            if self._arch.head_weight not in self._checkpoint.tensors:  # tied
-                weight = self._checkpoint.read([self._arch.embed_weight])[self._arch.embed_weight]
-                head.weight = nn.Parameter(weight.to(self._device, self._dtype), requires_grad=False)
-            skeleton.set_submodule(self._arch.base, stub)
-            try:
-                yield logits
-            finally:
-                skeleton.set_submodule(self._arch.base, self._base)
-                head.to("meta")
+        self._load(self._weight_and_bias(self._arch.head_weight), dtype)
+        if self._arch.head_weight not in self._checkpoint.tensors:  # tied
+            weight = self._checkpoint.read([self._arch.embed_weight])[self._arch.embed_weight]
+            head.weight = nn.Parameter(weight.to(self._device, dtype or self._dtype), requires_grad=False)
+        skeleton.set_submodule(self._arch.base, stub)
+        try:
+            yield logits
+        finally:
+            skeleton.set_submodule(self._arch.base, self._base)
+            head.to("meta")
 
     def _weight_and_bias(self, weight: str) -> list[str]:
         """The names of a weight and its bias, if they are stored."""
         names = (weight, weight.removesuffix("weight") + "bias")
         return [name for name in names if name in self._checkpoint.tensors]
 
-    def _load(self, names: list[str]) -> None:
+    def _load(self, names: list[str], dtype: torch.dtype | None = None) -> None:
         placed = {
-            self._arch.in_module(name): tensor.to(self._device, self._dtype)
+            self._arch.in_module(name): tensor.to(self._device, dtype or self._dtype)
             for name, tensor in self._checkpoint.each(names)
         }
         self.skeleton.load_state_dict(placed, strict=False, assign=True)

@@ -101,7 +101,7 @@ class LayerWalk:
     ) -> nn.Module:
         """A separate copy of layer `index` with the given dense weights, by their names in the layer.
 
-        With `partial` some may be missing; the modules that need them cannot run.
+        With `partial` some may be missing, and linear layers of another size.
         """
         return self._layers.assemble(index, tensors, partial=partial)
 
@@ -166,6 +166,12 @@ class LayerWalk:
     def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
         """For a `with` block, a function from the last layer's output to logits, through the final norm."""
         return self._outer.head()
+
+    def unembedding(
+        self, dtype: torch.dtype | None = None
+    ) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
+        """For a `with` block, a function from the final norm's output to logits, its weight in a type."""
+        return self._outer.unembedding(dtype)
 
     @torch.no_grad()
     def _layer_arguments(self, length: int) -> list[dict[str, Any]]:
