@@ -83,7 +83,7 @@ def test_chat_answers_each_line_in_the_models_template(
 ) -> None:
     seen = []
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nAnd you?\n"))
-    inner = "mkaq.generate.stream.stream"
+    inner = "mkaq.generate.in_torch.stream"
     monkeypatch.setattr(inner, lambda model, ids, *rest: seen.append(ids) or iter([70, 71]))
     outcome = mkaq("chat", talker, "--system", "Be brief.")
     assert outcome.code == 0 and len(outcome.out.splitlines()) == 2, outcome.err
@@ -112,3 +112,7 @@ def test_json_is_the_streamed_text(tiny: Path, mkaq: Mkaq) -> None:
     command = ("generate", tiny, "To be", "--max-new-tokens", 6)
     told = json.loads(mkaq(*command, "--json").out)
     assert mkaq(*command).out == f"To be{told['text']}\n" and told["tokens"] == 6
+
+
+def test_memory_is_told(tiny: Path, mkaq: Mkaq) -> None:
+    assert "MB of memory" in mkaq("generate", tiny, "To be", "--max-new-tokens", 1).err

@@ -1,22 +1,22 @@
 """Commands that write text: continue a prompt, and talk."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mkaq.cli import options
-from mkaq.cli.options import AsJson, Device, Model
+from mkaq.cli.options import AsJson, Device
 from mkaq.console import print_json
 from mkaq.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
+    from mkaq.generate.writer import Reply
 
-    from mkaq.generate.sampling import Sampling
-    from mkaq.generate.stream import Pace
-
+_Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, a hub id, or builtin:tiny-llama.")
+]
 _MaxNewTokens = Annotated[int, typer.Option(min=1, help="At most this many tokens.")]
 _Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
 _TopK = Annotated[int, typer.Option(min=0, help="Only so many likeliest tokens; 0: all.")]
@@ -26,7 +26,7 @@ _Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
 
 
 def generate(
-    artifact: Model,
+    artifact: _Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: _MaxNewTokens = 64,
     temperature: _Temperature = 0.0,
@@ -37,24 +37,23 @@ def generate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Continue a text. Tokens appear as they come; the speed is told at the end."""
+    """Continue a text. Tokens appear as they come; speed and memory are told at the end."""
+    options.quiet_libraries()
     from mkaq.generate.sampling import Sampling
+    from mkaq.generate.writer import writer_of
 
-    speaker = _speaker(artifact, device, Sampling(temperature, top_k, top_p, min_p, seed))
-    ids = speaker.tokenizer(_utf8(prompt))["input_ids"]
-    if not ids:
-        raise UsageError("the prompt has no tokens", where="PROMPT")
-    if not as_json:
-        print(prompt, end="", flush=True)
-    new, pace = speaker.say(ids, max_new_tokens, show=not as_json)
+    writer = writer_of(artifact, device, Sampling(temperature, top_k, top_p, min_p, seed))
+    show = (lambda _: None) if as_json else _show
+    show(_utf8(prompt))
+    reply = writer.complete(prompt, max_new_tokens, show)
     if as_json:
-        print_json({"prompt": prompt, "text": speaker.tokenizer.decode(new), "tokens": len(new)})
+        print_json({"prompt": prompt, "text": reply.text, "tokens": reply.pace.tokens})
     else:
-        print(pace.describe(), file=sys.stderr)
+        _end(reply)
 
 
 def chat(
-    artifact: Model,
+    artifact: _Model,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told first.")] = None,
     max_new_tokens: _MaxNewTokens = 512,
     temperature: _Temperature = 0.7,
@@ -65,18 +64,20 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk with a model, in its own chat template. A line is a message; end with Ctrl-D."""
+    options.quiet_libraries()
     from mkaq.generate.sampling import Sampling
+    from mkaq.generate.writer import writer_of
 
-    speaker = _speaker(artifact, device, Sampling(temperature, top_k, top_p, min_p, seed))
-    if not speaker.tokenizer.chat_template:
+    writer = writer_of(artifact, device, Sampling(temperature, top_k, top_p, min_p, seed))
+    if not writer.talks:
         fix = "`mkaq generate` continues a text"
         raise UsageError("the model has no chat template", where=artifact, fix=fix)
     messages = [{"role": "system", "content": _utf8(system)}] if system else []
     for line in _lines():
         messages.append({"role": "user", "content": line})
-        new, pace = speaker.say(speaker.prompt(messages, artifact), max_new_tokens, show=True)
-        print(pace.describe(), file=sys.stderr)
-        messages.append({"role": "assistant", "content": speaker.tokenizer.decode(new)})
+        reply = writer.answer(messages, max_new_tokens, _show)
+        _end(reply)
+        messages.append({"role": "assistant", "content": reply.text})
 
 
 def _lines() -> Iterator[str]:
@@ -97,52 +98,14 @@ def _utf8(text: str) -> str:
     return text
 
 
-class _Speaker(NamedTuple):
-    """A model with its tokenizer, ready to write."""
-
-    model: Any
-    tokenizer: Any
-    stop: set[int]
-    device: "torch.device"
-    choose: "Callable[[torch.Tensor], int]"
-
-    def prompt(self, messages: Sequence[dict[str, str]], where: str) -> list[int]:
-        """The tokens of a conversation, up to where the model answers."""
-        try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program of the model's author
-            raise UsageError(f"its chat template fails: {str(error)[:200]}", where=where) from None
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def say(self, ids: list[int], limit: int, *, show: bool) -> "tuple[list[int], Pace]":
-        """The new tokens, printed as they come."""
-        import torch
-        from transformers import TextStreamer
-
-        from mkaq.generate.stream import Pace, stream
-
-        pace, printer, new = Pace(), TextStreamer(self.tokenizer), list[int]()
-        inputs = torch.tensor([ids], device=self.device)
-        for token in stream(self.model, inputs, limit, self.stop, self.choose, pace):
-            new.append(token)
-            if show:
-                printer.put(torch.tensor([token]))
-        if show:
-            printer.end()
-        return new, pace
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
 
 
-def _speaker(model: str, device: str, sampling: "Sampling") -> _Speaker:
-    options.quiet_libraries()
-    from mkaq.calibrate.tokenizer import load_tokenizer
-    from mkaq.checkpoint.end_tokens import end_tokens
-    from mkaq.checkpoint.resolve import resolve_model
-    from mkaq.checkpoint.validate import open_checkpoint
-    from mkaq.generate.sampling import chooser
-    from mkaq.walk.device import compute_dtype, pick_device
-    from mkaq.walk.whole_model import whole_model
+def _end(reply: "Reply") -> None:
+    """Ends the text; tells speed and memory."""
+    from mkaq.peak import peak_bytes
+    from mkaq.units import human
 
-    checkpoint, torch_device = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
-    tokenizer = load_tokenizer(checkpoint.path)
-    whole = whole_model(checkpoint, torch_device, compute_dtype(checkpoint.dtype, torch_device))
-    return _Speaker(whole, tokenizer, end_tokens(checkpoint.path, tokenizer), torch_device, chooser(sampling))
+    print()
+    print(f"{reply.pace.describe()}, {human(peak_bytes())} of memory", file=sys.stderr)

@@ -1,0 +1,91 @@
+"""A checkpoint that writes: its whole model in memory, run by transformers' own code."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.checkpoint.end_tokens import end_tokens
+from mkaq.checkpoint.resolve import resolve_model
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.errors import UsageError
+from mkaq.generate.sampling import Sampling, chooser
+from mkaq.generate.stream import Pace, stream
+from mkaq.generate.writer import Message, Reply, Show
+from mkaq.walk.device import compute_dtype, pick_device
+from mkaq.walk.whole_model import whole_model
+
+
+@dataclass(frozen=True)
+class TorchWriter:
+    """Implements `Writer`.
+
+    Attributes:
+        where: What the model is called.
+        model: The result of `whole_model`.
+        tokenizer: Its tokenizer.
+        stop: The tokens that end a text.
+        device: Where it runs.
+        choose: From logits to a token.
+    """
+
+    where: str
+    model: Any
+    tokenizer: Any
+    stop: set[int]
+    device: torch.device
+    choose: Callable[[torch.Tensor], int]
+
+    @classmethod
+    def of(cls, model: str, device: str, sampling: Sampling) -> "TorchWriter":
+        """Loads a folder, a hub id or a built-in model."""
+        checkpoint, place = open_checkpoint(resolve_model(model), quantized=True), pick_device(device)
+        tokenizer = load_tokenizer(checkpoint.path)
+        whole = whole_model(checkpoint, place, compute_dtype(checkpoint.dtype, place))
+        stop = end_tokens(checkpoint.path, tokenizer)
+        return cls(model, whole, tokenizer, stop, place, chooser(sampling))
+
+    @property
+    def talks(self) -> bool:
+        """Whether it has a chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    def complete(self, prompt: str, max_new_tokens: int, show: Show) -> Reply:
+        """Continues a text; see `Writer`."""
+        ids = self.tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise UsageError("the prompt has no tokens", where="PROMPT")
+        return self._say(ids, max_new_tokens, show)
+
+    def answer(self, messages: Sequence[Message], max_new_tokens: int, show: Show) -> Reply:
+        """Answers in a conversation; see `Writer`."""
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program of the model's author
+            raise UsageError(f"its chat template fails: {str(error)[:200]}", where=self.where) from None
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._say(ids, max_new_tokens, show)
+
+    def _say(self, ids: list[int], limit: int, show: Show) -> Reply:
+        pace, printer, new = Pace(), _Pieces(self.tokenizer, show), list[int]()
+        inputs = torch.tensor([ids], device=self.device)
+        for token in stream(self.model, inputs, limit, self.stop, self.choose, pace):
+            new.append(token)
+            printer.put(torch.tensor([token]))
+        printer.end()
+        return Reply(self.tokenizer.decode(new), pace)
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Shows text as soon as no later token can change it."""
+
+    def __init__(self, tokenizer: Any, show: Show) -> None:
+        super().__init__(tokenizer)
+        self._show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """What transformers calls with each piece."""
+        self._show(text)

@@ -1,0 +1,109 @@
+"""A GGUF file that writes, in llama.cpp, by the package xllamacpp."""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mkaq.errors import CheckpointError, UsageError
+from mkaq.generate.sampling import Sampling
+from mkaq.generate.stream import Pace
+from mkaq.generate.writer import Message, Reply, Show
+
+_TEMPLATE = "tokenizer.chat_template"
+
+
+class LlamaCppWriter:
+    """Implements `Writer`.
+
+    Args:
+        path: The file.
+        device: `cpu` keeps all layers off a GPU.
+        sampling: How the next token is chosen.
+
+    Attributes:
+        talks: Whether it has a chat template.
+
+    Raises:
+        UsageError: If there is no such file, or the package is not installed.
+        CheckpointError: If llama.cpp does not load it.
+    """
+
+    def __init__(self, path: Path, device: str, sampling: Sampling) -> None:
+        if not path.is_file():
+            raise UsageError("no such file", where=path)
+        try:
+            import gguf
+            import xllamacpp
+        except ImportError:
+            fix = "pip install 'mkaq[llamacpp]'"
+            raise UsageError("a GGUF file is read by the package xllamacpp", where=path, fix=fix) from None
+        try:
+            self.talks = _TEMPLATE in gguf.GGUFReader(path).fields
+        except Exception as error:  # the reader trusts the file and fails in any way
+            raise CheckpointError(f"no GGUF file: {str(error)[:200]}", where=path) from None
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.verbosity, parameters.warmup, parameters.n_parallel = -1, False, 1
+        parameters.api_keys = [secrets.token_hex(16)]  # it listens on this machine, to nobody
+        for threads in (parameters.cpuparams, parameters.cpuparams_batch):
+            threads.n_threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        if device == "cpu":
+            parameters.n_gpu_layers = 0
+        try:
+            self._server = xllamacpp.Server(parameters)
+        except RuntimeError as error:
+            raise CheckpointError(f"llama.cpp does not load it: {error}", where=path) from None
+        self._path, self._sampling = path, sampling
+
+    def complete(self, prompt: str, max_new_tokens: int, show: Show) -> Reply:
+        """Continues a text; see `Writer`."""
+        if not prompt:
+            raise UsageError("the prompt has no tokens", where="PROMPT")
+        request = {"prompt": prompt, "max_tokens": max_new_tokens}
+        return self._say(self._server.handle_completions, request, lambda choice: choice["text"], show)
+
+    def answer(self, messages: Sequence[Message], max_new_tokens: int, show: Show) -> Reply:
+        """Answers in a conversation; see `Writer`."""
+        request = {"messages": list(messages), "max_tokens": max_new_tokens}
+        handle = self._server.handle_chat_completions
+        return self._say(handle, request, lambda choice: choice["delta"].get("content"), show)
+
+    def _say(
+        self,
+        handle: Callable[[str, Callable[[str], bool]], object],
+        request: dict[str, Any],
+        piece_of: Callable[[Any], str | None],
+        show: Show,
+    ) -> Reply:
+        text, pace, failed = list[str](), Pace(), list[BaseException]()
+
+        def take(chunk: str) -> bool:
+            """Whether to stop; what is raised here would be lost in llama.cpp."""
+            try:
+                message = json.loads(chunk)
+                if "error" in message:
+                    raise UsageError(str(message["error"].get("message"))[:300], where=self._path)
+                if piece := piece_of(message["choices"][0]):
+                    text.append(piece)
+                    show(piece)
+                if timings := message.get("timings"):
+                    pace.prompt_tokens = timings["prompt_n"]  # those not in the cache
+                    pace.prompt_seconds = timings["prompt_ms"] / 1000
+                    pace.tokens, pace.seconds = timings["predicted_n"], timings["predicted_ms"] / 1000
+            except BaseException as error:
+                failed.append(error)
+            return bool(failed)
+
+        handle(json.dumps(request | self._options()), take)
+        if failed:
+            raise failed[0]
+        return Reply("".join(text), pace)
+
+    def _options(self) -> dict[str, Any]:
+        """The sampling, with the filters in the order of transformers."""
+        options = self._sampling._asdict()
+        samplers = ["temperature", "top_k", "top_p", "min_p"]
+        return options | {"samplers": samplers, "repeat_penalty": 1.0, "stream": True, "cache_prompt": True}

@@ -1,0 +1,53 @@
+"""Whatever writes text: a checkpoint in torch, or a GGUF file in llama.cpp."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from mkaq.generate.sampling import Sampling
+from mkaq.generate.stream import Pace
+
+Show = Callable[[str], None]
+"""Takes pieces of a text as they come."""
+Message = dict[str, str]
+"""One of a conversation: its `role` and its `content`."""
+
+
+class Reply(NamedTuple):
+    """What a model wrote, and how fast."""
+
+    text: str
+    pace: Pace
+
+
+class Writer(Protocol):
+    """A model that writes."""
+
+    @property
+    def talks(self) -> bool:
+        """Whether it has a chat template."""
+
+    def complete(self, prompt: str, max_new_tokens: int, show: Show) -> Reply:
+        """Continues a text.
+
+        Raises:
+            UsageError: If the prompt has no tokens, or too many.
+        """
+
+    def answer(self, messages: Sequence[Message], max_new_tokens: int, show: Show) -> Reply:
+        """The next message of a conversation, in the model's own chat template.
+
+        Raises:
+            UsageError: If the template fails, or the conversation is too long.
+        """
+
+
+def writer_of(model: str, device: str, sampling: Sampling) -> Writer:
+    """The writer for a folder, a hub id, a built-in model or a GGUF file."""
+    if model.endswith(".gguf"):
+        from mkaq.generate.llamacpp import LlamaCppWriter
+
+        return LlamaCppWriter(Path(model), device, sampling)
+    from mkaq.generate.in_torch import TorchWriter
+
+    return TorchWriter.of(model, device, sampling)
