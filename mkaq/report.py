@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import jinja2
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 from safetensors.numpy import load_file
 
+from mkaq.files import replace_json
 from mkaq.manifest import read_manifest
 from mkaq.pipeline import stage_of
 from mkaq.result import RunResult
@@ -41,6 +45,7 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 {% endfor %}</table>{% endfor %}
 {% for line in step.lines %}<p>{{ line }}</p>{% endfor %}
 {% endfor %}
+{{ speed }}
 <h2>Times</h2>
 <table><tr><th>stage<th>seconds<th></tr>
 {% for x in log.stages %}<tr><td>{{ x.stage }}<td>{{ "%.1f"|format(x.seconds) }}<td>{{ "kept" if x.reused else "" }}</tr>
@@ -48,6 +53,12 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 <h2>Recipe</h2><pre>{{ recipe }}</pre>
 </html>
 """
+
+_SPEED = """<!-- speed -->{% if rows %}<h2>Speed</h2>
+<table><tr><th>model<th>runtime<th>format<th>bytes<th>load<th>read tokens/s<th>write tokens/s<th>memory</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
+{% endfor %}</table>{% endif %}<!-- /speed -->"""
+SPEEDS = "bench.json"  # in the run's folder: what `mkaq bench` measured of its artifact
 
 
 def table_rows(
@@ -92,11 +103,43 @@ def write_report(result: RunResult, log: list[dict[str, Any]], similarity: Path 
             rows=table_rows(result.sizes, result.evaluation),
             steps=[stage_of(step.step).describe(step) for step in manifest.steps],
             heatmap=heatmap,
+            speed=Markup(_speed_section(folder)),
             log={"stages": log},
             recipe=json.dumps(manifest.recipe, indent=2),
         )
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def speed_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A measured `Speed` as text: model, runtime, format, bytes, load, prefill, decode, memory."""
+    speed = f"{row['prefill']:.1f}", f"{row['decode']:.1f}"
+    where = row["model"], row["runtime"], row["format"], human(row["bytes"])
+    return (*where, f"{row['load_seconds']:.1f} s", *speed, human(row["peak_memory_bytes"]))
+
+
+def add_speeds(folder: Path, measured: Mapping[str, Any]) -> None:
+    """Keeps what `mkaq bench` measured in a run's folder, and shows it in the report.
+
+    Args:
+        folder: The run's folder, with a report.html.
+        measured: What `mkaq bench --json` prints.
+    """
+    replace_json(folder / SPEEDS, measured)
+    page, report = folder / "report.html", (folder / "report.html").read_text(encoding="utf-8")
+    before, mark, rest = report.partition("<!-- speed -->")
+    after = rest.partition("<!-- /speed -->")[2]
+    if mark:
+        page.write_text(before + _speed_section(folder) + after, encoding="utf-8")
+
+
+def _speed_section(folder: Path) -> str:
+    """The report's section on speed; empty but for its marks if nothing was measured."""
+    shown: list[tuple[str, ...]] = []
+    with suppress(OSError, ValueError, LookupError, TypeError):  # none, or not what `mkaq bench` wrote
+        rows = json.loads((folder / SPEEDS).read_text())["rows"]
+        shown = [speed_row(row) for row in rows if not row["reason"]]
+    return jinja2.Environment(autoescape=True).from_string(_SPEED).render(rows=shown)
 
 
 def heatmap_png(matrix: npt.NDArray[np.float64]) -> bytes:

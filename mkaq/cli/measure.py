@@ -1,5 +1,6 @@
 """Commands that run a model: compare its layers, measure its quality."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -143,3 +144,38 @@ def _print_perplexity(
         return
     value = with_error(measured.perplexity, measured.standard_error, 4)
     print(f"perplexity: {value} ({measured.tokens:,} tokens)")
+
+
+def bench(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Measure this too, such as the source.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=512, help="Tokens that are read.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, max=500, help="Tokens that are written.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Medians of so many runs count.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed, memory and bytes in each runtime that is installed beside mkaq."""
+    options.quiet_libraries()
+    import torch
+
+    from mkaq.bench.measure import Load, speeds
+    from mkaq.checkpoint.resolve import resolve_model
+    from mkaq.report import add_speeds, speed_row
+
+    load = Load(prompt_tokens, new_tokens, repeats, torch.get_num_threads())
+    models, cuda = [resolve_model(each) for each in (model, against) if each], torch.cuda.is_available()
+    rows = []
+    for row in (row for folder in models for row in speeds(folder, load, cuda=cuda)):
+        print(f"{row.runtime}: {row.reason or 'measured'} ({row.model})", file=sys.stderr)
+        rows.append(row)
+    measured: dict[str, Any] = {"load": vars(load), "rows": [vars(row) for row in rows]}
+    if (run := models[0].parent).joinpath("report.html").is_file() and (run / "run.json").is_file():
+        add_speeds(run, measured)
+    if as_json:
+        print_json(measured)
+        return
+    header = ("model", "runtime", "format", "bytes", "load", "read tokens/s", "write tokens/s", "memory")
+    print_table(header, [speed_row(row) for row in measured["rows"] if not row["reason"]])
+    print(f"{prompt_tokens} tokens read, {new_tokens} written, median of {repeats}, {load.threads} threads")

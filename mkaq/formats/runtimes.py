@@ -50,22 +50,37 @@ def runtimes(*configs: Config, formats: Iterable[str] = ()) -> list[Runtime]:
     every = (
         (name, "" if name in served else _refusal(name, config))
         for config in configs
-        for served in [set(_served(config, formats))]
+        for served in [dict(_served(config, formats))]
         for name in RUNTIMES
     )
     return [Runtime(name, not reason, reason) for name, reason in dict.fromkeys(every)]
 
 
-def _served(config: Config, formats: Iterable[str]) -> Iterator[str]:
-    """The runtimes that run what is exported beside the safetensors."""
+def format_for(name: str, config: Config, formats: Iterable[str]) -> tuple[str, str]:
+    """The format of an artifact that a runtime takes, and why it takes none; one of them is empty.
+
+    Args:
+        name: The runtime, of `RUNTIMES`.
+        config: The artifact's quantization_config; None for a dense one.
+        formats: The formats beside safetensors.
+    """
+    if not (reason := _refusal(name, config)):
+        return "safetensors", ""
+    served = dict(_served(config, formats)).get(name, "")
+    return served, "" if served else reason
+
+
+def _served(config: Config, formats: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The runtimes that run what is exported beside the safetensors, and in which format."""
     if "gguf" in formats:
-        yield "llama.cpp"
+        yield "llama.cpp", "gguf"
     if "mlx" in formats:
-        yield "MLX"
+        yield "MLX", "mlx"
     if config and "compressed-tensors" in formats:
         form = {key: config[key] for key in ("bits", "group_size", "sym")}
         again = compressed_tensors.quantization_config(**form, head="lm_head")
-        yield from (name for name, refuse in compressed_tensors.REFUSALS.items() if not refuse(again))
+        served = (name for name, refuse in compressed_tensors.REFUSALS.items() if not refuse(again))
+        yield from ((name, "compressed-tensors") for name in served)
 
 
 def _refusal(name: str, config: Config) -> str:

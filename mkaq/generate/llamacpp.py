@@ -1,11 +1,12 @@
 """A GGUF file that writes, in llama.cpp, by the package xllamacpp."""
 
 import json
-import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mkaq.errors import CheckpointError, UsageError
 from mkaq.generate.sampling import Sampling
@@ -13,6 +14,52 @@ from mkaq.generate.stream import Pace
 from mkaq.generate.writer import Message, Reply, Show
 
 _TEMPLATE = "tokenizer.chat_template"
+
+
+def serve(path: Path, threads: int, *, on_cpu: bool = False) -> Any:
+    """A GGUF file in llama.cpp's server, which answers this process alone.
+
+    Args:
+        path: The file.
+        threads: Threads that compute.
+        on_cpu: Whether all layers stay off a GPU.
+
+    Raises:
+        UsageError: If the package is not installed.
+        CheckpointError: If llama.cpp does not load the file.
+    """
+    try:
+        import xllamacpp
+    except ImportError:
+        raise _missing(path) from None
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(path)
+    parameters.verbosity, parameters.warmup, parameters.n_parallel = -1, False, 1
+    parameters.api_keys = [secrets.token_hex(16)]  # it listens on this machine, to nobody
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    if on_cpu:
+        parameters.n_gpu_layers = 0
+    try:
+        return xllamacpp.Server(parameters)
+    except RuntimeError as error:
+        raise CheckpointError(f"llama.cpp does not load it: {error}", where=path) from None
+
+
+def _fields(path: Path) -> Mapping[str, Any]:
+    """The metadata of a GGUF file."""
+    try:
+        import gguf
+    except ImportError:
+        raise _missing(path) from None
+    try:
+        return gguf.GGUFReader(path).fields
+    except Exception as error:  # the reader trusts the file and fails in any way
+        raise CheckpointError(f"no GGUF file: {str(error)[:200]}", where=path) from None
+
+
+def _missing(path: Path) -> UsageError:
+    fix = "pip install 'mkaq[llamacpp]'"
+    return UsageError("a GGUF file is read by the packages gguf and xllamacpp", where=path, fix=fix)
 
 
 class LlamaCppWriter:
@@ -34,28 +81,8 @@ class LlamaCppWriter:
     def __init__(self, path: Path, device: str, sampling: Sampling) -> None:
         if not path.is_file():
             raise UsageError("no such file", where=path)
-        try:
-            import gguf
-            import xllamacpp
-        except ImportError:
-            fix = "pip install 'mkaq[llamacpp]'"
-            raise UsageError("a GGUF file is read by the package xllamacpp", where=path, fix=fix) from None
-        try:
-            self.talks = _TEMPLATE in gguf.GGUFReader(path).fields
-        except Exception as error:  # the reader trusts the file and fails in any way
-            raise CheckpointError(f"no GGUF file: {str(error)[:200]}", where=path) from None
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(path)
-        parameters.verbosity, parameters.warmup, parameters.n_parallel = -1, False, 1
-        parameters.api_keys = [secrets.token_hex(16)]  # it listens on this machine, to nobody
-        for threads in (parameters.cpuparams, parameters.cpuparams_batch):
-            threads.n_threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-        if device == "cpu":
-            parameters.n_gpu_layers = 0
-        try:
-            self._server = xllamacpp.Server(parameters)
-        except RuntimeError as error:
-            raise CheckpointError(f"llama.cpp does not load it: {error}", where=path) from None
+        self.talks = _TEMPLATE in _fields(path)
+        self._server = serve(path, torch.get_num_threads(), on_cpu=device == "cpu")
         self._path, self._sampling = path, sampling
 
     def complete(self, prompt: str, max_new_tokens: int, show: Show) -> Reply:

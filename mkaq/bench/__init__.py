@@ -1,0 +1,1 @@
+"""How fast and how large a model is in each runtime that is installed."""
