@@ -211,7 +211,7 @@ class Maker:
         widths = [model.tensors[model.arch.in_layer(0, f"{name}.weight")].shape[1] for name in names]
         size = self.settings.group_size or (32 if any(width % 128 for width in widths) else 128)
         section = GptqSection(method="gptq", bits=job.bits, group_size=size)
-        settings, config = section.model_dump(exclude={"method", "target"}), section.config(model.dtype)
+        settings, config = section.options(), section.config(model.dtype)
         quantize_gptq(self.walk_over(model), tokens, settings, config, folder, self.output, target)
 
     def walk_over(self, model: Checkpoint) -> LayerWalk:

@@ -70,7 +70,7 @@ def main() -> None:
             save_file({"input_ids": tokens}, Path(scratch, "tokens.safetensors"))
             began = time.perf_counter()
             section = GptqSection(method="gptq", bits=bits, group_size=options.group_size)
-            settings = section.model_dump(exclude={"method", "target"})
+            settings = section.options()
             output = Output(source.dtype, 10**10, progress)
             walk, config = LayerWalk(source, CPU), section.config(source.dtype)
             quantize_gptq(walk, tokens, settings, config, ours, output)

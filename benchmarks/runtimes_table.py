@@ -26,6 +26,7 @@ _GPTQ = [
     {"bits": 4, "group_size": 16},
     *({"bits": bits, "desc_act": True} for bits in (4, 8)),
     {"bits": 4, "desc_act": True, "static_groups": True},
+    {"bits": 4, "lm_head": True},
 ]
 
 

@@ -86,14 +86,8 @@ def _size_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     claimed = (quantized.method, quantized.bits) if quantized else (None, None)
     if claimed != (config.get("quant_method"), bits):
         yield f"the manifest says quantization {claimed}, config.json {(config.get('quant_method'), bits)}"
-    if quantized:
-        expected = {
-            checkpoint.arch.in_layer(index, name)
-            for index in range(checkpoint.num_layers)
-            for name in checkpoint.arch.linear_names
-        }
-        if {module.name for module in quantized.modules} != expected:
-            yield "the quantized modules are not those of the model"
+    if quantized and {module.name for module in quantized.modules} != set(checkpoint.quantized_linears):
+        yield "the quantized modules are not those of the model"
 
 
 def _export_claims(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:

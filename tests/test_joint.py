@@ -59,7 +59,7 @@ def quantize(model: Path, folder: Path, *, joint: bool, **settings: Any) -> list
         JointTarget(LayerWalk(checkpoint, CPU), [[i] for i in range(4)], hold_out(TOKENS)) if joint else None
     )
     section = GptqSection(method="gptq", group_size=32, **settings)
-    options, config = section.model_dump(exclude={"method", "target"}), section.config(torch.bfloat16)
+    options, config = section.options(), section.config(torch.bfloat16)
     output = Output(torch.bfloat16, 10**9, Progress(quiet=True))
     return quantize_gptq(LayerWalk(checkpoint, CPU), TOKENS, options, config, folder, output, target).modules
 

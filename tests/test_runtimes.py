@@ -25,6 +25,7 @@ TRIED = {  # the names of environments
     "MLX on a CPU": "MLX",
     "vLLM on a CPU": VLLM_CPU,
     "ONNX Runtime GenAI": ONNX,
+    "llama.cpp": "llama.cpp",
 }
 EVERY = {HERE, VLLM, VLLM_CPU, ONNX}
 
@@ -67,12 +68,16 @@ def test_gptq(options: dict[str, Any], expected: set[str]) -> None:
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda t: " ".join(str(v) for v in list(t.values())[:6]))
 def test_the_answer_is_what_was_seen(trial: dict[str, Any]) -> None:
     runtime, kind = TRIED[trial["runtime"]], trial["format"]
-    options = {key: trial[key] for key in ("bits", "sym", "group_size", "desc_act") if key in trial}
+    keys = ("bits", "sym", "group_size", "desc_act", "lm_head")
+    options = {key: trial[key] for key in keys if key in trial}
     if kind == "compressed-tensors":
-        config: dict[str, Any] | None = quantization_config(**options, head="lm_head")
+        ignore = [] if options.pop("lm_head", False) else ["lm_head"]
+        config: dict[str, Any] | None = quantization_config(**options, ignore=ignore)
     else:
         config = None if kind == "dense" else gptq(**options)
-    answers = {row.runtime: row.runs for row in runtimes(config, formats=["mlx"] if kind == "mlx" else [])}
+    answers = {
+        row.runtime: row.runs for row in runtimes(config, formats=[kind] if kind in ("mlx", "gguf") else [])
+    }
     assert answers[runtime] == (trial["loads"] and trial["agrees"])
 
 
@@ -91,10 +96,10 @@ def test_bitsandbytes_runs_in_transformers_and_what_is_only_merged_nearly_everyw
 @pytest.mark.parametrize("sym", [True, False])
 def test_compressed_tensors(sym: bool) -> None:
     for bits, expected in [(4, {HERE, VLLM_CPU}), (8, {HERE}), (3, {HERE}), (2, {HERE})]:
-        config = quantization_config(bits=bits, group_size=128, sym=sym, head="lm_head")
+        config = quantization_config(bits=bits, group_size=128, sym=sym, ignore=["lm_head"])
         assert running(config) == expected
     assert "is not known" in next(row.reason for row in runtimes(config) if row.runtime == VLLM)
-    odd = quantization_config(bits=4, group_size=16, sym=sym, head="lm_head")
+    odd = quantization_config(bits=4, group_size=16, sym=sym, ignore=["lm_head"])
     assert running(odd) == {HERE}
 
 

@@ -19,6 +19,7 @@ from mkaq.checkpoint.finite import all_finite
 from mkaq.checkpoint.side_files import side_files
 from mkaq.dtypes import DTYPES, FLOATS
 from mkaq.errors import CheckpointError
+from mkaq.formats.formats import format_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -75,6 +76,31 @@ class Checkpoint:
     def quantization(self) -> Mapping[str, Any] | None:
         """`quantization_config` of a quantized checkpoint."""
         return self.config.get("quantization_config")
+
+    @property
+    def quantizes_head(self) -> bool:
+        """Whether its quantization includes the output layer."""
+        return format_of(self.quantization).quantizes_head(self.quantization or {}, self.arch.head)
+
+    @property
+    def quantized_linears(self) -> dict[str, tuple[int, int]]:
+        """The full name and (out_features, in_features) of every linear layer that its format packs."""
+        result = {
+            self.arch.in_layer(index, name): self.linear_shape(name)
+            for index in range(self.num_layers)
+            for name in self.arch.linear_names
+        }
+        return result | ({self.arch.head: self.head_shape} if self.quantizes_head else {})
+
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of an output layer of its own.
+
+        Raises:
+            KeyError: If it is the embedding.
+        """
+        rows, columns = self.dense_shapes[self.arch.head_weight]
+        return rows, columns
 
     @property
     def nbytes(self) -> int:

@@ -244,12 +244,14 @@ def _check_complete(checkpoint: Checkpoint) -> None:
 
 def tensor_schema(checkpoint: Checkpoint) -> dict[str, TensorSchema]:
     """The schema of every tensor that config.json implies."""
-    linears, config = set(checkpoint.arch.linear_names), checkpoint.quantization
-    result: dict[str, TensorSchema] = {}
+    config, result = checkpoint.quantization, dict[str, TensorSchema]()
+    if checkpoint.quantizes_head and checkpoint.arch.head_weight not in checkpoint.dense_shapes:
+        what = "quantization_config says that the output layer is quantized, tie_word_embeddings that it is "
+        raise CheckpointError(f"{what}the embedding", where=checkpoint.path / "config.json")
+    linears = checkpoint.quantized_linears
     for name, shape in checkpoint.dense_shapes.items():
-        split = checkpoint.arch.split(name)
         module, _, part = name.rpartition(".")
-        if split is None or part != "weight" or split[1].removesuffix(".weight") not in linears:
+        if part != "weight" or module not in linears:
             result[name] = TensorSchema(shape)
             continue
         stored = format_of(config).schema((shape[0], shape[1]), config or {})

@@ -39,15 +39,6 @@ def codes_refusal(quantization: Mapping[str, Any] | None) -> str:
     return ""
 
 
-def quantized_linears(model: Checkpoint) -> dict[str, tuple[int, int]]:
-    """The full name and (out_features, in_features) of every linear layer of the decoder layers."""
-    return {
-        model.arch.in_layer(index, name): model.linear_shape(name)
-        for index in range(model.num_layers)
-        for name in model.arch.linear_names
-    }
-
-
 def read_codes(model: Checkpoint, name: str) -> Codes:
     """Reads a linear layer of a GPTQ checkpoint.
 

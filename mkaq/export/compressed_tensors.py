@@ -10,7 +10,7 @@ from mkaq.checkpoint.layout import TensorSpec
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.dtypes import DTYPES
 from mkaq.errors import UnsupportedError
-from mkaq.export.codes import Codes, codes_refusal, quantized_linears
+from mkaq.export.codes import Codes, codes_refusal
 from mkaq.export.folder import Repacking, Tensors, folder_faults, refuse, write_folder
 from mkaq.export.settings import Settings
 from mkaq.formats.compressed_tensors import dequantize, pack_linear, quantization_config, schema
@@ -36,10 +36,9 @@ def check(model: Checkpoint, folder: Path, settings: Settings) -> Iterator[str]:
 
 def _repacking(model: Checkpoint) -> Repacking:
     own = model.quantization or {}
-    config = quantization_config(
-        bits=own["bits"], group_size=own["group_size"], sym=bool(own.get("sym")), head=model.arch.head
-    )
-    linears = quantized_linears(model)
+    form = {"bits": own["bits"], "group_size": own["group_size"], "sym": bool(own.get("sym"))}
+    config = quantization_config(**form, ignore=[] if model.quantizes_head else [model.arch.head])
+    linears = model.quantized_linears
     scale = DTYPES[model.tensors[f"{next(iter(linears))}.scales"].dtype]
     types = {"weight_packed": torch.int32, "weight_scale": scale, "weight_shape": torch.int64}
 

@@ -14,7 +14,7 @@ from mkaq.checkpoint.validate import read_headers, read_json
 from mkaq.checkpoint.writer import ShardWriter
 from mkaq.dtypes import DTYPES
 from mkaq.errors import MkaqError, UnsupportedError
-from mkaq.export.codes import PARTS, Codes, quantized_linears, read_codes
+from mkaq.export.codes import PARTS, Codes, read_codes
 from mkaq.files import write_json
 from mkaq.formats import gptq
 
@@ -61,7 +61,7 @@ def write_folder(model: Checkpoint, folder: Path, how: Repacking, shard_size: in
         CheckpointError: If a tensor cannot be read.
         UnsupportedError: If the layout cannot hold a linear layer exactly.
     """
-    linears = quantized_linears(model)
+    linears = model.quantized_linears
     copy_side_files(model.path, folder)
     write_json(folder / "config.json", how.config)
     with ShardWriter(folder, shard_size, _layout(model, how)) as writer:
@@ -90,7 +90,7 @@ def folder_faults(model: Checkpoint, folder: Path, how: Repacking) -> Iterator[s
         for name in _kept(model):
             if not all(_same(*pair) for pair in zip(model.blocks(name), stored.blocks(name), strict=True)):
                 yield f"{name} is not the model's"
-        for linear, shape in quantized_linears(model).items():
+        for linear, shape in model.quantized_linears.items():
             yield from _linear_faults(model, stored, linear, list(how.specs(shape)), how)
     except (MkaqError, OSError, ValueError) as error:
         yield str(error)
@@ -112,7 +112,7 @@ def _linear_faults(
 
 def _layout(model: Checkpoint, how: Repacking) -> Layout:
     """Every tensor: outside the layers first, then layer by layer."""
-    linears, layout = quantized_linears(model), {}
+    linears, layout = model.quantized_linears, {}
     kept = {name: model.tensors[name] for name in _kept(model)}
     names = list(model.outer_tensor_names)
     for index in range(model.num_layers):
@@ -129,7 +129,7 @@ def _layout(model: Checkpoint, how: Repacking) -> Layout:
 
 def _kept(model: Checkpoint) -> list[str]:
     """The tensors that stay as they are: all but the codes."""
-    codes = {f"{linear}.{part}" for linear in quantized_linears(model) for part in PARTS}
+    codes = {f"{linear}.{part}" for linear in model.quantized_linears for part in PARTS}
     return sorted(name for name in model.tensors if name not in codes)
 
 

@@ -15,7 +15,7 @@ from mkaq.checkpoint.layout import TensorSpec
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.dtypes import DTYPES
 from mkaq.errors import UnsupportedError
-from mkaq.export.codes import Codes, codes_refusal, quantized_linears
+from mkaq.export.codes import Codes, codes_refusal
 from mkaq.export.folder import Repacking, Tensors, folder_faults, refuse, write_folder
 from mkaq.export.settings import Settings
 from mkaq.formats.packing import unpack
@@ -82,7 +82,7 @@ def biases(codes: Codes, dtype: torch.dtype) -> torch.Tensor:
 def _repacking(model: Checkpoint) -> Repacking:
     own = model.quantization or {}
     bits, size = own["bits"], own["group_size"]
-    scale = DTYPES[model.tensors[f"{next(iter(quantized_linears(model)))}.scales"].dtype]
+    scale = DTYPES[model.tensors[f"{next(iter(model.quantized_linears))}.scales"].dtype]
     bias = scale if own.get("sym") else torch.float32  # 3 * scale is seldom a float16, 8 * scale always is
 
     def specs(shape: tuple[int, int]) -> dict[str, TensorSpec]:

@@ -65,6 +65,11 @@ def check_config(config: Config, arch: Arch, where: object) -> None:
                 raise unsupported(f"{key} with {str(name)[:60]!r} (some layers left dense)", where)
 
 
+def quantizes_head(config: Config, head: str) -> bool:
+    """Never."""
+    return False
+
+
 def bits(config: Config) -> int | None:
     """Bits per code."""
     return 8 if config.get("load_in_8bit") else 4

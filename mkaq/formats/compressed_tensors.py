@@ -6,7 +6,7 @@ as signed numbers, less 2**(bits - 1), and adds that again when it packs. From 0
 bits without gaps; 0.17 puts ten codes into a word, which shows in the shape: it refuses the newer form.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ _MUST_BE_OFF = ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_s
 NEEDS = "pip install compressed-tensors"
 
 
-def quantization_config(*, bits: int, group_size: int, sym: bool, head: str) -> dict[str, Any]:
+def quantization_config(*, bits: int, group_size: int, sym: bool, ignore: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint, as transformers and vLLM read it.
 
     With zero points, transformers 5.23 with compressed-tensors 0.19 or 0.20 loads a checkpoint only if it may
@@ -33,7 +33,7 @@ def quantization_config(*, bits: int, group_size: int, sym: bool, head: str) -> 
         bits: Bits per code.
         group_size: Neighbouring weights of a row that share a scale; -1 for all.
         sym: Whether the zero point is the middle of the range.
-        head: The output layer, which stays dense.
+        ignore: Linear layers that stay dense: the output layer, or none.
     """
     weights = {
         "num_bits": bits,
@@ -49,7 +49,7 @@ def quantization_config(*, bits: int, group_size: int, sym: bool, head: str) -> 
         "format": _FORMAT,
         "quantization_status": "compressed",
         "config_groups": {"group_0": {**group, "format": _FORMAT}},
-        "ignore": [head],
+        "ignore": [*ignore],
         "kv_cache_scheme": None,
         **({} if sym else {"dequantize": True}),
     }
@@ -70,7 +70,7 @@ def check_config(config: Config, arch: Arch, where: object) -> None:
     for key in _MUST_BE_OFF:
         if config.get(key):
             raise unsupported(key, where)
-    if group.get("targets") != ["Linear"] or config.get("ignore") != [arch.head]:
+    if group.get("targets") != ["Linear"] or config.get("ignore") not in ([arch.head], []):
         raise unsupported(f"targets other than Linear, or an ignore list other than {arch.head}", where)
     if group.get("input_activations") or group.get("output_activations"):
         raise unsupported("quantized activations", where)
@@ -95,6 +95,11 @@ def _check_weights(weights: Mapping[str, Any], where: object) -> None:
 def _weights(config: Config) -> Mapping[str, Any]:
     weights: Mapping[str, Any] = next(iter(config["config_groups"].values()))["weights"]
     return weights
+
+
+def quantizes_head(config: Config, head: str) -> bool:
+    """Unless it is ignored."""
+    return head not in config["ignore"]
 
 
 def bits(config: Config) -> int | None:
@@ -183,6 +188,8 @@ def dequantize(tensors: dict[str, torch.Tensor], config: Config) -> torch.Tensor
 
 def _vllm_cpu(config: Config) -> str:
     size = _weights(config)["group_size"]
+    if not config["ignore"]:
+        return "it knows no quantized output layer in this format"
     if (number := bits(config)) != 4:
         return f"it has no kernel for {number} bits"
     return "" if size in (None, 32, 64, 128) else f"whether it runs group_size {size} is not known"

@@ -20,6 +20,11 @@ def check_config(config: Config, arch: Arch, where: object) -> None:
     """Accepts everything: a dense checkpoint has no quantization_config."""
 
 
+def quantizes_head(config: Config, head: str) -> bool:
+    """Never."""
+    return False
+
+
 def bits(config: Config) -> int | None:
     """None: there are no codes."""
     return None

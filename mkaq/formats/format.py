@@ -54,6 +54,9 @@ class Format(Protocol):
             CheckpointError: If it contradicts itself.
         """
 
+    def quantizes_head(self, config: Config, head: str) -> bool:
+        """Whether the output layer, which is called `head`, is quantized too."""
+
     def bits(self, config: Config) -> int | None:
         """Bits per code; None if there are no codes."""
 

@@ -16,7 +16,6 @@ from mkaq.formats.packing import unpack_linear
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _MUST_BE_OFF = {  # what each option means if it is on
     "dynamic": "settings of their own for some modules",
-    "lm_head": "a quantized output layer",
     "rotation": "rotated weights",
     "adapter": "an adapter beside the weights",
     "is_marlin_format": "weights laid out for the Marlin kernel",
@@ -26,7 +25,14 @@ NEEDS = "pip install optimum gptqmodel"
 
 
 def quantization_config(
-    *, bits: int, group_size: int, sym: bool, scattered: bool, static_groups: bool, damp_percent: float
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    scattered: bool,
+    static_groups: bool,
+    damp_percent: float,
+    lm_head: bool = False,
 ) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint, as GPTQModel, transformers and vLLM read it.
 
@@ -42,6 +48,7 @@ def quantization_config(
         scattered: Whether the columns of a group lie apart.
         static_groups: Whether scales were fixed before solving.
         damp_percent: Damping of the Hessian.
+        lm_head: Whether the output layer is quantized too.
     """
     marker = [] if sym else ["gptqmodel:0.9.0"]
     return {
@@ -55,7 +62,7 @@ def quantization_config(
         "static_groups": static_groups,
         "true_sequential": True,
         "damp_percent": damp_percent,
-        "lm_head": False,
+        "lm_head": lm_head,
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"mkaq:{__version__}", *marker]},
     }
@@ -90,6 +97,11 @@ def check_config(config: Config, arch: Arch, where: object) -> None:
         raise CheckpointError(
             f"quantization_config has bits {size!r} and group_size {group_size!r}", where=where
         )
+
+
+def quantizes_head(config: Config, head: str) -> bool:
+    """As `lm_head` says; readers know it by that name alone."""
+    return bool(config.get("lm_head"))
 
 
 def bits(config: Config) -> int | None:
@@ -135,6 +147,10 @@ def _groups(in_features: int, config: Config) -> int:
 
 
 def _transformers(config: Config) -> str:
+    if config.get("lm_head"):
+        return "it leaves out a quantized output layer, and writes nonsense; export.formats can add " + (
+            "compressed-tensors"
+        )
     if config["bits"] == 4 and config["group_size"] in (-1, 16):
         return f"its 4-bit kernel takes groups of 32 or more, not {_size(config)}"
     return ""

@@ -8,6 +8,8 @@ that zero points are stored unchanged.
 
 import torch
 
+_ROWS = 16_384  # output features that are decoded at once
+
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Packs codes along the first dimension, lowest bits first.
@@ -97,10 +99,14 @@ def unpack_linear(tensors: dict[str, torch.Tensor], bits: int, form: str = "gptq
     Raises:
         ValueError: If `g_idx` names a group that does not exist.
     """
-    codes = unpack(tensors["qweight"], bits)
     zeros = unpack(tensors["qzeros"].T.contiguous(), bits).T + (form == "gptq")
     g_idx = tensors["g_idx"].long()
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= len(tensors["scales"]):
         raise ValueError(f"g_idx names groups beyond the {len(tensors['scales'])} that there are")
-    scales = tensors["scales"].float()
-    return ((codes - zeros[g_idx]).float() * scales[g_idx]).T.contiguous()
+    scales, rows = tensors["scales"].float(), tensors["qweight"].shape[1]
+    weight = torch.empty(rows, len(g_idx), device=scales.device)
+    for start in range(0, rows, _ROWS):
+        part = slice(start, start + _ROWS)
+        steps = unpack(tensors["qweight"][:, part], bits) - zeros[:, part][g_idx]
+        weight[part] = (steps.float() * scales[:, part][g_idx]).T
+    return weight

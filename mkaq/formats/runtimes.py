@@ -78,7 +78,8 @@ def _served(config: Config, formats: Iterable[str]) -> Iterator[tuple[str, str]]
         yield "MLX", "mlx"
     if config and "compressed-tensors" in formats:
         form = {key: config[key] for key in ("bits", "group_size", "sym")}
-        again = compressed_tensors.quantization_config(**form, head="lm_head")
+        ignore = [] if config.get("lm_head") else ["lm_head"]
+        again = compressed_tensors.quantization_config(**form, ignore=ignore)
         served = (name for name, refuse in compressed_tensors.REFUSALS.items() if not refuse(again))
         yield from ((name, "compressed-tensors") for name in served)
 

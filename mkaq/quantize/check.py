@@ -18,9 +18,12 @@ def check_gptq(source: Checkpoint, config: Mapping[str, Any]) -> None:
         config: The quantization_config of the quantized checkpoint.
 
     Raises:
-        UnsupportedError: If a size is not a multiple of 32, or `group_size` does not divide it.
+        UnsupportedError: If a size is not a multiple of 32, or `group_size` does not divide it, or the output
+            layer is to be quantized and is the embedding.
     """
     shapes = {name: source.linear_shape(name) for name in source.arch.linear_names}
+    if config["lm_head"]:
+        shapes[source.arch.head] = _head_shape(source)
     for name, (out_features, in_features) in shapes.items():
         if in_features % 32 or out_features % 32:
             raise UnsupportedError(
@@ -35,6 +38,14 @@ def check_gptq(source: Checkpoint, config: Mapping[str, Any]) -> None:
                 where="quantize.group_size",
                 fix=_advice(config, sorted({inputs for _, inputs in shapes.values()})),
             )
+
+
+def _head_shape(source: Checkpoint) -> tuple[int, int]:
+    if source.arch.head_weight not in source.dense_shapes:
+        what = "its output layer is the embedding (tie_word_embeddings), of which runtimes read rows"
+        fix = "leave out quantize.lm_head; in GGUF export.gguf.embedding: q8_0 or q4_0 rounds both"
+        raise UnsupportedError(what, where=source.path, fix=fix)
+    return source.head_shape
 
 
 def check_bitsandbytes(source: Checkpoint, config: Mapping[str, Any]) -> None:

@@ -27,6 +27,8 @@ from mkaq.walk.batches import spans
 from mkaq.walk.piecewise import Piecewise
 from mkaq.walk.walk import LayerWalk
 
+HEAD_ROWS = 16_384  # tokens of the vocabulary whose rows are solved at once
+
 
 @dataclass(frozen=True)
 class GptqModule:
@@ -93,7 +95,8 @@ def quantize_gptq(
     hidden_states = walk.embed(tokens)
     arch, norm = source.arch, source.arch.final_norm_weight
     with writer_of(walk.ranks, folder, output.shard_size) as writer:
-        for name, tensor in source.each(n for n in source.outer_tensor_names if n != norm):
+        later = {norm, arch.head_weight} if config["lm_head"] else {norm}
+        for name, tensor in source.each(n for n in source.outer_tensor_names if n not in later):
             writer.add(name, tensor.to(dtype))
         for index in output.progress.track(range(walk.num_layers), "quantize (gptq)"):
             prefix = f"{arch.layer_name(index)}."
@@ -116,10 +119,46 @@ def quantize_gptq(
                 pieces.finish()
         final_norm = target.rescale(walk, hidden_states) if target else None
         writer.add(norm, rescaled(source, final_norm, dtype))
+        if config["lm_head"]:
+            packed, record = _quantized_head(walk, hidden_states, options)
+            modules.append(record)
+            for part, tensor in packed.items():
+                writer.add(f"{arch.head}.{part}", tensor)
     write_json(folder / "config.json", {**with_dtype(source.config, dtype), "quantization_config": config})
     write_json(folder / "quantize_config.json", config)
     copy_side_files(source.path, folder)
     return Quantized(modules, final_norm, writer.digests)
+
+
+@torch.no_grad()
+def _quantized_head(
+    walk: LayerWalk, hidden_states: torch.Tensor, options: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], GptqModule]:
+    """The output layer, some tokens of the vocabulary at a time; `hidden_states` are the last layer's output.
+
+    A factor of the final norm is a factor of the Hessian, which changes nothing here.
+    """
+    name, total = walk.checkpoint.arch.head, HessianSum(hidden_states.shape[-1], walk.device, walk.ranks)
+    weight = walk.checkpoint.read([f"{name}.weight"])[f"{name}.weight"]
+    with walk.final_norm() as norm:
+        for rows in spans(hidden_states):
+            total.add(norm(walk.to_device(hidden_states[rows])).flatten(0, -2))
+        if not len(hidden_states):
+            total.add(torch.empty(0, hidden_states.shape[-1], dtype=walk.dtype, device=walk.device))
+    hessian, parts, sums = total.whole(), list[dict[str, torch.Tensor]](), torch.zeros(4, dtype=torch.float64)
+    for piece in torch.split(weight, HEAD_ROWS):
+        part = piece.to(walk.device).float()
+        result = _checked(name, part, hessian, walk, options)
+        missed = (part - result.weight).square(), part.square()
+        costs = result.errors, result.energies, *(matrix.sum(1) for matrix in missed)
+        sums += torch.tensor([float(cost.double().sum()) for cost in costs], dtype=torch.float64)
+        codes = result.codes, result.scales, result.zeros, result.g_idx
+        parts.append(pack_linear(*codes, options["bits"]))
+    along = {"qweight": 1, "qzeros": 1, "scales": 1}
+    packed = {key: torch.cat([part[key] for part in parts], dim) for key, dim in along.items()}
+    error, energy, missed_sum, whole = sums.tolist()
+    record = GptqModule(name, ratio(error, energy), ratio(missed_sum, whole), result.damp_percent)
+    return packed | {"g_idx": parts[0]["g_idx"]}, record
 
 
 def _solve_group(
@@ -132,19 +171,8 @@ def _solve_group(
 ) -> Iterator[tuple[str, dict[str, torch.Tensor], GptqModule]]:
     """Solves the linear layers that share an input, and puts their quantized weights in place."""
     linears = [cast(nn.Linear, layer.get_submodule(name)) for name in group]
-    if not bool(torch.isfinite(hessian).all()):
-        raise CheckpointError(f"the inputs of {prefix}{group[0]} are not finite", where=walk.checkpoint.path)
     weight = torch.cat([linear.weight.float() for linear in linears])
-    try:
-        result = _solve(weight, hessian, walk.ranks, options)
-    except DampingError as error:
-        raise UsageError(
-            f"the Hessian of {prefix}{group[0]} is {error}",
-            fix="more or more varied calibration text",
-        ) from None
-    if not all_finite(torch.stack([result.errors, result.energies])):
-        what = f"the weights of {prefix}{group[0]} are so large that what they give overflows"
-        raise CheckpointError(what, where=walk.checkpoint.path)
+    result = _checked(prefix + group[0], weight, hessian, walk, options)
     costs = result.errors.double(), result.energies.double()
     start = 0
     for name, linear in zip(group, linears, strict=True):
@@ -160,6 +188,23 @@ def _solve_group(
         )
         set_weight(layer, name, result.weight[rows].to(walk.dtype))
         yield name, packed, record
+
+
+def _checked(
+    name: str, weight: torch.Tensor, hessian: torch.Tensor, walk: LayerWalk, options: Mapping[str, Any]
+) -> GptqResult:
+    """The solution for a weight, or an error that names the layer."""
+    if not bool(torch.isfinite(hessian).all()):
+        raise CheckpointError(f"the inputs of {name} are not finite", where=walk.checkpoint.path)
+    try:
+        result = _solve(weight, hessian, walk.ranks, options)
+    except DampingError as error:
+        fix = "more or more varied calibration text"
+        raise UsageError(f"the Hessian of {name} is {error}", fix=fix) from None
+    if not all_finite(torch.stack([result.errors, result.energies])):
+        what = f"the weights of {name} are so large that what they give overflows"
+        raise CheckpointError(what, where=walk.checkpoint.path)
+    return result
 
 
 def _solve(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mkaq.merge.cost import LOGITS
 from mkaq.merge.solve import CANDIDATES
+from mkaq.quantize.gptq_layers import HEAD_ROWS
 from mkaq.recover.ending import LOGITS as TUNED_LOGITS
 from mkaq.recover.ending import STEP as ENDING_TOKENS
 from mkaq.run.estimate import Need, Task
@@ -117,12 +118,13 @@ def tuning(task: Task, batch_size: int) -> Need:
     return Need(weights + max(batch * kept, end), states)
 
 
-def gptq(task: Task, *, desc_act: bool, joint: bool) -> Need:
-    """The Hessian and its factor; the stacked weight, the rounded weight, its error and its codes."""
-    shape, source, tokens = _Shape.of(task), task.source, task.own * task.length
+def gptq(task: Task, *, desc_act: bool, joint: bool, head: bool) -> Need:
+    """The Hessian and its factor; the stacked weight, the rounded weight, its error and its codes. Of the
+    output layer, if it is quantized, some rows, and its codes.
+    """
+    shape, tokens = _Shape.of(task), task.own * task.length
     solving = hessian = 0
-    for group in source.arch.inputs:
-        sizes = [source.linear_shape(linear.name) for linear in group]
+    for sizes in _inputs(task, head):
         rows, columns = sum(size[0] for size in sizes), sizes[0][1]
         # float32, and in bfloat16 the upper half of the first batch's product
         hessian = max(hessian, 5 * columns**2)
@@ -136,8 +138,15 @@ def gptq(task: Task, *, desc_act: bool, joint: bool) -> Need:
     streams = tokens * item * ((5 if joint else 3) * shape.hidden + shape.intermediate)
     walks = 2 if joint else 1
     # the stored layer stays mapped beside the new one
-    weights = walks * shape.walked(item) + shape.layer * item
+    weights = walks * shape.walked(item) + shape.layer * item + head * shape.vocabulary * shape.hidden
     return Need(weights + max(solving, shape.batch(_batch(tokens, task.length), item) + hessian), streams)
+
+
+def _inputs(task: Task, head: bool) -> list[list[tuple[int, int]]]:
+    """(out_features, in_features) of the linear layers that are solved together."""
+    source = task.source
+    groups = [[source.linear_shape(linear.name) for linear in group] for group in source.arch.inputs]
+    return groups + [[(min(HEAD_ROWS, source.sizes.vocabulary), source.sizes.hidden)]] * head
 
 
 def one_layer(task: Task) -> Need:

@@ -110,8 +110,9 @@ def tuning(task: Task, layers: int, steps: int, batch_size: int) -> Work:
     )
 
 
-def solving(task: Task, layers: int, *, joint: bool) -> Work:
-    """GPTQ: runs of every layer, a Hessian for each input, its factor, and rounding against it.
+def solving(task: Task, layers: int, *, joint: bool, head: bool) -> Work:
+    """GPTQ: runs of every layer, a Hessian for each input, its factor, and rounding against it; perhaps the
+    output layer's too.
 
     Its errors are those of the rounding, and of held-out samples, in walks over the source and the result.
     """
@@ -120,13 +121,19 @@ def solving(task: Task, layers: int, *, joint: bool) -> Work:
     for inputs in source.arch.inputs:
         shapes = [source.linear_shape(linear.name) for linear in inputs]
         rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-        carried = rows * columns**2 / task.processes  # what rounding carries on; as much for the energies
-        work += Work(products=tokens * columns**2 + carried, factors=columns**3 / 3)
-        work += walking(task, 1, carried / (2 * _weights(task)), fast=True)
-        work += Work(rounded=rows * columns / task.processes)
+        work += _rounded(task, rows, columns)
         if joint:
             work += _moments(tokens, columns, rows) + _ridges(columns, rows)
-    return work * layers + walking(task, source.num_layers + layers, tokens / HELD_OUT)
+    end = _rounded(task, source.sizes.vocabulary, source.sizes.hidden) if head else Work()
+    return work * layers + end + walking(task, source.num_layers + layers, tokens / HELD_OUT)
+
+
+def _rounded(task: Task, rows: int, columns: int) -> Work:
+    """A Hessian, its factor, and rows that are rounded against it."""
+    carried = rows * columns**2 / task.processes  # what rounding carries on; as much for the energies
+    work = Work(products=task.own * task.length * columns**2 + carried, factors=columns**3 / 3)
+    work += walking(task, 1, carried / (2 * _weights(task)), fast=True)
+    return work + Work(rounded=rows * columns / task.processes)
 
 
 def rounding(task: Task, layers: int) -> Work:

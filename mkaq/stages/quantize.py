@@ -48,6 +48,8 @@ class GptqSection(Section):
     GPTQ), or those of the source model, which also repairs errors left by merging (`source`)."""
     damp_percent: float = Field(default=0.01, gt=0, lt=1)
     """Fraction of the Hessian's mean diagonal that is added to its diagonal; raised if needed."""
+    lm_head: bool = False
+    """Quantize the output layer too. Of the runtimes, few read it; a tied one cannot be quantized."""
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
         """The `quantization_config` of the quantized model."""
@@ -60,11 +62,16 @@ class GptqSection(Section):
             scattered=self.desc_act and not self.static_groups and self.group_size != -1,
             static_groups=self.static_groups,
             damp_percent=self.damp_percent,
+            lm_head=self.lm_head,
         )
+
+    def options(self) -> dict[str, Any]:
+        """The options of the solver."""
+        return self.model_dump(exclude={"method", "target", "lm_head"})
 
     def how(self) -> str:
         """The method, its bits and its groups."""
-        return f"gptq, {self.bits} bits, group_size {self.group_size}"
+        return f"gptq, {self.bits} bits, group_size {self.group_size}" + ", lm_head" * self.lm_head
 
 
 class BitsandbytesSection(Section):
@@ -195,14 +202,17 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
         if section.target == "source":
             check_solvable(source, task.samples, "quantize.target: source", "target: input")
         joint = section.target == "source"
-        need = gptq(task, desc_act=section.desc_act, joint=joint)
-        done = work.solving(task, before.layers, joint=joint)
+        need = gptq(task, desc_act=section.desc_act, joint=joint, head=section.lm_head)
+        done = work.solving(task, before.layers, joint=joint, head=section.lm_head)
     else:
         check_bitsandbytes(source, config)
         need, done = one_layer(task), work.rounding(task, before.layers)
-    dense = before.parameters - before.layers * sum(rows * columns for rows, columns in shapes)
-    stored = sum(format_of(config).stored_bytes(shape, config) for shape in shapes)
-    size = dense * task.dtype.itemsize + before.layers * stored
+    every = shapes * before.layers
+    if format_of(config).quantizes_head(config, source.arch.head):
+        every.append(source.head_shape)
+    dense = before.parameters - sum(rows * columns for rows, columns in every)
+    stored = sum(format_of(config).stored_bytes(shape, config) for shape in every)
+    size = dense * task.dtype.itemsize + stored
     return Estimate(need, ModelSize(NAME, before.layers, before.parameters, size, section.how()), done)
 
 
@@ -246,9 +256,8 @@ def _gptq(section: GptqSection, job: Job, folder: Path) -> Made:
     else:
         tokens = tokens[job.ranks.slice_of(len(tokens))]
     walk = job.walk(job.model, fast=mode(section).fast, beside=beside)
-    options = section.model_dump(exclude={"method", "target"})
     config = section.config(job.dtype)
-    done = quantize_gptq(walk, tokens, options, config, folder, job.output, target)
+    done = quantize_gptq(walk, tokens, section.options(), config, folder, job.output, target)
     norm = done.final_norm and asdict(done.final_norm)
     return Made({"modules": [asdict(module) for module in done.modules], "final_norm": norm}, done.digests)
 

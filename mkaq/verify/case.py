@@ -11,6 +11,7 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import VerificationError
 from mkaq.fit.final_norm import scaled_norm
 from mkaq.fit.hold_out import Samples
+from mkaq.formats.formats import format_of
 from mkaq.formats.layer import dense_layer
 from mkaq.merge.write import digest_layer
 from mkaq.progress import Progress
@@ -116,11 +117,23 @@ class Case:
         """Yields the faults of the tensors outside the layers."""
         arch = self.source.arch
         for name, tensor in self.source.each(self.source.outer_tensor_names):
+            if name == arch.head_weight and self.artifact.quantizes_head:
+                yield from self._head_faults(tensor.to(self.dtype))
+                continue
             expected = tensor
             for scale in self._scales if name == arch.final_norm_weight else ():
                 expected = scaled_norm(expected, scale, arch.norm_offset, self.dtype)
             if not torch.equal(expected.to(self.dtype), self.artifact.read([name])[name]):
                 yield f"{name} is not the source's" + (", rescaled" if expected is not tensor else "")
+
+    def _head_faults(self, weight: torch.Tensor) -> Iterator[str]:
+        """Yields a fault if the quantized output layer has another error than recorded."""
+        name, config = self.source.arch.head, self.artifact.quantization or {}
+        names = [each for each in self.artifact.outer_tensor_names if each.startswith(f"{name}.")]
+        stored = {each.removeprefix(f"{name}."): tensor for each, tensor in self.artifact.each(names)}
+        actual = relative_error(weight, format_of(config).dequantize(stored, config))
+        if name in self.modules:
+            yield from _error_faults(self.modules[name], actual)
 
     def _solved_faults(self) -> Iterator[str]:
         writers = tuple(f".{name}" for name in self.source.arch.out_projs)
@@ -139,19 +152,21 @@ class Case:
         for name, tensor in known.tensors.items():
             module = self.modules.get(self._module(new, name)) if name.endswith(".weight") else None
             if module is not None:
-                actual, recorded_error = relative_error(tensor, present[name]), module.weight_error
-                if _is_rounded(module) and not math.isclose(
-                    actual, recorded_error, rel_tol=_RELATIVE_TOLERANCE, abs_tol=1e-12
-                ):
-                    yield (
-                        f"{module.name} has a weight error of {actual:.6g}, "
-                        f"the manifest says {recorded_error:.6g}"
-                    )
+                if _is_rounded(module):
+                    yield from _error_faults(module, relative_error(tensor, present[name]))
             elif not torch.equal(tensor, present[name]):
                 yield f"{arch.in_layer(new, name)} is not what the recorded merge gives"
 
     def _module(self, new: int, name: str) -> str:
         return self.source.arch.in_layer(new, name.removesuffix(".weight"))
+
+
+def _error_faults(module: "QuantizedModule", actual: float) -> Iterator[str]:
+    """Yields a fault if a module's weight error is not the recorded one."""
+    if not math.isclose(actual, module.weight_error, rel_tol=_RELATIVE_TOLERANCE, abs_tol=1e-12):
+        yield (
+            f"{module.name} has a weight error of {actual:.6g}, the manifest says {module.weight_error:.6g}"
+        )
 
 
 def _is_rounded(module: "QuantizedModule | None") -> bool:

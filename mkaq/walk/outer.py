@@ -16,6 +16,7 @@ from torch import nn
 from mkaq.arch.skeleton import build_skeleton
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import CheckpointError
+from mkaq.formats.formats import format_of
 from mkaq.walk.hooks import input_of
 
 
@@ -162,8 +163,8 @@ class Outer:
             return output
 
         self._load(self._weight_and_bias(self._arch.head_weight), dtype)
-        if self._arch.head_weight not in self._checkpoint.tensors:  # tied
-            weight = self._checkpoint.read([self._arch.embed_weight])[self._arch.embed_weight]
+        if self._arch.head_weight not in self._checkpoint.tensors:
+            weight = self._quantized_head() if self._checkpoint.quantizes_head else self._embedding()
             head.weight = nn.Parameter(weight.to(self._device, dtype or self._dtype), requires_grad=False)
         skeleton.set_submodule(self._arch.base, stub)
         try:
@@ -171,6 +172,25 @@ class Outer:
         finally:
             skeleton.set_submodule(self._arch.base, self._base)
             head.to("meta")
+
+    def _embedding(self) -> torch.Tensor:
+        return self._checkpoint.read([self._arch.embed_weight])[self._arch.embed_weight]
+
+    def _quantized_head(self) -> torch.Tensor:
+        """The weight that the output layer's codes stand for, shape (vocabulary, hidden_size)."""
+        prefix, config = f"{self._arch.head}.", self._checkpoint.quantization or {}
+        names = [name for name in self._checkpoint.outer_tensor_names if name.startswith(prefix)]
+        stored = {name.removeprefix(prefix): tensor for name, tensor in self._checkpoint.each(names)}
+        try:
+            return format_of(config).dequantize(stored, config)
+        except ValueError as error:
+            what = f"{self._arch.head} cannot be decoded: {error}"
+            raise CheckpointError(what, where=self._checkpoint.path) from None
+
+    def _dense_outer_names(self) -> list[str]:
+        """The names of the tensors outside the layers that are not an output layer's codes."""
+        dense = self._checkpoint.dense_shapes
+        return [name for name in self._checkpoint.outer_tensor_names if name in dense]
 
     def _weight_and_bias(self, weight: str) -> list[str]:
         """The names of a weight and its bias, if they are stored."""
@@ -189,7 +209,10 @@ class Outer:
     def whole(self, layers: list[nn.Module]) -> Any:
         """The model with all its tensors and with layers that have their weights."""
         self._put_layers(layers)
-        self._load(self._checkpoint.outer_tensor_names)
+        self._load(self._dense_outer_names())
+        if self._checkpoint.quantizes_head:
+            weight = self._quantized_head().to(self._device, self._dtype)
+            self.skeleton.get_submodule(self._arch.head).weight = nn.Parameter(weight, requires_grad=False)
         self.skeleton.tie_weights()
         return self.skeleton.requires_grad_(False).to(self._device).eval()
 
