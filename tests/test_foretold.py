@@ -47,15 +47,17 @@ def test_what_is_counted(task: Task) -> None:
     averaged = work.trying(task, candidates, fuse=False, measured=True)
     assert averaged.fast > 0 and not averaged.exact
     assert work.trying(task, [], fuse=True, measured=False) == Work()
-    alone, joint = (work.solving(task, layers, joint=each) for each in (False, True))
+    alone, joint = (work.solving(task, layers, joint=each, head=False) for each in (False, True))
     assert joint.products > alone.products and joint.exact > alone.exact
+    head = work.solving(task, layers, joint=False, head=True)
+    assert head.rounded - alone.rounded == task.source.sizes.vocabulary * task.source.sizes.hidden
 
 
 def test_more_samples_are_more_work_and_more_processes_are_less_for_each(task: Task) -> None:
     source = task.source
     more = Task(source, CPU, task.dtype, samples=64, length=32)
     shared = Task(source, CPU, task.dtype, samples=64, length=32, processes=4)
-    for count in (lambda t: work.fusing(t, 2), lambda t: work.solving(t, 2, joint=False)):
+    for count in (lambda t: work.fusing(t, 2), lambda t: work.solving(t, 2, joint=False, head=True)):
         assert sum(asdict(count(more)).values()) > sum(asdict(count(task)).values())
         assert sum(asdict(count(shared)).values()) < sum(asdict(count(more)).values())
 

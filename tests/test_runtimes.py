@@ -59,6 +59,7 @@ def running(config: dict[str, Any] | None) -> set[str]:
         ({"bits": 4, "desc_act": True}, {HERE, ONNX}),
         ({"bits": 8, "desc_act": True}, {HERE}),
         ({"bits": 4, "desc_act": True, "static_groups": True}, EVERY),
+        ({"bits": 4, "lm_head": True}, EVERY - {HERE}),
     ],
 )
 def test_gptq(options: dict[str, Any], expected: set[str]) -> None:
