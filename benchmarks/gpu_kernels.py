@@ -7,7 +7,7 @@ import torch
 
 from mkaq.quantize.gptq import PLAIN, GptqResult, Kernels, gptq
 from mkaq.quantize.gptq_cpu import NUMBA
-from mkaq.quantize.gptq_layers import kernels_for
+from mkaq.quantize.solved import kernels_for
 
 WARM = 256  # columns of a first problem, on which kernels are compiled
 FREE = {"desc_act": True, "static_groups": True}

@@ -16,8 +16,8 @@ from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.fit.hold_out import hold_out
 from mkaq.merge.channels import fuse
 from mkaq.quantize.gptq import gptq
-from mkaq.quantize.gptq_layers import kernels_for
 from mkaq.quantize.hessian import HessianSum
+from mkaq.quantize.solved import kernels_for
 from mkaq.recover.layerwise import tune
 from mkaq.recover.steps import Tuning
 from mkaq.walk.batches import spans

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mkaq.quantize import gptq_layers
+from mkaq.quantize import solved
 from mkaq.quantize.gptq import PLAIN, GptqResult, gptq
 from mkaq.quantize.gptq_cpu import NUMBA
 from tests.pretend import pretended_gpu
@@ -172,9 +172,9 @@ def test_where_nothing_can_be_compiled_a_warning_says_so() -> None:
 
 def test_loops_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, fused = torch.device("cuda", 0), object()
-    assert gptq_layers.kernels_for(torch.device("cpu")) is NUMBA
+    assert solved.kernels_for(torch.device("cpu")) is NUMBA
     with pretended_gpu() as pretended:
-        assert gptq_layers.kernels_for(pretended) is PLAIN
+        assert solved.kernels_for(pretended) is PLAIN
     for triton, version, works, expected in (
         (True, "13.0", True, fused),
         (True, "13.0", False, PLAIN),
@@ -184,6 +184,6 @@ def test_loops_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         module = SimpleNamespace(TRITON=fused, works_on=lambda _, works=works: works)
         monkeypatch.setitem(sys.modules, "mkaq.quantize.gptq_cuda", module)
         monkeypatch.setattr("mkaq.quantize.gptq_cuda", module, raising=False)
-        monkeypatch.setattr(gptq_layers, "find_spec", lambda _, triton=triton: object() if triton else None)
+        monkeypatch.setattr(solved, "find_spec", lambda _, triton=triton: object() if triton else None)
         monkeypatch.setattr("torch.version.cuda", version)
-        assert gptq_layers.kernels_for(cuda) is expected
+        assert solved.kernels_for(cuda) is expected

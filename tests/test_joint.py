@@ -13,8 +13,9 @@ from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.fit.hold_out import hold_out
 from mkaq.manifest import MANIFEST, read_manifest
 from mkaq.progress import Progress
-from mkaq.quantize.gptq_layers import GptqModule, quantize_gptq
+from mkaq.quantize.gptq_layers import quantize_gptq
 from mkaq.quantize.joint import JointTarget
+from mkaq.quantize.solved import GptqModule
 from mkaq.stages.quantize import GptqSection, QuantizeRecord
 from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq, one_message

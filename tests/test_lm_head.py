@@ -14,7 +14,7 @@ from mkaq.checkpoint.validate import open_checkpoint, read_headers
 from mkaq.errors import CheckpointError
 from mkaq.formats.packing import unpack_linear
 from mkaq.manifest import MANIFEST
-from mkaq.quantize import gptq_layers
+from mkaq.quantize import head as head_module
 from mkaq.quantize.gptq import gptq
 from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq, forge, one_message, run_quietly
@@ -104,7 +104,7 @@ def test_rows_in_pieces_give_what_all_rows_give(
         return load_file(tmp_path / name / "artifact" / "model.safetensors")
 
     whole = made("whole")
-    monkeypatch.setattr(gptq_layers, "HEAD_ROWS", 1024)
+    monkeypatch.setattr(head_module, "HEAD_ROWS", 1024)
     pieces = made("pieces")
     assert all(torch.equal(whole[n], pieces[n]) for n in whole if n.startswith(HEAD))
 

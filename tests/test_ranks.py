@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mkaq.formats.packing import unpack
 from mkaq.quantize.gptq import gptq
 from mkaq.quantize.gptq_cpu import NUMBA
-from mkaq.quantize.gptq_layers import _solve
+from mkaq.quantize.solved import _shared
 from mkaq.ranks import Ranks
 from tests.runs import Outcome
 from tests.tiny import SIMILAR
@@ -125,7 +125,7 @@ def test_all_rows_are_solved_with_the_damping_that_any_process_needs() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(64, 32, generator=generator), torch.randn(256, 32, generator=generator)
     options = {"bits": 4, "group_size": 32, "damp_percent": 0.01}
-    found = _solve(weight, x.T @ x, TwoProcesses(), options)
+    found = _shared(weight, x.T @ x, TwoProcesses(), options)
     wanted = gptq(weight, x.T @ x, bits=4, group_size=32, damp_percent=0.1, kernels=NUMBA)
     assert found.damp_percent == 0.1 and torch.equal(found.codes, wanted.codes)
 

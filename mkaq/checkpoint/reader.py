@@ -92,6 +92,20 @@ class Checkpoint:
         }
         return result | ({self.arch.head: self.head_shape} if self.quantizes_head else {})
 
+    def quantized_head(self) -> torch.Tensor:
+        """What a quantized output layer's codes stand for: float32, shape (vocabulary, hidden_size).
+
+        Raises:
+            CheckpointError: If they cannot be read, or contradict one another.
+        """
+        prefix, config = f"{self.arch.head}.", self.quantization or {}
+        names = [name for name in self.outer_tensor_names if name.startswith(prefix)]
+        stored = {name.removeprefix(prefix): tensor for name, tensor in self.each(names)}
+        try:
+            return format_of(config).dequantize(stored, config)
+        except ValueError as error:
+            raise CheckpointError(f"{self.arch.head} cannot be decoded: {error}", where=self.path) from None
+
     @property
     def head_shape(self) -> tuple[int, int]:
         """(out_features, in_features) of an output layer of its own.

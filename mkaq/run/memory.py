@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mkaq.merge.cost import LOGITS
 from mkaq.merge.solve import CANDIDATES
-from mkaq.quantize.gptq_layers import HEAD_ROWS
+from mkaq.quantize.gptq import HEAD_ROWS
 from mkaq.recover.ending import LOGITS as TUNED_LOGITS
 from mkaq.recover.ending import STEP as ENDING_TOKENS
 from mkaq.run.estimate import Need, Task

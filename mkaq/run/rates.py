@@ -135,7 +135,7 @@ class Rehearsal:
     def _rounded(self) -> float:
         """Seconds per weight of GPTQ's loops."""
         from mkaq.quantize.gptq import gptq
-        from mkaq.quantize.gptq_layers import kernels_for
+        from mkaq.quantize.solved import kernels_for
 
         weight = torch.linspace(-1, 1, 512 * 1024, device=self._device).reshape(512, 1024)
         hessian = torch.eye(1024, device=self._device)

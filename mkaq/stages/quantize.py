@@ -49,7 +49,8 @@ class GptqSection(Section):
     damp_percent: float = Field(default=0.01, gt=0, lt=1)
     """Fraction of the Hessian's mean diagonal that is added to its diagonal; raised if needed."""
     lm_head: bool = False
-    """Quantize the output layer too. Of the runtimes, few read it; a tied one cannot be quantized."""
+    """Quantize the output layer too, if it is not the embedding. transformers reads it from the format
+    compressed-tensors alone."""
 
     def config(self, dtype: torch.dtype) -> dict[str, Any]:
         """The `quantization_config` of the quantized model."""

@@ -11,7 +11,6 @@ from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import VerificationError
 from mkaq.fit.final_norm import scaled_norm
 from mkaq.fit.hold_out import Samples
-from mkaq.formats.formats import format_of
 from mkaq.formats.layer import dense_layer
 from mkaq.merge.write import digest_layer
 from mkaq.progress import Progress
@@ -128,12 +127,8 @@ class Case:
 
     def _head_faults(self, weight: torch.Tensor) -> Iterator[str]:
         """Yields a fault if the quantized output layer has another error than recorded."""
-        name, config = self.source.arch.head, self.artifact.quantization or {}
-        names = [each for each in self.artifact.outer_tensor_names if each.startswith(f"{name}.")]
-        stored = {each.removeprefix(f"{name}."): tensor for each, tensor in self.artifact.each(names)}
-        actual = relative_error(weight, format_of(config).dequantize(stored, config))
-        if name in self.modules:
-            yield from _error_faults(self.modules[name], actual)
+        if module := self.modules.get(self.source.arch.head):
+            yield from _error_faults(module, relative_error(weight, self.artifact.quantized_head()))
 
     def _solved_faults(self) -> Iterator[str]:
         writers = tuple(f".{name}" for name in self.source.arch.out_projs)

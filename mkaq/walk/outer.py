@@ -16,7 +16,6 @@ from torch import nn
 from mkaq.arch.skeleton import build_skeleton
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.errors import CheckpointError
-from mkaq.formats.formats import format_of
 from mkaq.walk.hooks import input_of
 
 
@@ -164,7 +163,8 @@ class Outer:
 
         self._load(self._weight_and_bias(self._arch.head_weight), dtype)
         if self._arch.head_weight not in self._checkpoint.tensors:
-            weight = self._quantized_head() if self._checkpoint.quantizes_head else self._embedding()
+            quantized = self._checkpoint.quantizes_head
+            weight = self._checkpoint.quantized_head() if quantized else self._embedding()
             head.weight = nn.Parameter(weight.to(self._device, dtype or self._dtype), requires_grad=False)
         skeleton.set_submodule(self._arch.base, stub)
         try:
@@ -175,17 +175,6 @@ class Outer:
 
     def _embedding(self) -> torch.Tensor:
         return self._checkpoint.read([self._arch.embed_weight])[self._arch.embed_weight]
-
-    def _quantized_head(self) -> torch.Tensor:
-        """The weight that the output layer's codes stand for, shape (vocabulary, hidden_size)."""
-        prefix, config = f"{self._arch.head}.", self._checkpoint.quantization or {}
-        names = [name for name in self._checkpoint.outer_tensor_names if name.startswith(prefix)]
-        stored = {name.removeprefix(prefix): tensor for name, tensor in self._checkpoint.each(names)}
-        try:
-            return format_of(config).dequantize(stored, config)
-        except ValueError as error:
-            what = f"{self._arch.head} cannot be decoded: {error}"
-            raise CheckpointError(what, where=self._checkpoint.path) from None
 
     def _dense_outer_names(self) -> list[str]:
         """The names of the tensors outside the layers that are not an output layer's codes."""
@@ -211,7 +200,7 @@ class Outer:
         self._put_layers(layers)
         self._load(self._dense_outer_names())
         if self._checkpoint.quantizes_head:
-            weight = self._quantized_head().to(self._device, self._dtype)
+            weight = self._checkpoint.quantized_head().to(self._device, self._dtype)
             self.skeleton.get_submodule(self._arch.head).weight = nn.Parameter(weight, requires_grad=False)
         self.skeleton.tie_weights()
         return self.skeleton.requires_grad_(False).to(self._device).eval()

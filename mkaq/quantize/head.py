@@ -1,0 +1,45 @@
+"""The output layer, rounded against what the final norm gives it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mkaq.formats.packing import pack_linear
+from mkaq.quantize.gptq import HEAD_ROWS
+from mkaq.quantize.hessian import HessianSum
+from mkaq.quantize.solved import GptqModule, solve
+from mkaq.quantize.weight_error import ratio
+from mkaq.walk.batches import spans
+from mkaq.walk.walk import LayerWalk
+
+
+@torch.no_grad()
+def quantize_head(
+    walk: LayerWalk, hidden_states: torch.Tensor, options: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], GptqModule]:
+    """The output layer, some tokens of the vocabulary at a time; `hidden_states` are the last layer's output.
+
+    A factor of the final norm is a factor of the Hessian, which changes nothing here.
+    """
+    name, total = walk.checkpoint.arch.head, HessianSum(hidden_states.shape[-1], walk.device, walk.ranks)
+    weight = walk.checkpoint.read([f"{name}.weight"])[f"{name}.weight"]
+    with walk.final_norm() as norm:
+        for rows in spans(hidden_states):
+            total.add(norm(walk.to_device(hidden_states[rows])).flatten(0, -2))
+        if not len(hidden_states):
+            total.add(torch.empty(0, hidden_states.shape[-1], dtype=walk.dtype, device=walk.device))
+    hessian, parts, sums = total.whole(), list[dict[str, torch.Tensor]](), torch.zeros(4, dtype=torch.float64)
+    for piece in torch.split(weight, HEAD_ROWS):
+        part = piece.to(walk.device).float()
+        result = solve(name, part, hessian, walk, options)
+        missed = (part - result.weight).square(), part.square()
+        costs = result.errors, result.energies, *(matrix.sum(1) for matrix in missed)
+        sums += torch.tensor([float(cost.double().sum()) for cost in costs], dtype=torch.float64)
+        codes = result.codes, result.scales, result.zeros, result.g_idx
+        parts.append(pack_linear(*codes, options["bits"]))
+    along = {"qweight": 1, "qzeros": 1, "scales": 1}
+    packed = {key: torch.cat([part[key] for part in parts], dim) for key, dim in along.items()}
+    error, energy, missed_sum, whole = sums.tolist()
+    record = GptqModule(name, ratio(error, energy), ratio(missed_sum, whole), result.damp_percent)
+    return packed | {"g_idx": parts[0]["g_idx"]}, record
