@@ -1,7 +1,8 @@
 """What each runtime takes to read a prompt and to write after it.
 
-Every engine loads a model and returns a function: token ids of a prompt and a number n to the seconds until
-the first token is known, and the seconds for n more. Each runs in a process of its own, `mkaq.bench.worker`.
+Every engine loads a model with so many threads, and room for so many tokens, and returns a function: token
+ids of a prompt and a number n to the seconds until the first token is known, and the seconds for n more.
+Each runs in a process of its own, `mkaq.bench.worker`.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 Run = Callable[[list[int], int], tuple[float, float]]
 
 
-def transformers(path: Path, threads: int) -> Run:
+def transformers(path: Path, threads: int, room: int) -> Run:
     """Plain transformers; GPTQModel multiplies GPTQ's layers."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 1, its default on two cores, makes it fail
     import torch
@@ -41,11 +42,11 @@ def transformers(path: Path, threads: int) -> Run:
     return run
 
 
-def llamacpp(path: Path, threads: int) -> Run:
+def llamacpp(path: Path, threads: int, room: int) -> Run:
     """llama.cpp, by its own clock."""
     from mkaq.generate.llamacpp import serve
 
-    server = serve(path, threads)
+    server = serve(path, threads, room=room)
 
     def run(ids: list[int], new: int) -> tuple[float, float]:
         request = {"prompt": ids, "max_tokens": new + 1, "temperature": 0, "ignore_eos": True}
@@ -55,7 +56,7 @@ def llamacpp(path: Path, threads: int) -> Run:
     return run
 
 
-def vllm(path: Path, threads: int) -> Run:
+def vllm(path: Path, threads: int, room: int) -> Run:
     """vLLM, on a GPU or in its build for CPUs."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -66,7 +67,7 @@ def vllm(path: Path, threads: int) -> Run:
     torch.set_num_threads(threads)
     eager = not torch.cuda.is_available()
     model = LLM(
-        str(path), enforce_eager=eager, max_model_len=1024, max_num_seqs=1, enable_prefix_caching=False
+        str(path), enforce_eager=eager, max_model_len=room, max_num_seqs=1, enable_prefix_caching=False
     )
 
     def seconds(ids: list[int], new: int) -> float:
@@ -100,7 +101,7 @@ def onnx_model(path: Path, folder: Path) -> Path:
     return folder
 
 
-def onnx(path: Path, threads: int) -> Run:
+def onnx(path: Path, threads: int, room: int) -> Run:
     """ONNX Runtime GenAI, on what `onnx_model` has made."""
     import numpy as np
     import onnxruntime_genai as og
@@ -124,7 +125,7 @@ def onnx(path: Path, threads: int) -> Run:
     return run
 
 
-def mlx(path: Path, threads: int) -> Run:
+def mlx(path: Path, threads: int, room: int) -> Run:
     """mlx-lm; it chooses its threads itself."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
@@ -144,7 +145,7 @@ def mlx(path: Path, threads: int) -> Run:
     return run
 
 
-ENGINES: dict[str, Callable[[Path, int], Run]] = {
+ENGINES: dict[str, Callable[[Path, int, int], Run]] = {
     "transformers": transformers,
     "llama.cpp": llamacpp,
     "vllm": vllm,

@@ -105,7 +105,7 @@ def _reader(model: Checkpoint, form: str) -> str:
 def _measured(folder: Path, key: str, form: str, load: Load) -> Speed:
     """A model in a runtime, in a process of its own."""
     place = folder if form == "safetensors" else folder / form
-    files = [*place.glob("*.gguf"), *place.glob("*.safetensors")]
+    files = list(place.glob("*.gguf" if form == "gguf" else "*.safetensors"))
     engine = key.removesuffix("-cpu")
     model = files[0] if form == "gguf" else place
     numbers = load.threads, load.prompt_tokens, load.new_tokens, load.repeats

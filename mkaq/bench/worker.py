@@ -25,7 +25,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         loaded = onnx_model(path, Path(folder)) if runtime == "onnx" else path
         began = time.perf_counter()
-        run = ENGINES[runtime](loaded, threads)
+        run = ENGINES[runtime](loaded, threads, prompt + new + 1)
         load_seconds = time.perf_counter() - began
         ids = random.Random(0).choices(_TOKENS, k=prompt)
         run(ids, new)

@@ -16,12 +16,13 @@ from mkaq.generate.writer import Message, Reply, Show
 _TEMPLATE = "tokenizer.chat_template"
 
 
-def serve(path: Path, threads: int, *, on_cpu: bool = False) -> Any:
+def serve(path: Path, threads: int, *, room: int = 0, on_cpu: bool = False) -> Any:
     """A GGUF file in llama.cpp's server, which answers this process alone.
 
     Args:
         path: The file.
         threads: Threads that compute.
+        room: Tokens that the KV cache has room for; 0 for the model's whole context.
         on_cpu: Whether all layers stay off a GPU.
 
     Raises:
@@ -37,6 +38,7 @@ def serve(path: Path, threads: int, *, on_cpu: bool = False) -> Any:
     parameters.verbosity, parameters.warmup, parameters.n_parallel = -1, False, 1
     parameters.api_keys = [secrets.token_hex(16)]  # it listens on this machine, to nobody
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.n_ctx = room
     if on_cpu:
         parameters.n_gpu_layers = 0
     try:
