@@ -115,4 +115,4 @@ def test_json_is_the_streamed_text(tiny: Path, mkaq: Mkaq) -> None:
 
 
 def test_memory_is_told(tiny: Path, mkaq: Mkaq) -> None:
-    assert "MB of memory" in mkaq("generate", tiny, "To be", "--max-new-tokens", 1).err
+    assert "B of memory" in mkaq("generate", tiny, "To be", "--max-new-tokens", 1).err

@@ -23,7 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("fit",),
     WORK,
     ("verify", "export", "generate"),
-    ("run",),
+    ("run", "bench"),
     ("stages",),
     ("top",),
     ("cli",),

@@ -104,7 +104,7 @@ def test_rows_in_pieces_give_what_all_rows_give(
         return load_file(tmp_path / name / "artifact" / "model.safetensors")
 
     whole = made("whole")
-    monkeypatch.setattr(head_module, "HEAD_ROWS", 1024)
+    monkeypatch.setattr(head_module, "ROWS", 1024)
     pieces = made("pieces")
     assert all(torch.equal(whole[n], pieces[n]) for n in whole if n.startswith(HEAD))
 

@@ -1,8 +1,8 @@
 """What each runtime takes to read a prompt and to write after it.
 
-Every engine loads a model with so many threads, and room for so many tokens, and returns a function: token
-ids of a prompt and a number n to the seconds until the first token is known, and the seconds for n more.
-Each runs in a process of its own, `mkaq.bench.worker`.
+Every engine loads a model with so many threads (torch's are those of OMP_NUM_THREADS), and room for so many
+tokens, and returns a function: token ids of a prompt and a number n to the seconds until the first token is
+known, and the seconds for n more. Each runs in a process of its own, `mkaq.bench.worker`.
 """
 
 import json
@@ -22,7 +22,6 @@ def transformers(path: Path, threads: int, room: int) -> Run:
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True).to(device).eval()
 
@@ -64,7 +63,6 @@ def vllm(path: Path, threads: int, room: int) -> Run:
     import torch
     from vllm import LLM, SamplingParams
 
-    torch.set_num_threads(threads)
     eager = not torch.cuda.is_available()
     model = LLM(
         str(path), enforce_eager=eager, max_model_len=room, max_num_seqs=1, enable_prefix_caching=False

@@ -8,7 +8,7 @@ that zero points are stored unchanged.
 
 import torch
 
-_ROWS = 16_384  # output features that are decoded at once
+ROWS = 16_384  # output features of a large layer that are quantized or decoded at once
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -105,8 +105,8 @@ def unpack_linear(tensors: dict[str, torch.Tensor], bits: int, form: str = "gptq
         raise ValueError(f"g_idx names groups beyond the {len(tensors['scales'])} that there are")
     scales, rows = tensors["scales"].float(), tensors["qweight"].shape[1]
     weight = torch.empty(rows, len(g_idx), device=scales.device)
-    for start in range(0, rows, _ROWS):
-        part = slice(start, start + _ROWS)
+    for start in range(0, rows, ROWS):
+        part = slice(start, start + ROWS)
         steps = unpack(tensors["qweight"][:, part], bits) - zeros[:, part][g_idx]
         weight[part] = (steps.float() * scales[:, part][g_idx]).T
     return weight

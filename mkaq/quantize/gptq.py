@@ -23,7 +23,6 @@ SHRINK = tuple(1 - 0.025 * step for step in range(21))
 _BLOCK = 128
 _ROWS = 4096
 _MAX_DAMP = 1.0
-HEAD_ROWS = 16_384  # rows of the output layer that are solved at once
 
 
 @dataclass(frozen=True)

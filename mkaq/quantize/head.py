@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from mkaq.formats.packing import pack_linear
-from mkaq.quantize.gptq import HEAD_ROWS
+from mkaq.formats.packing import ROWS, pack_linear
 from mkaq.quantize.hessian import HessianSum
 from mkaq.quantize.solved import GptqModule, solve
 from mkaq.quantize.weight_error import ratio
@@ -30,7 +29,7 @@ def quantize_head(
         if not len(hidden_states):
             total.add(torch.empty(0, hidden_states.shape[-1], dtype=walk.dtype, device=walk.device))
     hessian, parts, sums = total.whole(), list[dict[str, torch.Tensor]](), torch.zeros(4, dtype=torch.float64)
-    for piece in torch.split(weight, HEAD_ROWS):
+    for piece in torch.split(weight, ROWS):
         part = piece.to(walk.device).float()
         result = solve(name, part, hessian, walk, options)
         missed = (part - result.weight).square(), part.square()

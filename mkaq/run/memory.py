@@ -7,9 +7,9 @@ to measured peaks: benchmarks/memory.py prints both.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mkaq.formats.packing import ROWS
 from mkaq.merge.cost import LOGITS
 from mkaq.merge.solve import CANDIDATES
-from mkaq.quantize.gptq import HEAD_ROWS
 from mkaq.recover.ending import LOGITS as TUNED_LOGITS
 from mkaq.recover.ending import STEP as ENDING_TOKENS
 from mkaq.run.estimate import Need, Task
@@ -146,7 +146,7 @@ def _inputs(task: Task, head: bool) -> list[list[tuple[int, int]]]:
     """(out_features, in_features) of the linear layers that are solved together."""
     source = task.source
     groups = [[source.linear_shape(linear.name) for linear in group] for group in source.arch.inputs]
-    return groups + [[(min(HEAD_ROWS, source.sizes.vocabulary), source.sizes.hidden)]] * head
+    return groups + [[(min(ROWS, source.sizes.vocabulary), source.sizes.hidden)]] * head
 
 
 def one_layer(task: Task) -> Need:

@@ -22,7 +22,6 @@ GPTQ: dict[str, dict[str, Any]] = {
     "old marlin": {"is_marlin_format": True},
     "another method": {"method": "qqq"},
     "words of 16 bits": {"pack_dtype": "int16"},
-    "quantized head": {"lm_head": True},
     "modules with settings of their own": {"dynamic": {"+:.*down_proj": {"bits": 8}}},
     "rotated": {"rotation": "hadamard"},
     "with an adapter": {"adapter": {"name": "lora"}},
