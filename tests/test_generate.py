@@ -114,5 +114,17 @@ def test_json_is_the_streamed_text(tiny: Path, mkaq: Mkaq) -> None:
     assert mkaq(*command).out == f"To be{told['text']}\n" and told["tokens"] == 6
 
 
+def test_context_is_a_limit(tiny: Path, mkaq: Mkaq) -> None:
+    done = mkaq("generate", tiny, "To be", "--max-new-tokens", 1000, "--json")
+    told = json.loads(done.out)
+    assert told["context_full"] and told["prompt_tokens"] + told["tokens"] == 256
+    one_message(mkaq("generate", tiny, "word " * 300), 2, "context of 256", "shorten")
+
+
+def test_a_filter_without_a_temperature_is_refused(tiny: Path, mkaq: Mkaq) -> None:
+    one_message(mkaq("generate", tiny, "To be", "--top-k", 3), 2, "--temperature")
+    one_message(mkaq("generate", tiny, "To be", "--temperature", 1, "--seed", 2**32), 2, "--seed")
+
+
 def test_memory_is_told(tiny: Path, mkaq: Mkaq) -> None:
     assert "B of memory" in mkaq("generate", tiny, "To be", "--max-new-tokens", 1).err

@@ -32,8 +32,8 @@ def main() -> None:
         read, written = zip(*(run(ids, new) for _ in range(repeats)), strict=True)
     found = {
         "load_seconds": load_seconds,
-        "prefill": prompt / median(read),
-        "decode": new / median(written),
+        "prefill_tokens_per_second": prompt / median(read),
+        "decode_tokens_per_second": new / median(written),
         "peak_memory_bytes": peak_bytes(),
     }
     if "torch" in sys.modules and (torch := sys.modules["torch"]).cuda.is_initialized():

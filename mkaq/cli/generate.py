@@ -22,7 +22,7 @@ _Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest 
 _TopK = Annotated[int, typer.Option(min=0, help="Only so many likeliest tokens; 0: all.")]
 _TopP = Annotated[float, typer.Option(min=0.0001, max=1, help="Only the likeliest with this probability.")]
 _MinP = Annotated[float, typer.Option(min=0, max=1, help="Only tokens this likely beside the likeliest.")]
-_Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
+_Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")]
 
 
 def generate(
@@ -38,17 +38,25 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text. Tokens appear as they come; speed and memory are told at the end."""
+    if temperature == 0 and (top_k, top_p, min_p) != (0, 1.0, 0.0):
+        raise UsageError("only a --temperature above 0 draws from several tokens", where="generate")
     options.quiet_libraries()
     from mkaq.generate.sampling import Sampling
     from mkaq.generate.writer import writer_of
 
     writer = writer_of(artifact, device, Sampling(temperature, top_k, top_p, min_p, seed))
-    show = (lambda _: None) if as_json else _show
-    show(_utf8(prompt))
-    reply = writer.complete(prompt, max_new_tokens, show)
+    unseen = iter([_utf8(prompt)])  # shown with the first piece: until then it may fail
+
+    def show(piece: str) -> None:
+        if not as_json:
+            _show(next(unseen, "") + piece)
+
+    reply = writer.complete(_utf8(prompt), max_new_tokens, show)
     if as_json:
-        print_json({"prompt": prompt, "text": reply.text, "tokens": reply.pace.tokens})
+        told = {"prompt": prompt, "text": reply.text, "context_full": reply.full}
+        print_json(told | vars(reply.pace))
     else:
+        show("")
         _end(reply)
 
 
@@ -107,5 +115,6 @@ def _end(reply: "Reply") -> None:
     from mkaq.peak import peak_bytes
     from mkaq.units import human
 
+    full = ", and the context is full" * reply.full
     print()
-    print(f"{reply.pace.describe()}, {human(peak_bytes())} of memory", file=sys.stderr)
+    print(f"{reply.pace.describe()}, {human(peak_bytes())} of memory{full}", file=sys.stderr)

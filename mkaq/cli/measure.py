@@ -161,17 +161,19 @@ def bench(
     import torch
 
     from mkaq.bench.measure import Load, speeds
-    from mkaq.checkpoint.resolve import resolve_model
     from mkaq.report import add_speeds, speed_row
 
     load = Load(prompt_tokens, new_tokens, repeats, torch.get_num_threads())
-    models, cuda = [resolve_model(each) for each in (model, against) if each], torch.cuda.is_available()
-    rows = []
-    for row in (row for folder in models for row in speeds(folder, load, cuda=cuda)):
-        print(f"{row.runtime}: {row.reason or 'measured'} ({row.model})", file=sys.stderr)
+    called, cuda, rows = [each for each in (model, against) if each], torch.cuda.is_available(), []
+    paths = [_file_or_folder(each) for each in called]
+    for row in (row for pair in zip(called, paths, strict=True) for row in speeds(*pair, load, cuda=cuda)):
+        print(f"{row.runtime}: {row.reason or 'measured'} ({row.model})", file=sys.stderr, flush=True)
         rows.append(row)
-    measured: dict[str, Any] = {"load": vars(load), "rows": [vars(row) for row in rows]}
-    if (run := models[0].parent).joinpath("report.html").is_file() and (run / "run.json").is_file():
+    if all(row.reason for row in rows):
+        fix = "install one beside mkaq, as said above; a recipe's export.formats decides which take it"
+        raise UsageError("no runtime here takes it", where=model, fix=fix)
+    measured: dict[str, Any] = {"settings": vars(load), "rows": [vars(row) for row in rows]}
+    if (run := paths[0].parent).joinpath("report.html").is_file() and (run / "run.json").is_file():
         add_speeds(run, measured)
     if as_json:
         print_json(measured)
@@ -179,3 +181,10 @@ def bench(
     header = ("model", "runtime", "format", "bytes", "load", "read tokens/s", "write tokens/s", "memory")
     print_table(header, [speed_row(row) for row in measured["rows"] if not row["reason"]])
     print(f"{prompt_tokens} tokens read, {new_tokens} written, median of {repeats}, {load.threads} threads")
+
+
+def _file_or_folder(model: str) -> Path:
+    from mkaq.checkpoint.resolve import resolve_model
+
+    path = Path(model)
+    return path if path.suffix == ".gguf" and path.is_file() else resolve_model(model)

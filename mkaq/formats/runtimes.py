@@ -56,18 +56,18 @@ def runtimes(*configs: Config, formats: Iterable[str] = ()) -> list[Runtime]:
     return [Runtime(name, not reason, reason) for name, reason in dict.fromkeys(every)]
 
 
-def format_for(name: str, config: Config, formats: Iterable[str]) -> tuple[str, str]:
-    """The format of an artifact that a runtime takes, and why it takes none; one of them is empty.
+def formats_for(name: str, config: Config, formats: Iterable[str]) -> tuple[list[str], str]:
+    """The formats of an artifact that a runtime takes, and why it takes none.
 
     Args:
         name: The runtime, of `RUNTIMES`.
         config: The artifact's quantization_config; None for a dense one.
         formats: The formats beside safetensors.
     """
-    if not (reason := _refusal(name, config)):
-        return "safetensors", ""
-    served = dict(_served(config, formats)).get(name, "")
-    return served, "" if served else reason
+    reason = _refusal(name, config)
+    taken = [] if reason else ["safetensors"]
+    taken += [form for runtime, form in _served(config, formats) if runtime == name]
+    return taken, "" if taken else reason
 
 
 def _served(config: Config, formats: Iterable[str]) -> Iterator[tuple[str, str]]:

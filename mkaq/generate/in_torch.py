@@ -14,7 +14,7 @@ from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import UsageError
 from mkaq.generate.sampling import Sampling, chooser
 from mkaq.generate.stream import Pace, stream
-from mkaq.generate.writer import Message, Reply, Show
+from mkaq.generate.writer import Message, Reply, Show, no_tokens
 from mkaq.walk.device import compute_dtype, pick_device
 from mkaq.walk.whole_model import whole_model
 
@@ -30,6 +30,7 @@ class TorchWriter:
         stop: The tokens that end a text.
         device: Where it runs.
         choose: From logits to a token.
+        positions: The tokens that its context has room for.
     """
 
     where: str
@@ -38,6 +39,7 @@ class TorchWriter:
     stop: set[int]
     device: torch.device
     choose: Callable[[torch.Tensor], int]
+    positions: int
 
     @classmethod
     def of(cls, model: str, device: str, sampling: Sampling) -> "TorchWriter":
@@ -46,7 +48,8 @@ class TorchWriter:
         tokenizer = load_tokenizer(checkpoint.path)
         whole = whole_model(checkpoint, place, compute_dtype(checkpoint.dtype, place))
         stop = end_tokens(checkpoint.path, tokenizer)
-        return cls(model, whole, tokenizer, stop, place, chooser(sampling))
+        positions = checkpoint.sizes.positions
+        return cls(model, whole, tokenizer, stop, place, chooser(sampling), positions)
 
     @property
     def talks(self) -> bool:
@@ -57,7 +60,7 @@ class TorchWriter:
         """Continues a text; see `Writer`."""
         ids = self.tokenizer(prompt)["input_ids"]
         if not ids:
-            raise UsageError("the prompt has no tokens", where="PROMPT")
+            raise no_tokens()
         return self._say(ids, max_new_tokens, show)
 
     def answer(self, messages: Sequence[Message], max_new_tokens: int, show: Show) -> Reply:
@@ -70,13 +73,17 @@ class TorchWriter:
         return self._say(ids, max_new_tokens, show)
 
     def _say(self, ids: list[int], limit: int, show: Show) -> Reply:
+        room = self.positions - len(ids)
+        if room < 1:
+            what = f"{len(ids)} tokens do not fit into the model's context of {self.positions}"
+            raise UsageError(what, where=self.where, fix="shorten the text")
         pace, printer, new = Pace(), _Pieces(self.tokenizer, show), list[int]()
         inputs = torch.tensor([ids], device=self.device)
-        for token in stream(self.model, inputs, limit, self.stop, self.choose, pace):
+        for token in stream(self.model, inputs, min(limit, room), self.stop, self.choose, pace):
             new.append(token)
             printer.put(torch.tensor([token]))
         printer.end()
-        return Reply(self.tokenizer.decode(new), pace)
+        return Reply(self.tokenizer.decode(new), pace, full=len(new) == room < limit)
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]

@@ -4,6 +4,8 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ import torch
 from mkaq.errors import CheckpointError, UsageError
 from mkaq.generate.sampling import Sampling
 from mkaq.generate.stream import Pace
-from mkaq.generate.writer import Message, Reply, Show
+from mkaq.generate.writer import Message, Reply, Show, no_tokens
+from mkaq.walk.device import pick_device
 
 _TEMPLATE = "tokenizer.chat_template"
+_PATIENCE = 5.0  # seconds for llama.cpp to stop
 
 
 def serve(path: Path, threads: int, *, room: int = 0, on_cpu: bool = False) -> Any:
@@ -56,7 +60,8 @@ def _fields(path: Path) -> Mapping[str, Any]:
     try:
         return gguf.GGUFReader(path).fields
     except Exception as error:  # the reader trusts the file and fails in any way
-        raise CheckpointError(f"no GGUF file: {str(error)[:200]}", where=path) from None
+        fix = "download or export it again"
+        raise CheckpointError(f"is no whole GGUF file: {str(error)[:200]}", where=path, fix=fix) from None
 
 
 def _missing(path: Path) -> UsageError:
@@ -82,7 +87,8 @@ class LlamaCppWriter:
 
     def __init__(self, path: Path, device: str, sampling: Sampling) -> None:
         if not path.is_file():
-            raise UsageError("no such file", where=path)
+            raise UsageError("is no file" if path.exists() else "no such file", where=path)
+        pick_device(device)  # refuses what is not there
         self.talks = _TEMPLATE in _fields(path)
         self._server = serve(path, torch.get_num_threads(), on_cpu=device == "cpu")
         self._path, self._sampling = path, sampling
@@ -90,7 +96,7 @@ class LlamaCppWriter:
     def complete(self, prompt: str, max_new_tokens: int, show: Show) -> Reply:
         """Continues a text; see `Writer`."""
         if not prompt:
-            raise UsageError("the prompt has no tokens", where="PROMPT")
+            raise no_tokens()
         request = {"prompt": prompt, "max_tokens": max_new_tokens}
         return self._say(self._server.handle_completions, request, lambda choice: choice["text"], show)
 
@@ -107,29 +113,45 @@ class LlamaCppWriter:
         piece_of: Callable[[Any], str | None],
         show: Show,
     ) -> Reply:
-        text, pace, failed = list[str](), Pace(), list[BaseException]()
+        """Hands the pieces over from another thread: what interrupts this one would be lost in llama.cpp."""
+        text, pace, full = list[str](), Pace(), False
+        chunks: SimpleQueue[str | Exception | None] = SimpleQueue()
+        stopped = Event()
 
         def take(chunk: str) -> bool:
-            """Whether to stop; what is raised here would be lost in llama.cpp."""
+            """Whether to stop."""
+            chunks.put(chunk)
+            return stopped.is_set()
+
+        def work() -> None:
             try:
+                handle(json.dumps(request | self._options()), take)
+                chunks.put(None)
+            except Exception as error:
+                chunks.put(error)
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while (chunk := chunks.get()) is not None:
+                if isinstance(chunk, Exception):
+                    raise chunk
                 message = json.loads(chunk)
                 if "error" in message:
                     raise UsageError(str(message["error"].get("message"))[:300], where=self._path)
-                if piece := piece_of(message["choices"][0]):
+                choice = message["choices"][0]
+                if piece := piece_of(choice):
                     text.append(piece)
                     show(piece)
                 if timings := message.get("timings"):
                     pace.prompt_tokens = timings["prompt_n"]  # those not in the cache
                     pace.prompt_seconds = timings["prompt_ms"] / 1000
                     pace.tokens, pace.seconds = timings["predicted_n"], timings["predicted_ms"] / 1000
-            except BaseException as error:
-                failed.append(error)
-            return bool(failed)
-
-        handle(json.dumps(request | self._options()), take)
-        if failed:
-            raise failed[0]
-        return Reply("".join(text), pace)
+                    full = choice["finish_reason"] == "length" and pace.tokens < request["max_tokens"]
+        finally:
+            stopped.set()
+            thread.join(_PATIENCE)
+        return Reply("".join(text), pace, full)
 
     def _options(self) -> dict[str, Any]:
         """The sampling, with the filters in the order of transformers."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from mkaq.errors import UsageError
 from mkaq.generate.sampling import Sampling
 from mkaq.generate.stream import Pace
 
@@ -14,10 +15,16 @@ Message = dict[str, str]
 
 
 class Reply(NamedTuple):
-    """What a model wrote, and how fast."""
+    """What a model wrote, how fast, and whether it stopped because its context is full."""
 
     text: str
     pace: Pace
+    full: bool
+
+
+def no_tokens() -> UsageError:
+    """The error for an empty prompt."""
+    return UsageError("the prompt has no tokens", where="PROMPT", fix="give it a word")
 
 
 class Writer(Protocol):
