@@ -55,9 +55,10 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 """
 
 _SPEED = """<!-- speed -->{% if rows %}<h2>Speed</h2>
-<table><tr><th>model<th>runtime<th>format<th>bytes<th>load<th>read tokens/s<th>write tokens/s<th>memory</tr>
+<table><tr>{% for cell in header %}<th>{{ cell }}{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
 {% endfor %}</table>{% endif %}<!-- /speed -->"""
+SPEED_HEADER = ("model", "runtime", "format", "bytes", "load", "read tokens/s", "write tokens/s", "memory")
 SPEEDS = "bench.json"  # in the run's folder: what `mkaq bench` measured of its artifact
 
 
@@ -112,7 +113,7 @@ def write_report(result: RunResult, log: list[dict[str, Any]], similarity: Path 
 
 
 def speed_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A measured `Speed` as text: model, runtime, format, bytes, load, prefill, decode, memory."""
+    """A measured `Speed` as text, a cell for each of `SPEED_HEADER`."""
     speed = f"{row['prefill_tokens_per_second']:.1f}", f"{row['decode_tokens_per_second']:.1f}"
     where = row["model"], row["runtime"], row["format"], human(row["bytes"])
     return (*where, f"{row['load_seconds']:.1f} s", *speed, human(row["peak_memory_bytes"]))
@@ -139,7 +140,7 @@ def _speed_section(folder: Path) -> str:
     with suppress(OSError, ValueError, LookupError, TypeError):  # none, or not what `mkaq bench` wrote
         rows = json.loads((folder / SPEEDS).read_text())["rows"]
         shown = [speed_row(row) for row in rows if not row["reason"]]
-    return jinja2.Environment(autoescape=True).from_string(_SPEED).render(rows=shown)
+    return jinja2.Environment(autoescape=True).from_string(_SPEED).render(header=SPEED_HEADER, rows=shown)
 
 
 def heatmap_png(matrix: npt.NDArray[np.float64]) -> bytes:

@@ -25,11 +25,10 @@ _PACKAGES = {  # what a runtime is imported as, and how it is installed
     "mlx": ("mlx_lm", "'mlx[cpu]' mlx-lm"),
     "llama.cpp": ("xllamacpp", "'mkaq[llamacpp]'"),
 }
-_READERS = {"gptq": "gptqmodel", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
-_NEEDS = {
-    "gptq": gptq.NEEDS,
-    "bitsandbytes": bitsandbytes.NEEDS,
-    "compressed-tensors": compressed_tensors.NEEDS,
+_READERS = {  # the package by which transformers reads a quantization, and how it is installed
+    "gptq": ("gptqmodel", gptq.NEEDS),
+    "bitsandbytes": ("bitsandbytes", bitsandbytes.NEEDS),
+    "compressed-tensors": ("compressed_tensors", compressed_tensors.NEEDS),
 }
 
 
@@ -109,10 +108,11 @@ def speeds(called: str, path: Path, load: Load, *, cuda: bool) -> Iterator[Speed
 def _needed(key: str, model: Checkpoint | None, form: str) -> tuple[str, str]:
     """The package by which a runtime reads a format, and how it is installed."""
     package, installed_by = _PACKAGES[key]
+    alone = package, f"pip install {installed_by}"
     if key != "transformers" or model is None:
-        return package, f"pip install {installed_by}"
+        return alone
     method = form if form != "safetensors" else str((model.quantization or {}).get("quant_method", ""))
-    return _READERS.get(method, package), _NEEDS.get(method, "")
+    return _READERS.get(method, alone)
 
 
 def _measured(called: str, path: Path, key: str, form: str, load: Load) -> Speed:

@@ -161,7 +161,7 @@ def bench(
     import torch
 
     from mkaq.bench.measure import Load, speeds
-    from mkaq.report import add_speeds, speed_row
+    from mkaq.report import SPEED_HEADER, add_speeds, speed_row
 
     load = Load(prompt_tokens, new_tokens, repeats, torch.get_num_threads())
     called, cuda, rows = [each for each in (model, against) if each], torch.cuda.is_available(), []
@@ -178,8 +178,7 @@ def bench(
     if as_json:
         print_json(measured)
         return
-    header = ("model", "runtime", "format", "bytes", "load", "read tokens/s", "write tokens/s", "memory")
-    print_table(header, [speed_row(row) for row in measured["rows"] if not row["reason"]])
+    print_table(SPEED_HEADER, [speed_row(row) for row in measured["rows"] if not row["reason"]])
     print(f"{prompt_tokens} tokens read, {new_tokens} written, median of {repeats}, {load.threads} threads")
 
 

@@ -15,7 +15,7 @@ from mkaq.files import write_json
 from mkaq.fit.final_norm import Rescaled, rescaled
 from mkaq.formats.packing import pack_linear
 from mkaq.quantize.head import quantize_head
-from mkaq.quantize.hessian import HessianSum
+from mkaq.quantize.hessian import hessian_of
 from mkaq.quantize.joint import JointTarget
 from mkaq.quantize.solved import GptqModule, solve
 from mkaq.quantize.weight_error import ratio, relative_error
@@ -144,9 +144,5 @@ def _hessian(
 ) -> torch.Tensor:
     """X^T X over the calibration tokens of all processes, X the inputs of a linear layer; float32."""
     features = cast(nn.Linear, layer.get_submodule(name)).in_features
-    total = HessianSum(features, walk.device, walk.ranks)
-    for rows in spans(hidden_states):
-        total.add(pieces.input_of(name, rows).flatten(0, -2))
-    if not len(hidden_states):  # without samples too, a process must take part in the exchange of `add`
-        total.add(torch.empty(0, features, dtype=walk.dtype, device=walk.device))
-    return total.whole()
+    inputs = (pieces.input_of(name, rows) for rows in spans(hidden_states))
+    return hessian_of(inputs, features, walk.device, walk.dtype, walk.ranks)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from mkaq.formats.packing import ROWS, pack_linear
-from mkaq.quantize.hessian import HessianSum
+from mkaq.quantize.hessian import hessian_of
 from mkaq.quantize.solved import GptqModule, solve
 from mkaq.quantize.weight_error import ratio
-from mkaq.walk.batches import spans
+from mkaq.walk.batches import batches
 from mkaq.walk.walk import LayerWalk
 
 
@@ -21,14 +21,12 @@ def quantize_head(
 
     A factor of the final norm is a factor of the Hessian, which changes nothing here.
     """
-    name, total = walk.checkpoint.arch.head, HessianSum(hidden_states.shape[-1], walk.device, walk.ranks)
+    name, features = walk.checkpoint.arch.head, hidden_states.shape[-1]
     weight = walk.checkpoint.read([f"{name}.weight"])[f"{name}.weight"]
     with walk.final_norm() as norm:
-        for rows in spans(hidden_states):
-            total.add(norm(walk.to_device(hidden_states[rows])).flatten(0, -2))
-        if not len(hidden_states):
-            total.add(torch.empty(0, hidden_states.shape[-1], dtype=walk.dtype, device=walk.device))
-    hessian, parts, sums = total.whole(), list[dict[str, torch.Tensor]](), torch.zeros(4, dtype=torch.float64)
+        inputs = (norm(walk.to_device(states)) for states in batches(hidden_states))
+        hessian = hessian_of(inputs, features, walk.device, walk.dtype, walk.ranks)
+    parts, sums = list[dict[str, torch.Tensor]](), torch.zeros(4, dtype=torch.float64)
     for piece in torch.split(weight, ROWS):
         part = piece.to(walk.device).float()
         result = solve(name, part, hessian, walk, options)
@@ -37,8 +35,7 @@ def quantize_head(
         sums += torch.tensor([float(cost.double().sum()) for cost in costs], dtype=torch.float64)
         codes = result.codes, result.scales, result.zeros, result.g_idx
         parts.append(pack_linear(*codes, options["bits"]))
-    along = {"qweight": 1, "qzeros": 1, "scales": 1}
-    packed = {key: torch.cat([part[key] for part in parts], dim) for key, dim in along.items()}
+    packed = {key: torch.cat([part[key] for part in parts], 1) for key in ("qweight", "qzeros", "scales")}
     error, energy, missed_sum, whole = sums.tolist()
     record = GptqModule(name, ratio(error, energy), ratio(missed_sum, whole), result.damp_percent)
     return packed | {"g_idx": parts[0]["g_idx"]}, record

@@ -1,5 +1,7 @@
 """The Hessian of GPTQ: X^T X over all calibration tokens, the same for any number of processes."""
 
+from collections.abc import Iterable
+
 import torch
 
 from mkaq.fit.gram import add_gram, mirror, stripes
@@ -57,3 +59,24 @@ class HessianSum:
             self._sum[start:stop, start:].add_(reference, alpha=int(self._subtracted))
         mirror(self._sum)
         return self._sum
+
+
+def hessian_of(
+    inputs: Iterable[torch.Tensor], features: int, device: torch.device, dtype: torch.dtype, ranks: Ranks
+) -> torch.Tensor:
+    """X^T X over the inputs of all processes, shape (features, features), float32.
+
+    Args:
+        inputs: This process's batches, the last dimension the features; there may be none.
+        features: Columns of X.
+        device: Where the inputs lie.
+        dtype: Their type.
+        ranks: The processes.
+    """
+    total, empty = HessianSum(features, device, ranks), True
+    for batch in inputs:
+        total.add(batch.flatten(0, -2))
+        empty = False
+    if empty:  # without samples too, a process must take part in the exchange of `add`
+        total.add(torch.empty(0, features, dtype=dtype, device=device))
+    return total.whole()
