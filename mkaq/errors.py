@@ -65,9 +65,7 @@ def as_mkaq_error(error: BaseException) -> MkaqError:
         case MkaqError():
             return error
         case KeyboardInterrupt():
-            return Interrupted(
-                "interrupted", fix="`mkaq run` goes on after its finished stages; other commands begin anew"
-            )
+            return Interrupted("interrupted", fix="the same command resumes a `run`; any other begins anew")
         case OSError():
             return _os_error(error)
         case MemoryError():
