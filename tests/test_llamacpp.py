@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 CODES: dict[str, dict[str, Any]] = {  # a whole row is 256 or 640 columns, so both kinds of blocks are used
     **{f"{bits} bits": {"bits": bits, "group_size": -1} for bits in (2, 3, 4, 8)},
     **{f"{bits} bits, asymmetric": {"bits": bits, "group_size": -1, "sym": False} for bits in (2, 3, 4)},
-    "4 bits in groups": {"bits": 4, "group_size": 64},
+    **{f"{bits} bits in groups": {"bits": bits, "group_size": 64} for bits in (2, 4)},
 }
 NASTY = [
     *("Hello world", "  two  spaces ", "a\n\n\nb\n", "\t\ttabs", "12345 67,890.12", " ", "", "\n", "\r\n"),

@@ -102,13 +102,14 @@ def _described(model: Checkpoint, settings: Settings) -> tuple[GGUFWriter, list[
 
     from mkaq.export.gguf_tensors import planned
     from mkaq.export.gguf_tokenizer import add_tokenizer
+    from mkaq.formats.gguf_types import file_type
 
     tensors = list(planned(model, settings.gguf))
     writer = gguf.GGUFWriter(None, ARCHITECTURES[model.config["model_type"]])
     writer.add_type("model")
     add_config(writer, model.hf_config)
     linear = next(tensor.kind for tensor in tensors if ".attn_output.weight" in tensor.name)
-    writer.add_file_type(_file_type(linear.name))
+    writer.add_file_type(file_type(linear))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     words = add_tokenizer(writer, model.path, model.sizes.vocabulary)
     writer.add_name(_name(settings.name, words.strips))
@@ -117,14 +118,6 @@ def _described(model: Checkpoint, settings: Settings) -> tuple[GGUFWriter, list[
         writer.add_base_model_name(0, base.rpartition("/")[2])
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
     return writer, tensors
-
-
-def _file_type(linear: str) -> int:
-    """llama.cpp's number for a file whose linear layers are of a type."""
-    from gguf import LlamaFileType
-
-    named = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S"}.get(linear, f"MOSTLY_{linear}")
-    return int(LlamaFileType[named])
 
 
 def _name(name: str, strips: bool) -> str:

@@ -46,7 +46,7 @@ def exact_type(bits: int, sym: bool, group_size: int, in_features: int) -> str |
     whole = group % SUPER == 0
     match bits, sym:
         case 2, True:
-            return "TQ2_0" if whole else "Q4_0"
+            return "TQ2_0" if whole else "Q2_0" if group % 64 == 0 else "Q4_0"
         case 2, False:
             return "Q2_K" if whole else "Q4_0"
         case 3, True:
@@ -114,6 +114,13 @@ def _q8_0(steps: Steps, scales: Scales, zeros: Zeros) -> Bytes:
     return np.hstack([_half_bytes(scales), steps.astype(np.int8).view(np.uint8)])
 
 
+def _q2_0(steps: Steps, scales: Scales, zeros: Zeros) -> Bytes:
+    """Its values are -1 to 2, as those of TQ2_0; byte j holds values 4 j to 4 j + 3."""
+    parts = (1 - steps).astype(np.uint8).reshape(-1, 16, 4) << np.array([0, 2, 4, 6], np.uint8)
+    joined: Bytes = np.bitwise_or.reduce(parts, axis=2)
+    return np.hstack([_half_bytes(-scales), joined])
+
+
 def _tq2_0(steps: Steps, scales: Scales, zeros: Zeros) -> Bytes:
     """Its values are -1 to 2, those of GPTQ -2 to 1: both signs are turned."""
     return np.hstack([_quarters((1 - steps).astype(np.uint8)), _half_bytes(-scales)])
@@ -144,6 +151,7 @@ _TYPES = {  # columns of a block, the lowest and the highest code - zero, and ho
     "Q4_0": (32, -8, 7, _q4_0),
     "Q5_0": (32, -16, 15, _q5_0),
     "Q8_0": (32, -128, 127, _q8_0),
+    "Q2_0": (64, -2, 1, _q2_0),
     "TQ2_0": (SUPER, -2, 1, _tq2_0),
     "Q2_K": (SUPER, -4, 3, _q2_k),
     "Q3_K": (SUPER, -4, 3, _q3_k),

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from mkaq.export.gguf_tensors import Planned
+from mkaq.formats.gguf_types import read
 
 
 def faults(path: Path, metadata: Mapping[str, GGUFValue], tensors: Sequence[Planned]) -> Iterator[str]:
@@ -21,7 +22,7 @@ def faults(path: Path, metadata: Mapping[str, GGUFValue], tensors: Sequence[Plan
     """
     name = path.name
     try:
-        reader = GGUFReader(path)
+        reader = read(path)
         fields = {
             key: (list(field.types), field.contents())
             for key, field in reader.fields.items()

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from mkaq.checkpoint.reader import Checkpoint
@@ -17,6 +16,7 @@ from mkaq.export.codes import read_codes
 from mkaq.export.gguf_blocks import Bytes, Codes, blocks, exact_type
 from mkaq.export.gguf_metadata import ARCHITECTURES, rope_factors
 from mkaq.export.settings import GgufTypes
+from mkaq.formats.gguf_types import Type
 from mkaq.formats.packing import unpack
 
 Order = NDArray[np.intp] | None

@@ -54,11 +54,11 @@ def serve(path: Path, threads: int, *, room: int = 0, on_cpu: bool = False) -> A
 def _fields(path: Path) -> Mapping[str, Any]:
     """The metadata of a GGUF file."""
     try:
-        import gguf
+        from mkaq.formats.gguf_types import read
     except ImportError:
         raise _missing(path) from None
     try:
-        return gguf.GGUFReader(path).fields
+        return read(path).fields
     except Exception as error:  # the reader trusts the file and fails in any way
         fix = "download or export it again"
         raise CheckpointError(f"is no whole GGUF file: {str(error)[:200]}", where=path, fix=fix) from None

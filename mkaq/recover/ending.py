@@ -53,7 +53,7 @@ def tune_ending(
     """
     rows = _repeated(samples)
     fast = walk.ranks.has_fast_bfloat16(walk.device)
-    head = source.unembedding(torch.bfloat16 if fast else source.dtype)  # nothing changes it: one is enough
+    head = source.unembedding(torch.bfloat16 if fast else torch.float32)  # nothing changes it: one is enough
     with source.final_norm() as source_norm, walk.final_norm() as own_norm, head as logits:
         model = _Model(walk, (source_norm, own_norm), logits, original, inputs)
         held = range(samples.num_train, len(samples.tokens))[: model.share(HELD_OUT)]
@@ -120,9 +120,13 @@ class _Model:
         for target, own in zip(*(torch.split(x, piece) for x in pair), strict=True):
             with self._autocast():
                 with torch.no_grad():
-                    wanted = self.logits(source_norm(target[None])).float().log_softmax(-1)
-                told = self.logits(own_norm(own[None])).float().log_softmax(-1)
+                    wanted = self._predictions(source_norm, target)
+                told = self._predictions(own_norm, own)
             yield (wanted.exp() * (wanted - told)).sum(-1)
+
+    def _predictions(self, norm: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the next token after last hidden states, shape (1, tokens, vocabulary)."""
+        return self.logits(norm(states[None]).float()).float().log_softmax(-1)
 
     def _autocast(self) -> torch.autocast:
         device = self.walk.device
