@@ -173,7 +173,7 @@ def laco_layer(tensors: Mapping[int, Tensors], weights: Weights) -> Tensors:
         tensors: For each old layer its tensors by their names below the layer.
         weights: For each old layer its weight.
     """
-    return merge_layers({old: {n: t.float() for n, t in tensors[old].items()} for old in weights}, weights)
+    return merge_layers(lambda old: {n: t.float() for n, t in tensors[old].items()}, weights)
 
 
 def replaceme(walk: LayerWalk, tokens: torch.Tensor, removed: int) -> tuple[list[int], dict[int, Tensors]]:

@@ -74,7 +74,7 @@ def test_every_tensor_of_a_layer_is_merged() -> None:
     names = ["self_attn.q_proj.weight", "self_attn.q_proj.bias", "input_layernorm.weight"]
     layers = {index: dict(zip(names, tensors(torch.float32), strict=True)) for index in (7, 8)}
     layers[8] = {name: tensor + 1 for name, tensor in layers[7].items()}
-    merged = merge_layers(layers, {7: 0.25, 8: 0.75})
+    merged = merge_layers(layers.__getitem__, {7: 0.25, 8: 0.75})
     assert sorted(merged) == sorted(names)
     for name in names:
         assert torch.equal(merged[name], layers[7][name] * 0.25 + layers[8][name] * 0.75)
@@ -82,8 +82,8 @@ def test_every_tensor_of_a_layer_is_merged() -> None:
 
 def test_layers_are_added_in_the_order_of_the_weights() -> None:
     layers = {i: {"w": tensor} for i, tensor in enumerate(tensors(torch.float32))}
-    forward = merge_layers(layers, dict(enumerate(WEIGHTS)))["w"]
-    backward = merge_layers(layers, dict(reversed(list(enumerate(WEIGHTS)))))["w"]
+    forward = merge_layers(layers.__getitem__, dict(enumerate(WEIGHTS)))["w"]
+    backward = merge_layers(layers.__getitem__, dict(reversed(list(enumerate(WEIGHTS)))))["w"]
     assert torch.equal(forward, weighted_sum([layers[i]["w"] for i in range(3)], WEIGHTS))
     assert not torch.equal(forward, backward)
 

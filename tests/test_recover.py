@@ -38,7 +38,7 @@ class Bench:
 
     def __init__(self, model: Path) -> None:
         self.walk = LayerWalk(open_checkpoint(model), CPU)
-        weights = merge_layers({i: self.walk.layer_tensors(i) for i in (1, 2)}, {1: 0.5, 2: 0.5})
+        weights = merge_layers(self.walk.layer_tensors, {1: 0.5, 2: 0.5})
         self.weights = {name: tensor.to(torch.bfloat16).float() for name, tensor in weights.items()}
         self.targets = self.walk.embed(TOKENS)
         self.walk.pass_layer(0, self.targets)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from mkaq.arch.arch import Arch
 from mkaq.arch.config import Sizes, layer_count
@@ -183,28 +182,14 @@ class Checkpoint:
         Raises:
             CheckpointError: If one cannot be read or holds NaN or infinity.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._info(name).file, []).append(name)
-        result: dict[str, torch.Tensor] = {}
-        for file, wanted in by_file.items():
-            try:
-                with safe_open(self.path / file, framework="pt") as handle:
-                    for name in wanted:
-                        result[name] = handle.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"cannot be read: {error}", where=self.path / file) from None
-            except RuntimeError:  # torch does not map a file that is larger than memory
-                result |= {name: self._read_whole(name) for name in wanted}
-        for name, tensor in result.items():
-            self._check_finite(name, tensor)
-        return result
+        return {name: self._read(name) for name in names}
 
-    def _read_whole(self, name: str) -> torch.Tensor:
+    def _read(self, name: str) -> torch.Tensor:
         info = self._info(name)
         tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        with self._opened(info) as handle:
+        with self._opened(info) as handle:  # not mapped: a file that fails or shrinks is an error, no signal
             _read_at(handle, info.start, tensor, self.path / info.file)
+        self._check_finite(name, tensor)
         return tensor
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:

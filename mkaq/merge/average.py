@@ -1,6 +1,6 @@
 """Averaging layers: theta = c theta_l + (1 - c) theta_m for every tensor of a layer (MKA eq. 9)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -21,24 +21,32 @@ def weighted_sum(
     dtype = dtype or tensors[0].dtype
     if len(tensors) == 1 and weights[0] == 1.0:
         return tensors[0].to(dtype)
-    total = tensors[0].float() * weights[0]
-    term = torch.empty_like(total)
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total += term.copy_(tensor).mul_(weight)
+    total = None
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total = _added(total, tensor, weight)
+    assert total is not None
     return total.to(dtype)
 
 
 def merge_layers(
-    layers: Mapping[int, Mapping[str, torch.Tensor]], weights: Mapping[int, float]
+    layer_of: Callable[[int], Mapping[str, torch.Tensor]], weights: Mapping[int, float]
 ) -> dict[str, torch.Tensor]:
-    """Averages whole layers, norms and biases included.
+    """Averages whole layers, norms and biases included, as `weighted_sum` does; one is in memory at a time.
 
     Args:
-        layers: For each old layer, its tensors by name below the layer.
+        layer_of: Reads an old layer's tensors, by name below the layer.
         weights: For each old layer, its weight.
     """
-    order = list(weights)
-    return {
-        name: weighted_sum([layers[index][name] for index in order], [weights[index] for index in order])
-        for name in sorted(layers[order[0]])
-    }
+    if list(weights.values()) == [1.0]:
+        return dict(layer_of(*weights))
+    totals, dtypes = dict[str, torch.Tensor](), dict[str, torch.dtype]()
+    for index, weight in weights.items():
+        for name, tensor in layer_of(index).items():
+            totals[name] = _added(totals.get(name), tensor, weight)
+            dtypes.setdefault(name, tensor.dtype)
+    return {name: totals.pop(name).to(dtype) for name, dtype in dtypes.items()}
+
+
+def _added(total: torch.Tensor | None, tensor: torch.Tensor, weight: float) -> torch.Tensor:
+    term = tensor.float() * weight
+    return term if total is None else total.add_(term)

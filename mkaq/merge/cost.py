@@ -163,7 +163,7 @@ def by_average(walk: LayerWalk, coefficient: float | None) -> Build:
         c = coefficient
         if c is None:
             c = best_average(walk, group, original, compressed, samples)[0]
-        return merge_layers({index: walk.layer_tensors(index) for index in group}, chain_weights(group, c))
+        return merge_layers(walk.layer_tensors, chain_weights(group, c))
 
     return build
 
@@ -192,7 +192,6 @@ def best_average(
     Returns:
         The coefficient, and the mean of |output - original|^2 / |original|^2 over held-out tokens.
     """
-    layers = {index: walk.layer_tensors(index) for index in group}
     for index in group:
         walk.pass_layer(index, original)
     activations = walk.activations
@@ -200,7 +199,7 @@ def best_average(
     best: tuple[float, float] | None = None
     for c in COEFFICIENTS if coefficient is None else (coefficient,):
         activations.overwrite(tried, compressed)
-        module = walk.assemble(group[0], merge_layers(layers, chain_weights(group, c)))
+        module = walk.assemble(group[0], merge_layers(walk.layer_tensors, chain_weights(group, c)))
         walk.run_all(module, group[0], tried)
         error = held_out_error(walk, samples, tried, original)
         if walk.ranks.broadcast(best is None or error < best[1]):
