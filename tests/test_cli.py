@@ -52,6 +52,13 @@ def test_help_and_version_are_instant() -> None:
     assert min(taken) < 0.5  # the quickest: on a busy machine a process is slowed down by its neighbours
 
 
+def test_until_takes_the_names_of_the_stages() -> None:
+    from mkaq import pipeline
+    from mkaq.cli import run
+
+    assert [*(stage.NAME for stage in pipeline.STAGES), pipeline.LAST] == list(run._UNTIL)
+
+
 @pytest.mark.parametrize("name", ["recipes", "schema"])
 def test_commands_that_run_no_model_do_not_load_torch(name: str) -> None:
     line = mkaq_then("assert not {'torch', 'transformers'} & set(sys.modules)")

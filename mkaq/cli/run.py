@@ -10,7 +10,6 @@ import typer
 from mkaq.cli import options
 from mkaq.cli.options import AsJson, Device, MaxMemory, Output, RecipeArgument, Setting
 from mkaq.console import print_json, print_table
-from mkaq.pipeline import LAST, STAGES
 
 if TYPE_CHECKING:
     from mkaq.errors import ResourceError
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
     from mkaq.result import RunResult
 
 
-_UNTIL = [*(stage.NAME for stage in STAGES), LAST]
+_UNTIL = ("calibrate", "analyze", "merge", "recover", "quantize", "export")
+"""The names of the pipeline's stages, written out: to import them would take most of the time of --help."""
 
 
 def _valid_stage(until: str) -> str:
@@ -35,7 +35,7 @@ def run(
     until: Annotated[
         str,
         typer.Option(callback=_valid_stage, metavar=f"[{'|'.join(_UNTIL)}]", help="The last stage to run."),
-    ] = LAST,
+    ] = "export",
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage again.")] = False,
     device: Device = "auto",
     max_memory: MaxMemory = None,
