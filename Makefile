@@ -1,10 +1,10 @@
 # make run: the first run, set-up included.   make quick: the tests of a minute.   make test: all tests.
-# make test-long: what takes longer.
+# make test-long, make test-reliability: what takes longer.
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run quick test test-long runtimes real-model lint clean
+.PHONY: run quick test test-long test-reliability runtimes real-model lint clean
 
 run: .venv/ready
 	$(BIN)/mkaq run recipes/tiny_llama_int4.yaml
@@ -21,6 +21,10 @@ test: .venv/ready-dev lint
 
 test-long: .venv/ready-dev
 	$(BIN)/python -m pytest -m long
+
+# Every point at which a run can be stopped, and 500 changed artifacts; `make test` takes a few of each.
+test-reliability: .venv/ready-dev
+	MKAQ_EVERY=1 $(BIN)/python -m pytest -n 2 -s tests/reliability
 
 # What the tests of exports and benchmarks/runtimes.py run artifacts in; each skips without its own.
 runtimes: .venv-llamacpp/ready .venv-compressed/ready .venv-mlx/ready .venv-loader/ready

@@ -5,6 +5,7 @@ import json
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **installed}
 
 
+@cache
 def _version(library: str) -> str | None:
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(library)

@@ -2,6 +2,9 @@
 
 import errno
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a system says when nothing more can be written."""
+
 
 class MkaqError(Exception):
     """An error with its location and a remedy.
@@ -79,7 +82,7 @@ def as_mkaq_error(error: BaseException) -> MkaqError:
 
 
 def _os_error(error: OSError) -> MkaqError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in DISK_FULL:
         fix = "free some, or use --output; the same command resumes"
         return ResourceError("the disk is full", where=error.filename, fix=fix)
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):

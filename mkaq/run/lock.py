@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mkaq.errors import UsageError
+from mkaq.errors import DISK_FULL, UsageError
 from mkaq.run.publish import handoff_place, old_of, remove, scratch_of
 from mkaq.run.store import STORE, is_link
 
@@ -34,6 +34,8 @@ def locked(folder: Path, stages: Sequence[str]) -> Iterator[None]:
         if not foreign:
             file = (folder / _LOCK).open("w")
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
         raise UsageError(f"cannot be written ({error})", where=folder, fix=_FIX) from None
     if foreign:
         raise UsageError(f"holds {', '.join(foreign)}, which mkaq did not make", where=folder, fix=_FIX)
