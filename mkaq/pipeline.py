@@ -33,6 +33,7 @@ def run(
     fresh: bool = False,
     max_memory: int | None = None,
     ranks: Ranks | None = None,
+    explain: bool = False,
 ) -> RunResult:
     """Runs a recipe; published stages are reused.
 
@@ -45,6 +46,7 @@ def run(
         fresh: Make every stage again.
         max_memory: Memory limit in bytes; the device's memory if None.
         ranks: The processes that share the calibration samples; None: only this one.
+        explain: Say why a stage is made.
 
     Raises:
         MkaqError: Of the matching kind; earlier stages and artifacts are unchanged.
@@ -54,7 +56,7 @@ def run(
 
     budget = None
     _check_until(recipe, until)
-    with session(recipe, folder, device, progress, fresh, max_memory, ranks) as active:
+    with session(recipe, folder, device, progress, fresh, max_memory, ranks, explain) as active:
         recipe = active.recipe
         if recipe.budget is not None:
             recipe, budget = meet_budget(recipe, active.options, lambda tried: make(tried, active), progress)

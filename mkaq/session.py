@@ -90,6 +90,7 @@ def session(
     fresh: bool,
     max_memory: int | None,
     ranks: Ranks | None,
+    explain: bool,
 ) -> Iterator[Session]:
     """Checks everything, then holds the run's folder for a `with` block; arguments as for `pipeline.run`.
 
@@ -119,7 +120,7 @@ def session(
             for line in too_long(expected, device):
                 progress.say(line)
             progress.end_of_run = schedule.end
-        maker = Maker(folder, device, progress, fresh, ranks, schedule)
+        maker = Maker(folder, device, progress, fresh, ranks, schedule, explain)
         try:
             yield Session(recipe, folder, source, files, plan, device, ranks, progress, maker)
         finally:
