@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 STAGES: tuple[Stage, ...] = (calibrate, analyze, merge, recover, quantize)
 LAST = "export"
+NAMES = tuple(stage.NAME for stage in (*STAGES, evaluate))
+"""What a run links in its folder, beside the artifact."""
 
 
 def run(
