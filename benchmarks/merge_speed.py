@@ -53,7 +53,8 @@ from mkaq.merge.groups import MergePlan, layers_to_remove, plan_merge
 from mkaq.merge.write import write_merged
 from mkaq.peak import peak_bytes, reset_peak
 from mkaq.progress import Progress
-from mkaq.run.publish import fingerprint_of, publish
+from mkaq.run.provenance import provenance_of
+from mkaq.run.publish import publish
 from mkaq.walk.device import pick_device
 
 SHARD_SIZE = 4 * 10**9
@@ -224,7 +225,7 @@ def apply(model: str, out: str) -> dict[str, Any]:
 
     prepare(source.path)
     began = time.perf_counter()
-    publish(Path(out), "merge", fingerprint_of("merge", None, {}), {}, build)
+    publish(Path(out), provenance_of("merge", None, {}), build)
     return taken(began)
 
 
@@ -259,7 +260,7 @@ def whole(model: str, out: str) -> dict[str, Any]:
     def build(folder: Path) -> Mapping[str, str]:
         return merged(source, tokens, settings, folder, device).digests
 
-    publish(Path(out), "merge", fingerprint_of("merge", settings, {}), {}, build)
+    publish(Path(out), provenance_of("merge", settings, {}), build)
     return taken(began)
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 STAGES: tuple[Stage, ...] = (calibrate, analyze, merge, recover, quantize)
 LAST = "export"
+NAMES = tuple(stage.NAME for stage in (*STAGES, evaluate))
+"""What a run links in its folder, beside the artifact."""
 
 
 def run(
@@ -33,6 +35,7 @@ def run(
     fresh: bool = False,
     max_memory: int | None = None,
     ranks: Ranks | None = None,
+    explain: bool = False,
 ) -> RunResult:
     """Runs a recipe; published stages are reused.
 
@@ -45,6 +48,7 @@ def run(
         fresh: Make every stage again.
         max_memory: Memory limit in bytes; the device's memory if None.
         ranks: The processes that share the calibration samples; None: only this one.
+        explain: Say why a stage is made.
 
     Raises:
         MkaqError: Of the matching kind; earlier stages and artifacts are unchanged.
@@ -54,7 +58,7 @@ def run(
 
     budget = None
     _check_until(recipe, until)
-    with session(recipe, folder, device, progress, fresh, max_memory, ranks) as active:
+    with session(recipe, folder, device, progress, fresh, max_memory, ranks, explain) as active:
         recipe = active.recipe
         if recipe.budget is not None:
             recipe, budget = meet_budget(recipe, active.options, lambda tried: make(tried, active), progress)

@@ -14,7 +14,7 @@ from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.digests import describe_files, digest_of
 from mkaq.heap import arrange_heap
-from mkaq.pipeline import STAGES
+from mkaq.pipeline import NAMES
 from mkaq.plan import RunPlan, check_resources, output_of, plan_recipe, remarks, too_long
 from mkaq.progress import Progress, clock
 from mkaq.ranks import ALONE, Ranks
@@ -25,7 +25,7 @@ from mkaq.run.job import Job
 from mkaq.run.lock import locked
 from mkaq.run.make import Maker
 from mkaq.run.schedule import Schedule
-from mkaq.stages import analyze, evaluate
+from mkaq.stages import analyze
 from mkaq.units import duration
 
 
@@ -90,6 +90,7 @@ def session(
     fresh: bool,
     max_memory: int | None,
     ranks: Ranks | None,
+    explain: bool,
 ) -> Iterator[Session]:
     """Checks everything, then holds the run's folder for a `with` block; arguments as for `pipeline.run`.
 
@@ -104,8 +105,7 @@ def session(
     plan = plan_recipe(recipe, source, device, max_memory, ranks.size)
     check_resources(plan, folder, device, max_memory, ranks.local_size)
     arrange_heap(sparing=max_memory is not None)
-    names = [stage.NAME for stage in (*STAGES, evaluate)]
-    with locked(folder, names) if ranks.is_main else nullcontext():
+    with locked(folder, NAMES) if ranks.is_main else nullcontext():
         progress.say(f"reading {recipe.model.path}")
         for remark in source.remarks:
             progress.say(f"note: {remark}")
@@ -119,7 +119,7 @@ def session(
             for line in too_long(expected, device):
                 progress.say(line)
             progress.end_of_run = schedule.end
-        maker = Maker(folder, device, progress, fresh, ranks, schedule)
+        maker = Maker(folder, device, progress, fresh, ranks, schedule, explain)
         try:
             yield Session(recipe, folder, source, files, plan, device, ranks, progress, maker)
         finally:

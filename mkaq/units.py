@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them."""
+"""Sizes in bytes and times in seconds, as people write and read them."""
 
 import re
 
@@ -32,3 +32,16 @@ def parse_size(text: str) -> int:
     if not match or (size := int(float(match[1]) * units[match[2] or ""])) < 1:
         raise ValueError(f"{text!r} is not a size such as 500MB or 4GB")
     return size
+
+
+def parse_age(text: str) -> float:
+    """The seconds in a time such as `30m`, `12h`, `7d` or `2w`.
+
+    Raises:
+        ValueError: If `text` is not a time.
+    """
+    units = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
+    match = re.fullmatch(r"\s*([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*([mhdw])\s*", text.lower())
+    if not match:
+        raise ValueError(f"{text!r} is not a time such as 12h or 7d")
+    return float(match[1]) * units[match[2]]

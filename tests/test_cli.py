@@ -59,10 +59,11 @@ def test_until_takes_the_names_of_the_stages() -> None:
     assert [*(stage.NAME for stage in pipeline.STAGES), pipeline.LAST] == list(run._UNTIL)
 
 
-@pytest.mark.parametrize("name", ["recipes", "schema"])
-def test_commands_that_run_no_model_do_not_load_torch(name: str) -> None:
+@pytest.mark.parametrize("name", ["recipes", "schema", "clean"])
+def test_commands_that_run_no_model_do_not_load_torch(name: str, copy: Path) -> None:
     line = mkaq_then("assert not {'torch', 'transformers'} & set(sys.modules)")
-    told = subprocess.run([*line, name], capture_output=True, text=True)
+    folder = [copy] if name == "clean" else []
+    told = subprocess.run([*line, name, *folder], capture_output=True, text=True)
     assert (told.returncode, told.stderr) == (0, "")
 
 
@@ -83,6 +84,7 @@ def test_help_names_every_command(mkaq: Mkaq) -> None:
         "eval",
         "generate",
         "chat",
+        "clean",
         "recipes",
         "schema",
     ):

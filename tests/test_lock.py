@@ -8,6 +8,7 @@ import pytest
 
 from mkaq.errors import UsageError
 from mkaq.run.lock import locked
+from mkaq.run.provenance import provenance_of
 from mkaq.run.publish import publish
 from tests.runs import tree
 
@@ -27,7 +28,7 @@ def make(folder: Path, text: str = "one") -> bool:
         (scratch / "a.txt").write_text(text)
         return {}
 
-    return publish(folder, "stage", "fingerprint", {}, build, inside=folder.name != "artifact").reused
+    return publish(folder, provenance_of("stage", None, {}), build, inside=folder.name != "artifact").reused
 
 
 def test_run_folder_is_held_by_one_process(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from mkaq import files
 from mkaq.digests import sha256_file
 from mkaq.errors import VerificationError
 from mkaq.files import replace_json
-from mkaq.run import publish as publish_module
-from mkaq.run.publish import Handoff, find_published, fingerprint_of, publish
+from mkaq.run import provenance
+from mkaq.run.provenance import provenance_of
+from mkaq.run.publish import Handoff, find_published, publish
 from tests.runs import tree
 
 DAMAGED = (
@@ -24,6 +25,9 @@ DAMAGED = (
     '{"fingerprint": 5, "files": [{"path": "a", "bytes": 1, "sha256": ""}]}',
     "\udcff",  # not UTF-8
 )
+
+
+OTHER = provenance_of("stage", "other", {})
 
 
 def writes(text: str) -> Callable[[Path], dict[str, str]]:
@@ -42,9 +46,7 @@ def fails(folder: Path) -> dict[str, str]:
 
 
 def make(folder: Path, text: str = "one", section: Any = 1, source: str = "x", **options: Any) -> Handoff:
-    inputs = {"source": source}
-    fingerprint = fingerprint_of("stage", section, inputs)
-    return publish(folder, "stage", fingerprint, inputs, writes(text), **options)
+    return publish(folder, provenance_of("stage", section, {"source": source}), writes(text), **options)
 
 
 def test_handoff_lists_every_file_with_its_digest(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_digests_that_the_build_knows_are_not_computed_again(
 
     hashed = []
     monkeypatch.setattr("mkaq.digests.sha256_file", lambda path: hashed.append(path.name) or "computed")
-    done = publish(tmp_path / "stage", "stage", "made", {}, build)
+    done = publish(tmp_path / "stage", OTHER, build)
     assert [file["sha256"] for file in done.files] == ["known", "computed"] and hashed == ["b.txt"]
 
 
@@ -91,10 +93,10 @@ def test_changed_stage_is_made_again(tmp_path: Path, change: dict[str, Any]) -> 
 
 def test_other_versions_make_a_stage_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "stage")
-    monkeypatch.setattr(publish_module, "library_versions", lambda: {"torch": "99"})
+    monkeypatch.setattr(provenance, "library_versions", lambda: {"torch": "99"})
     assert not make(tmp_path / "stage").reused
     assert make(tmp_path / "stage").reused
-    monkeypatch.setattr(publish_module, "__version__", "99")
+    monkeypatch.setattr(provenance, "__version__", "99")
     assert not make(tmp_path / "stage").reused
 
 
@@ -184,14 +186,14 @@ def test_failing_build_leaves_the_old_stage(tmp_path: Path) -> None:
     make(tmp_path / "stage")
     before = tree(tmp_path)
     with pytest.raises(RuntimeError, match="stop"):
-        publish(tmp_path / "stage", "stage", "other", {}, fails)
+        publish(tmp_path / "stage", OTHER, fails)
     assert tree(tmp_path) == before
     assert make(tmp_path / "stage").reused
 
 
 def test_failing_build_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"):
-        publish(tmp_path / "stage", "stage", "made", {}, fails)
+        publish(tmp_path / "stage", OTHER, fails)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,7 +216,7 @@ def test_stage_is_complete_when_it_appears(tmp_path: Path) -> None:
         return writes("new")(folder)
 
     make(tmp_path / "stage")
-    publish(tmp_path / "stage", "stage", "other", {}, build)
+    publish(tmp_path / "stage", OTHER, build)
     assert tree(tmp_path / "stage")["a.txt"] == b"new"
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mkaq import __version__
-from mkaq.cli import about, artifact, generate, measure, run
+from mkaq.cli import about, artifact, clean, generate, measure, run
 from mkaq.console import escape_unencodable
 from mkaq.errors import as_mkaq_error
 
@@ -49,6 +49,7 @@ app.command(name="eval")(measure.evaluate)
 app.command()(measure.bench)
 app.command()(generate.generate)
 app.command()(generate.chat)
+app.command()(clean.clean)
 app.command()(about.recipes)
 app.command()(about.schema)
 

@@ -49,8 +49,8 @@ def load(recipe: str, settings: list[str], output: Path | None) -> "tuple[Recipe
     return loaded, utf8_path(output or Path("runs") / loaded.name)
 
 
-def bytes(size: str | None) -> int | None:
-    """The bytes that `--max-memory` allows, or None.
+def bytes(size: str | None, option: str = "--max-memory") -> int | None:
+    """The bytes that an option names, or None.
 
     Raises:
         UsageError: If it is not a size.
@@ -60,7 +60,21 @@ def bytes(size: str | None) -> int | None:
     try:
         return None if size is None else parse_size(size)
     except ValueError as error:
-        raise UsageError(str(error), where="--max-memory") from None
+        raise UsageError(str(error), where=option) from None
+
+
+def seconds(age: str | None, option: str) -> float | None:
+    """The seconds that an option names, or None.
+
+    Raises:
+        UsageError: If it is not a time.
+    """
+    from mkaq.units import parse_age
+
+    try:
+        return None if age is None else parse_age(age)
+    except ValueError as error:
+        raise UsageError(str(error), where=option) from None
 
 
 def section(kind: type[_Section], values: dict[str, Any]) -> _Section:

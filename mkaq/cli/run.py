@@ -37,6 +37,10 @@ def run(
         typer.Option(callback=_valid_stage, metavar=f"[{'|'.join(_UNTIL)}]", help="The last stage to run."),
     ] = "export",
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage again.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Say why a stage is made again: what differs."),
+    ] = False,
     device: Device = "auto",
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
@@ -55,7 +59,15 @@ def run(
     with joined(pick_device(device)) as (ranks, torch_device):
         progress = Progress(quiet=not ranks.is_main)
         result = pipeline.run(
-            loaded, folder, torch_device, progress, until=until, fresh=fresh, max_memory=limit, ranks=ranks
+            loaded,
+            folder,
+            torch_device,
+            progress,
+            until=until,
+            fresh=fresh,
+            max_memory=limit,
+            ranks=ranks,
+            explain=explain,
         )
     if not ranks.is_main:
         return

@@ -11,16 +11,33 @@ from mkaq.run.store import STORE, is_link
 
 _LOCK, _ARTIFACT = ".lock", "artifact"
 _FILES = ("recipe.yaml", "run.json", "report.html")
-_FIX = "choose another folder with --output"
+_ELSEWHERE = "choose another folder with --output"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's: a run has held it, and left what only runs make."""
+    lock = folder / _LOCK
+    left = (folder / STORE).is_dir() or (folder / "run.json").is_file()
+    return left and lock.is_file() and not lock.is_symlink()
 
 
 @contextmanager
 def locked(folder: Path, stages: Sequence[str]) -> Iterator[None]:
-    """Holds a run's folder for a `with` block.
+    """Holds a run's folder for a `with` block, and repairs it first; arguments and errors as for `held`."""
+    with held(folder, stages):
+        for path in _published(folder):
+            _repair(path)
+        yield
+
+
+@contextmanager
+def held(folder: Path, stages: Sequence[str], otherwise: str = _ELSEWHERE) -> Iterator[None]:
+    """Holds a run's folder for a `with` block, and leaves it as it is.
 
     Args:
         folder: The run's folder.
         stages: The names of what it publishes or links there, beside the store and the artifact.
+        otherwise: What to do if it cannot be held.
 
     Raises:
         UsageError: If another run holds it, it contains files that mkaq did not make, or it cannot be
@@ -36,18 +53,16 @@ def locked(folder: Path, stages: Sequence[str]) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
-        raise UsageError(f"cannot be written ({error})", where=folder, fix=_FIX) from None
+        raise UsageError(f"cannot be written ({error})", where=folder, fix=otherwise) from None
     if foreign:
-        raise UsageError(f"holds {', '.join(foreign)}, which mkaq did not make", where=folder, fix=_FIX)
+        raise UsageError(f"holds {', '.join(foreign)}, which mkaq did not make", where=folder, fix=otherwise)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(
-                "another mkaq run is working here", where=folder, fix=f"wait for it, or {_FIX}"
+                "another mkaq run is working here", where=folder, fix=f"wait for it, or {otherwise}"
             ) from None
-        for path in _published(folder):
-            _repair(path)
         yield
 
 

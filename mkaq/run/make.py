@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ from mkaq.peak import peak_bytes, reset_peak
 from mkaq.progress import Progress
 from mkaq.ranks import Ranks
 from mkaq.run.job import RECORD, Job
-from mkaq.run.publish import Handoff, find_published, fingerprint_of, publish
+from mkaq.run.provenance import Provenance, provenance_of, reason
+from mkaq.run.publish import Handoff, find_published, handoff_place, publish, read_provenances
 from mkaq.run.schedule import Schedule
 from mkaq.run.store import Store
 
@@ -36,6 +38,7 @@ class Maker:
         fresh: Make every stage again, once.
         ranks: The processes; the first one writes.
         schedule: Told when stages begin and end.
+        explain: Say why a stage is made.
 
     Attributes:
         log: For each stage made, its time and peak memory.
@@ -49,9 +52,10 @@ class Maker:
         fresh: bool,
         ranks: Ranks,
         schedule: Schedule,
+        explain: bool = False,
     ) -> None:
         self._folder, self._device, self._progress, self._ranks = folder, device, progress, ranks
-        self._schedule = schedule
+        self._schedule, self._explain = schedule, explain
         self._fresh, self._store = fresh, Store(folder, fresh, progress.say)
         self.log: list[dict[str, Any]] = []
 
@@ -84,14 +88,19 @@ class Maker:
     def publish_artifact(self, settings: Any, inputs: Mapping[str, str], build: Build) -> Path:
         """Publishes the artifact, outside the store."""
         folder = self._folder / "artifact"
-        fingerprint = fingerprint_of("artifact", settings, inputs)
+        provenance = provenance_of("artifact", settings, inputs)
+        stored = partial(read_provenances, [handoff_place(folder, inside=False)])
 
         def make(build: Build) -> Handoff:
             options = {"fresh": self._fresh, "inside": False}
-            return publish(folder, "artifact", fingerprint, inputs, build, say=self._progress.say, **options)
+            return publish(folder, provenance, build, say=self._progress.say, **options)
 
         self._together(
-            "artifact", build, make, lambda claim: find_published(folder, claim, inside=False), alone=True
+            "artifact",
+            self._explained("artifact", provenance, stored, build),
+            make,
+            lambda claim: find_published(folder, claim, inside=False),
+            alone=True,
         )
         return folder
 
@@ -100,18 +109,35 @@ class Maker:
         if not mode.plain:
             written = {"dtype": str(job.dtype), "shard_size": job.output.shard_size}
             settings |= {"seed": job.seed, **written, "ran_on": job.runs_on(mode)}
-        inputs = stage.inputs(section, job)
-        fingerprint = fingerprint_of(stage.NAME, settings, inputs)
+        provenance = provenance_of(stage.NAME, settings, stage.inputs(section, job))
 
         def make(build: Build) -> Handoff:
-            done = self._store.publish(stage.NAME, fingerprint, inputs, build)
+            done = self._store.publish(provenance, build)
             self._store.link(name, done)
             return done
 
         done = self._together(
-            name, build, make, lambda claim: self._store.find(stage.NAME, claim), alone=mode.alone
+            name,
+            self._explained(name, provenance, partial(self._store.stored, stage.NAME), build),
+            make,
+            lambda claim: self._store.find(stage.NAME, claim),
+            alone=mode.alone,
         )
         job.publish(name, done.path, done.digest)
+
+    def _explained(
+        self, name: str, new: Provenance, stored: Callable[[], list[Provenance | None]], build: Build
+    ) -> Build:
+        """The build, which says first why it is run, if this was asked for."""
+        if not self._explain or not self._ranks.is_main:
+            return build
+
+        def build_and_say(scratch: Path) -> Mapping[str, str]:
+            why = "--fresh makes every stage again" if self._fresh else reason(new, stored())
+            self._progress.say(f"{name}: made, since {why}")
+            return build(scratch)
+
+        return build_and_say
 
     def _together(
         self,

@@ -7,15 +7,17 @@ identifies everything that it was made from; a stage whose fingerprint and files
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from mkaq import __version__
-from mkaq.digests import describe_files, digest_of, library_versions, sha256_file
+from mkaq.digests import describe_files, digest_of, sha256_file
 from mkaq.errors import VerificationError
 from mkaq.files import is_blank, replace_json, sync, write_json
+from mkaq.run.provenance import Provenance
 
 HANDOFF = "handoff.json"
 _TIMEOUT = 60  # seconds until a shared file system must show what another process has published
@@ -47,24 +49,9 @@ class Handoff:
         return digest_of(list(self.files))
 
 
-def fingerprint_of(stage: str, section: Any, inputs: Mapping[str, str]) -> str:
-    """The fingerprint of a stage: its recipe section, its inputs, the versions of mkaq and the libraries."""
-    return digest_of(
-        {
-            "stage": stage,
-            "section": section,
-            "inputs": inputs,
-            "mkaq": __version__,
-            "libraries": library_versions(),
-        }
-    )
-
-
 def publish(
     folder: Path,
-    stage: str,
-    fingerprint: str,
-    inputs: Mapping[str, str],
+    provenance: Provenance,
     build: Callable[[Path], Mapping[str, str]],
     *,
     fresh: bool = False,
@@ -75,9 +62,7 @@ def publish(
 
     Args:
         folder: Destination.
-        stage: Name of the stage.
-        fingerprint: Digest of everything that it is made from.
-        inputs: Names and digests of its inputs.
+        provenance: Everything that the stage is made from.
         build: Writes the files into the given folder; returns known sha256 digests by path.
         fresh: Make the stage again in any case.
         inside: Put handoff.json into the folder. The artifact's is a hidden file beside the folder instead,
@@ -87,6 +72,7 @@ def publish(
     Raises:
         VerificationError: If there is a handoff.json that cannot be read.
     """
+    stage, fingerprint = provenance.stage, provenance.fingerprint
     handoff_path = handoff_place(folder, inside)
     if not fresh and handoff_path.exists():
         if is_blank(handoff_path):
@@ -100,7 +86,7 @@ def publish(
         known = build(scratch)
         names = sorted(str(p.relative_to(scratch)) for p in scratch.rglob("*") if p.is_file())
         files = describe_files(scratch, names, known)
-        handoff = {"stage": stage, "fingerprint": fingerprint, "inputs": dict(inputs), "files": files}
+        handoff = {"fingerprint": fingerprint, **asdict(provenance), "files": files}
         if inside:
             write_json(scratch / HANDOFF, handoff)
         _sync(scratch)
@@ -154,6 +140,29 @@ def read_handoff(where: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VerificationError(f"the handoff is damaged ({error})", where=where, fix=fix) from None
     return dict(data)
+
+
+def read_provenance(where: Path) -> Provenance | None:
+    """What a handoff.json says that its stage was made from; None if it is of a version that did not say it.
+
+    Raises:
+        VerificationError: If it is damaged.
+    """
+    data = read_handoff(where)
+    try:
+        inputs, libraries = ({n: str(v) for n, v in data[key].items()} for key in ("inputs", "libraries"))
+        return Provenance(str(data["stage"]), data["settings"], inputs, str(data["mkaq"]), libraries)
+    except (KeyError, AttributeError):
+        return None
+
+
+def read_provenances(places: Iterable[Path]) -> list[Provenance | None]:
+    """Reads `read_provenance` of every handoff.json that is there and whole, the oldest first."""
+    aged: list[tuple[float, Provenance | None]] = []
+    for place in places:
+        with suppress(OSError, VerificationError):
+            aged.append((place.stat().st_mtime, read_provenance(place)))
+    return [provenance for _, provenance in sorted(aged, key=itemgetter(0))]
 
 
 def _find(folder: Path, handoff_path: Path, fingerprint: str, say: Callable[[str], None]) -> Handoff | None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mkaq.errors import UsageError
-from mkaq.run.publish import HANDOFF, Handoff, find_published, publish, remove
+from mkaq.run.provenance import Provenance
+from mkaq.run.publish import HANDOFF, Handoff, find_published, publish, read_provenances, remove
 
 STORE = "store"
 
@@ -26,22 +27,17 @@ class Store:
         self._folder, self._fresh, self._say = folder, fresh, say
         self._checked: dict[str, Handoff] = {}
 
-    def publish(
-        self,
-        stage: str,
-        fingerprint: str,
-        inputs: Mapping[str, str],
-        build: Callable[[Path], Mapping[str, str]],
-    ) -> Handoff:
+    def publish(self, provenance: Provenance, build: Callable[[Path], Mapping[str, str]]) -> Handoff:
         """Makes a stage or finds it published; a stage that this process has found before is not read again.
 
         Raises:
             VerificationError: If it exists and is damaged.
         """
+        fingerprint = provenance.fingerprint
         if fingerprint not in self._checked:
-            path = self.place(stage, fingerprint)
+            path = self.place(provenance.stage, fingerprint)
             path.parent.mkdir(exist_ok=True)
-            done = publish(path, stage, fingerprint, inputs, build, fresh=self._fresh, say=self._say)
+            done = publish(path, provenance, build, fresh=self._fresh, say=self._say)
             self._checked[fingerprint] = done
             return done
         return self._checked[fingerprint].again()
@@ -53,6 +49,10 @@ class Store:
             VerificationError: If it does not appear.
         """
         return find_published(self.place(stage, claim[0]), claim)
+
+    def stored(self, stage: str) -> list[Provenance | None]:
+        """What each stored stage of a name was made from, the oldest first; None if it does not say so."""
+        return read_provenances((self._folder / STORE).glob(f"{stage}-*/{HANDOFF}"))
 
     def place(self, stage: str, fingerprint: str) -> Path:
         """The folder of a stage."""
