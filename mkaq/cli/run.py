@@ -37,6 +37,9 @@ def run(
         typer.Option(callback=_valid_stage, metavar=f"[{'|'.join(_UNTIL)}]", help="The last stage to run."),
     ] = "export",
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage again.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where a stage cannot do all that the recipe asks.")
+    ] = False,
     device: Device = "auto",
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
@@ -55,7 +58,15 @@ def run(
     with joined(pick_device(device)) as (ranks, torch_device):
         progress = Progress(quiet=not ranks.is_main)
         result = pipeline.run(
-            loaded, folder, torch_device, progress, until=until, fresh=fresh, max_memory=limit, ranks=ranks
+            loaded,
+            folder,
+            torch_device,
+            progress,
+            until=until,
+            fresh=fresh,
+            strict=strict,
+            max_memory=limit,
+            ranks=ranks,
         )
     if not ranks.is_main:
         return
@@ -70,10 +81,14 @@ def run(
 
 
 def _print_run_as_json(result: "RunResult", runtime_rows: "Sequence[Runtime]") -> None:
+    from mkaq.run.quality import quality_lines
+
     stages = [vars(size) | result.evaluation.get(size.stage, {}) for size in result.sizes]
     print_json(
         {
             "stages": stages,
+            "fallbacks": result.fallbacks,
+            "warnings": list(quality_lines({}, result.evaluation)),
             "artifact": str(result.artifact) if result.artifact else None,
             "runtimes": [vars(row) for row in runtime_rows],
             "run": str(result.folder),
@@ -84,11 +99,14 @@ def _print_run_as_json(result: "RunResult", runtime_rows: "Sequence[Runtime]") -
 def _print_run(result: "RunResult", runtime_rows: "Sequence[Runtime]", until: str) -> None:
     from mkaq.formats.runtimes import describe
     from mkaq.report import table_rows
+    from mkaq.run.quality import quality_lines
 
     print_table(
         ("stage", "layers", "parameters", "bytes on disk", "perplexity", "how"),
         table_rows(result.sizes, result.evaluation),
     )
+    for line in quality_lines(result.fallbacks, result.evaluation):
+        print(line)
     for line in describe(runtime_rows) if runtime_rows else ():
         print(line)
     print(f"artifact: {result.artifact}" if result.artifact else f"stopped after {until}: {result.folder}")

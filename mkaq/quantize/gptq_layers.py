@@ -17,6 +17,7 @@ from mkaq.formats.packing import pack_linear
 from mkaq.quantize.head import quantize_head
 from mkaq.quantize.hessian import hessian_of
 from mkaq.quantize.joint import JointTarget
+from mkaq.quantize.shortfall import clamped_scales, dead_columns
 from mkaq.quantize.solved import GptqModule, solve
 from mkaq.quantize.weight_error import ratio, relative_error
 from mkaq.walk.batches import spans
@@ -124,6 +125,8 @@ def _solve_group(
             error=ratio(costs[0][rows].sum().item(), costs[1][rows].sum().item()),
             weight_error=relative_error(weight[rows], result.weight[rows]),
             damp_percent=result.damp_percent,
+            dead_columns=dead_columns(weight[rows], hessian),
+            clamped_scales=clamped_scales(weight[rows], result.scales[rows], result.g_idx),
         )
         packed = pack_linear(
             result.codes[rows], result.scales[rows], result.zeros[rows], result.g_idx, options["bits"]
