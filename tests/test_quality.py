@@ -190,6 +190,18 @@ def test_one_sample_is_too_few_to_tune(tiny: Path, text: Path, mkaq: Mkaq, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])
+def test_weights_beyond_the_type_in_which_they_are_written(
+    name: str, method: str, damaged: Callable[..., Path], text: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    model = damaged({name: lambda w: w[:1].fill_(1e6)})
+    quantize = {"method": method, "bits": 8} | ({"group_size": 32} if method == "gptq" else {})
+    recipe = write_recipe(tmp_path / "r.yaml", model, text, merge=None, quantize=quantize, evaluate=None)
+    outcome = mkaq("run", recipe, "--output", tmp_path / "run", "--set", "model.dtype=float16")
+    one_message(outcome, 3, f"model.dtype: {name} has values beyond float16")
+
+
 # --- perplexities ------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mkaq.checkpoint.output import Output, with_dtype
+from mkaq.checkpoint.output import cast as converted
 from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.checkpoint.writer import writer_of
 from mkaq.files import write_json
@@ -62,6 +63,7 @@ def quantize_gptq(
 
     Raises:
         UsageError: If a Hessian cannot be factorized with any damping.
+        UnsupportedError: If other weights overflow the dtype in which they are written.
         CheckpointError: If inputs or results of a linear layer are not finite.
     """
     source, dtype = walk.checkpoint, output.dtype
@@ -71,12 +73,12 @@ def quantize_gptq(
     with writer_of(walk.ranks, folder, output.shard_size) as writer:
         later = {norm, arch.head_weight} if config["lm_head"] else {norm}
         for name, tensor in source.each(n for n in source.outer_tensor_names if n not in later):
-            writer.add(name, tensor.to(dtype))
+            writer.add(name, converted(tensor, dtype, name))
         for index in output.progress.track(range(walk.num_layers), "quantize (gptq)"):
             prefix = f"{arch.layer_name(index)}."
             linears = {f"{prefix}{name}.weight" for name in arch.linear_names}
             for name, tensor in source.each(n for n in source.layer_tensor_names(index) if n not in linears):
-                writer.add(name, tensor.to(dtype))
+                writer.add(name, converted(tensor, dtype, name))
             if target is not None:
                 target.enter(index, hidden_states)
             with walk.layer(index) as layer, Piecewise(walk, layer, index, hidden_states) as pieces:
@@ -92,7 +94,7 @@ def quantize_gptq(
                             writer.add(f"{prefix}{name}.{part}", tensor)
                 pieces.finish()
         final_norm = target.rescale(walk, hidden_states) if target else None
-        writer.add(norm, rescaled(source, final_norm, dtype))
+        writer.add(norm, converted(rescaled(source, final_norm, dtype), dtype, norm))
         if config["lm_head"]:
             packed, record = quantize_head(walk, hidden_states, options)
             modules.append(record)
