@@ -9,8 +9,9 @@ from mkaq.errors import UsageError
 from mkaq.progress import Progress
 from mkaq.recipe import Recipe
 from mkaq.run.job import Job
+from mkaq.run.quality import ratio
 from mkaq.stages.quantize import GptqSection
-from mkaq.units import human, parse_size
+from mkaq.units import decimal, human, parse_size
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,12 @@ def meet_budget(
     def rise(option: Option) -> float:
         progress.say(f"budget: trying {_summary(option)}")
         job = make(settle(recipe, option))
-        perplexity, source_perplexity = (
-            float(job.evaluation[of]["perplexity"]["perplexity"]) for of in (job.last, "source")
-        )
+        perplexity, before = (job.evaluation[of]["perplexity"]["perplexity"] for of in (job.last, "source"))
         tried.append(asdict(option) | {"perplexity": perplexity})
-        increase = perplexity / source_perplexity - 1 if math.isfinite(perplexity) else math.inf
-        before = f"on the source's {source_perplexity:.2f}"
-        progress.say(f"budget: perplexity {perplexity:.2f}, {increase:+.1%} {before}")
+        times = ratio(job.evaluation, job.last)
+        increase = math.inf if times is None else times - 1
+        on = f"on the source's {decimal(before)}"
+        progress.say(f"budget: perplexity {decimal(perplexity)}, {increase:+.1%} {on}")
         return increase
 
     by_bits = _by_bits(options)
@@ -179,7 +179,7 @@ def describe(record: dict[str, Any]) -> Iterator[str]:
     """The trials and the choice, in readable lines."""
     for row in record["tried"]:
         option = Option(row["removed"], row["bits"], row["bytes"])
-        yield f"tried {_summary(option)}: perplexity {row['perplexity']:.2f}"
+        yield f"tried {_summary(option)}: perplexity {decimal(row['perplexity'])}"
     yield f"chosen: {_summary(Option(**record['chosen']))}"
 
 

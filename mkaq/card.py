@@ -9,7 +9,9 @@ import yaml
 from mkaq.formats.formats import FORMATS
 from mkaq.manifest import Manifest
 from mkaq.pipeline import stage_of
+from mkaq.run.quality import quality_lines
 from mkaq.stages.quantize import QuantizeRecord
+from mkaq.units import decimal
 
 
 def model_card(manifest: Manifest) -> str:
@@ -37,10 +39,11 @@ def model_card(manifest: Manifest) -> str:
         (step.step, step.layers_after, step.parameters_after, step.bytes_after) for step in manifest.steps
     ]
     for stage, layers, parameters, size in rows:
-        measured = manifest.evaluation.get(stage, {}).get("perplexity", {}).get("perplexity")
-        lines.append(
-            f"| {stage} | {layers} | {parameters:,} | {size:,} | {f'{measured:.2f}' if measured else '-'} |"
-        )
+        measured = manifest.evaluation.get(stage, {}).get("perplexity")
+        perplexity = decimal(measured["perplexity"]) if measured else "-"
+        lines.append(f"| {stage} | {layers} | {parameters:,} | {size:,} | {perplexity} |")
+    for line in quality_lines(manifest.fallbacks, manifest.evaluation):
+        lines += ["", f"**{line}**"]
     for step in manifest.steps:
         lines += ["", stage_of(step.step).describe(step).sentence]
     needs = FORMATS[quantized.method].NEEDS if quantized else ""

@@ -45,7 +45,7 @@ class CheckpointError(MkaqError):
 
 
 class VerificationError(MkaqError):
-    """Files do not match their manifest or handoff."""
+    """Files do not match their manifest or handoff, or a model is not as good as its run demands."""
 
     exit_code = 5
 

@@ -14,6 +14,7 @@ from mkaq import __version__
 from mkaq.digests import digest_of, library_versions
 from mkaq.errors import VerificationError
 from mkaq.pipeline import STAGES
+from mkaq.run.quality import fallbacks_of
 from mkaq.stages.base import Part, Step
 from mkaq.stages.export import MAIN
 
@@ -108,8 +109,8 @@ class BudgetOption(Part):
 class BudgetTrial(BudgetOption):
     """An option that was run."""
 
-    perplexity: float
-    """Perplexity of the result, from the recipe's evaluate.perplexity."""
+    perplexity: float | None
+    """Perplexity of the result, from the recipe's evaluate.perplexity; null: not finite."""
 
 
 class Budget(Part):
@@ -153,10 +154,13 @@ class Manifest(Part):
     """The search of a budget, if the recipe had one."""
     steps: list[AnyStep]
     """The steps in order."""
+    fallbacks: dict[str, list[str]] = Field(default_factory=dict)
+    """For each step that could not do all that the recipe asked, what it did not, in a few words. They follow
+    from the steps."""
     ran_on: dict[str, RanOn]
     """The environment of each stage that computes."""
     evaluation: dict[str, dict[str, Any]]
-    """Measurements by stage."""
+    """Measurements by stage; a perplexity of null is not finite."""
     exports: list[ExportedFormat] = Field(default_factory=list)
     """The formats beside safetensors; `verify` compares each with the safetensors, bit for bit."""
     files: list[FileEntry]
@@ -203,6 +207,7 @@ def build_manifest(
         calibration=calibration,
         budget=None if budget is None else Budget(**budget),
         steps=job.steps,
+        fallbacks=fallbacks_of(job.steps),
         ran_on={stage: RanOn(**environment) for stage, environment in job.ran_on.items()},
         evaluation=job.evaluation,
         files=[],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mkaq.errors import UsageError
+from mkaq.run.quality import Bounds
 from mkaq.stages import analyze, calibrate, evaluate, export, merge, quantize, recover
 from mkaq.stages.base import ModelStage, Stage, makes_model
 
@@ -23,6 +24,7 @@ STAGES: tuple[Stage, ...] = (calibrate, analyze, merge, recover, quantize)
 LAST = "export"
 NAMES = tuple(stage.NAME for stage in (*STAGES, evaluate))
 """What a run links in its folder, beside the artifact."""
+_ANY = Bounds()
 
 
 def run(
@@ -33,6 +35,7 @@ def run(
     *,
     until: str = LAST,
     fresh: bool = False,
+    strict: bool = False,
     max_memory: int | None = None,
     ranks: Ranks | None = None,
     explain: bool = False,
@@ -46,6 +49,7 @@ def run(
         progress: Progress output.
         until: The last stage to run.
         fresh: Make every stage again.
+        strict: Refuse a stage that could not do all that the recipe asks.
         max_memory: Memory limit in bytes; the device's memory if None.
         ranks: The processes that share the calibration samples; None: only this one.
         explain: Say why a stage is made.
@@ -56,14 +60,15 @@ def run(
     from mkaq.budget import meet_budget
     from mkaq.session import session
 
-    budget = None
+    budget, evaluation = None, recipe.evaluate
+    bounds = Bounds(strict, evaluation.limit if evaluation else None)
     _check_until(recipe, until)
     with session(recipe, folder, device, progress, fresh, max_memory, ranks, explain) as active:
         recipe = active.recipe
         if recipe.budget is not None:
             recipe, budget = meet_budget(recipe, active.options, lambda tried: make(tried, active), progress)
         active.begin(recipe)
-        job = make(recipe, active, until)
+        job = make(recipe, active, until, bounds)
         return active.end(job, ship(recipe, job, active, budget) if until == LAST else None)
 
 
@@ -75,15 +80,21 @@ def _check_until(recipe: Recipe, until: str) -> None:
         )
 
 
-def make(recipe: Recipe, session: Session, until: str = LAST) -> Job:
-    """Makes the models of a recipe, one stage after another, each evaluated if the recipe asks for it."""
+def make(recipe: Recipe, session: Session, until: str = LAST, bounds: Bounds = _ANY) -> Job:
+    """Makes the models of a recipe, one stage after another, each evaluated if the recipe asks for it.
+
+    Raises:
+        VerificationError: If a model is out of bounds; its stage stays published.
+    """
     job = session.job(recipe)
     _measure(recipe, job, session)
     for stage in STAGES:
         section = stage.section(recipe, job.source)
         if section is not None and makes_model(stage):
             session.maker.make_model(stage, section, job)
+            bounds.check_stage(job)
             _measure(recipe, job, session)
+            bounds.check_perplexity(job)
         elif section is not None:
             session.maker.make(stage, section, job)
         if until == stage.NAME:

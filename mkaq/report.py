@@ -20,7 +20,8 @@ from mkaq.manifest import read_manifest
 from mkaq.pipeline import stage_of
 from mkaq.result import RunResult
 from mkaq.run.estimate import ModelSize
-from mkaq.units import human
+from mkaq.run.quality import quality_lines
+from mkaq.units import decimal, human
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{{ m.name }} - mkaq</title>
@@ -34,9 +35,10 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 <table><tr><th>stage<th>layers<th>parameters<th>bytes<th>perplexity<th>how</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
 {% endfor %}</table>
+{% for line in quality %}<p><b>{{ line }}</b></p>{% endfor %}
 {% if m.budget %}<h2>Budget</h2>
 <table><tr><th>layers removed<th>bits<th>bytes<th>perplexity</tr>
-{% for x in m.budget.tried %}<tr><td>{{ x.removed }}<td>{{ x.bits or "-" }}<td>{{ x.bytes }}<td>{{ "%.2f"|format(x.perplexity) }}</tr>
+{% for x in m.budget.tried %}<tr><td>{{ x.removed }}<td>{{ x.bits or "-" }}<td>{{ x.bytes }}<td>{{ decimal(x.perplexity) }}</tr>
 {% endfor %}</table>{% endif %}
 {% if heatmap %}<h2>Layer similarity (NPIB)</h2><img alt="heatmap" src="data:image/png;base64,{{ heatmap }}">{% endif %}
 {% for step in steps %}{% for table in step.tables %}<h2>{{ table.title }}</h2>
@@ -75,9 +77,9 @@ def table_rows(
     return rows
 
 
-def with_error(value: float, error: float | None, digits: int) -> str:
-    """A measured value with its standard error, if there is one."""
-    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+def with_error(value: float | None, error: float | None, digits: int) -> str:
+    """A measured value, None if it is not finite, with its standard error, if there is one."""
+    return decimal(value, digits) + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
 def write_report(result: RunResult, log: list[dict[str, Any]], similarity: Path | None) -> None:
@@ -103,6 +105,8 @@ def write_report(result: RunResult, log: list[dict[str, Any]], similarity: Path 
             m=manifest,
             rows=table_rows(result.sizes, result.evaluation),
             steps=[stage_of(step.step).describe(step) for step in manifest.steps],
+            quality=list(quality_lines(manifest.fallbacks, manifest.evaluation)),
+            decimal=decimal,
             heatmap=heatmap,
             speed=Markup(_speed_section(folder)),
             log={"stages": log},

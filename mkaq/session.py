@@ -24,6 +24,7 @@ from mkaq.result import RunResult, write_log
 from mkaq.run.job import Job
 from mkaq.run.lock import locked
 from mkaq.run.make import Maker
+from mkaq.run.quality import fallbacks_of
 from mkaq.run.schedule import Schedule
 from mkaq.stages import analyze
 from mkaq.units import duration
@@ -74,7 +75,7 @@ class Session:
 
     def end(self, job: Job, artifact: Path | None) -> RunResult:
         """The result of the run; writes the report if there is an artifact."""
-        result = RunResult(self.folder, job.sizes, job.evaluation, artifact)
+        result = RunResult(self.folder, job.sizes, job.evaluation, fallbacks_of(job.steps), artifact)
         if artifact and self.ranks.is_main:
             similarity = job.path(analyze.NAME) / analyze.SIMILARITY if job.has(analyze.NAME) else None
             write_report(result, self.maker.log, similarity)

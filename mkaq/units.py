@@ -1,5 +1,6 @@
-"""Sizes in bytes and times in seconds, as people write and read them."""
+"""Sizes in bytes, times in seconds and measured numbers, as people write and read them."""
 
+import math
 import re
 
 
@@ -19,6 +20,13 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def decimal(value: float | None, digits: int = 2) -> str:
+    """A measured number; None is one that is not finite. Only a huge one has an exponent."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:.{digits}f}" if abs(value) < 1e9 else f"{value:.3g}"
 
 
 def parse_size(text: str) -> int:

@@ -20,6 +20,7 @@ from mkaq.manifest import MANIFEST, Manifest, read_manifest
 from mkaq.pipeline import stage_of
 from mkaq.progress import Progress
 from mkaq.ranks import ALONE
+from mkaq.run.quality import fallbacks_of
 from mkaq.stages.calibrate import CalibrationSection
 from mkaq.stages.export import ExportSection, settings_of
 from mkaq.stages.quantize import QuantizeRecord
@@ -58,7 +59,9 @@ def verify(artifact: Path, source: Path | None, device: torch.device, progress: 
         f"{len(checkpoint.tensors)} tensors are all that config.json implies, with the right shapes"
     )
     raise_faults(artifact, [*_size_claims(manifest, checkpoint), *_budget_claims(manifest)])
-    checks.append("layers, parameters and bytes are as the manifest says")
+    if manifest.fallbacks != fallbacks_of(manifest.steps):
+        raise_faults(artifact, ["the fallbacks of the manifest are not those of its steps"])
+    checks.append("layers, parameters, bytes and fallbacks are as the manifest says")
     raise_faults(artifact, list(_export_claims(manifest, checkpoint)))
     checks += [f"{each.format} holds the same codes and weights, bit for bit" for each in manifest.exports]
     checks.append(_check_runs(checkpoint, device))

@@ -27,11 +27,14 @@ def inspect(artifact: Artifact, as_json: AsJson = False) -> None:
 def _print_manifest(manifest: "Manifest") -> None:
     from mkaq.budget import describe
     from mkaq.pipeline import stage_of
+    from mkaq.run.quality import quality_lines
     from mkaq.units import human
 
     source = manifest.source
     print(f"{manifest.name}: made by mkaq {manifest.mkaq_version} from {source.path} ({source.model_type})")
     print_table(("stage", "layers", "parameters", "bytes", "perplexity"), _stage_rows(manifest))
+    for line in quality_lines(manifest.fallbacks, manifest.evaluation):
+        print(line)
     if manifest.budget:
         for line in describe(manifest.budget.model_dump()):
             print(line)
@@ -45,7 +48,7 @@ def _print_manifest(manifest: "Manifest") -> None:
 
 def _stage_rows(manifest: "Manifest") -> list[tuple[str, str, str, str, str]]:
     """Stage, layers, parameters, bytes and perplexity, as text."""
-    from mkaq.units import human
+    from mkaq.units import decimal, human
 
     source = manifest.source
     sizes = [("source", source.layers, source.parameters, source.bytes)]
@@ -55,7 +58,7 @@ def _stage_rows(manifest: "Manifest") -> list[tuple[str, str, str, str, str]]:
     rows = []
     for stage, layers, parameters, size in sizes:
         measured = manifest.evaluation.get(stage, {}).get("perplexity")
-        perplexity = f"{measured['perplexity']:.2f}" if measured else "-"
+        perplexity = decimal(measured["perplexity"]) if measured else "-"
         rows.append((stage, str(layers), f"{parameters:,}", human(size), perplexity))
     return rows
 

@@ -38,8 +38,10 @@ def run(
     ] = "export",
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every stage again.")] = False,
     explain: Annotated[
-        bool,
-        typer.Option("--explain", help="Say why a stage is made again: what differs."),
+        bool, typer.Option("--explain", help="Say why a stage is made again: what differs.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where a stage cannot do all that the recipe asks.")
     ] = False,
     device: Device = "auto",
     max_memory: MaxMemory = None,
@@ -65,9 +67,10 @@ def run(
             progress,
             until=until,
             fresh=fresh,
+            explain=explain,
+            strict=strict,
             max_memory=limit,
             ranks=ranks,
-            explain=explain,
         )
     if not ranks.is_main:
         return
@@ -82,10 +85,14 @@ def run(
 
 
 def _print_run_as_json(result: "RunResult", runtime_rows: "Sequence[Runtime]") -> None:
+    from mkaq.run.quality import quality_lines
+
     stages = [vars(size) | result.evaluation.get(size.stage, {}) for size in result.sizes]
     print_json(
         {
             "stages": stages,
+            "fallbacks": result.fallbacks,
+            "warnings": list(quality_lines({}, result.evaluation)),
             "artifact": str(result.artifact) if result.artifact else None,
             "runtimes": [vars(row) for row in runtime_rows],
             "run": str(result.folder),
@@ -96,11 +103,14 @@ def _print_run_as_json(result: "RunResult", runtime_rows: "Sequence[Runtime]") -
 def _print_run(result: "RunResult", runtime_rows: "Sequence[Runtime]", until: str) -> None:
     from mkaq.formats.runtimes import describe
     from mkaq.report import table_rows
+    from mkaq.run.quality import quality_lines
 
     print_table(
         ("stage", "layers", "parameters", "bytes on disk", "perplexity", "how"),
         table_rows(result.sizes, result.evaluation),
     )
+    for line in quality_lines(result.fallbacks, result.evaluation):
+        print(line)
     for line in describe(runtime_rows) if runtime_rows else ():
         print(line)
     print(f"artifact: {result.artifact}" if result.artifact else f"stopped after {until}: {result.folder}")

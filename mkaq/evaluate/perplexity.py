@@ -15,9 +15,10 @@ class Perplexity:
     """A perplexity and the amount of text behind it.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood per predicted token.
+        perplexity: exp of the mean negative log-likelihood per predicted token; infinite if that is NaN or
+            more than a float holds.
         standard_error: Its standard error, from the spread over sequences (delta method); None for a single
-            sequence.
+            sequence, or an infinite perplexity.
         tokens: The number of predicted tokens.
         sequences: The number of sequences, each predicted without context from the others.
     """
@@ -28,8 +29,8 @@ class Perplexity:
     sequences: int
 
     def as_json(self) -> dict[str, Any]:
-        """The form recorded in the manifest."""
-        return asdict(self)
+        """The form recorded in the manifest; an infinite perplexity, which JSON does not have, is null."""
+        return asdict(self) | ({} if math.isfinite(self.perplexity) else {"perplexity": None})
 
 
 @torch.no_grad()
@@ -71,7 +72,9 @@ def perplexity(
 def summarize(losses: list[float], counts: list[int]) -> Perplexity:
     """Token-weighted perplexity from the summed loss (nats) and the token count of each sequence."""
     mean, error = mean_per_token(losses, counts)
-    value = math.exp(min(mean, 700.0))
+    if not mean < 700:
+        return Perplexity(math.inf, None, sum(counts), len(losses))
+    value = math.exp(mean)
     return Perplexity(value, None if error is None else value * error, sum(counts), len(losses))
 
 

@@ -92,6 +92,11 @@ def probe_count(samples: int, candidates: int) -> int:
     return max(1, min(PROBES, samples // 4, 5 * samples // (4 * candidates)))
 
 
+def holds_out(samples: int, candidates: int) -> bool:
+    """Whether there are enough samples to measure candidates on others than those that build them."""
+    return samples - probe_count(samples, candidates) >= HELD_OUT
+
+
 def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Splits the samples into those that build candidates and those that measure them.
 
@@ -105,7 +110,7 @@ def split_samples(tokens: torch.Tensor, processes: int, candidates: int) -> tupl
         candidates: Candidates to measure.
     """
     probes = probe_count(len(tokens), candidates)
-    others = tokens[:-probes] if len(tokens) - probes >= HELD_OUT else tokens
+    others = tokens[:-probes] if holds_out(len(tokens), candidates) else tokens
     sample = others[:: _step(len(others), processes)]
     return sample[: len(sample) // HELD_OUT * HELD_OUT or len(sample)], tokens[-probes:]
 

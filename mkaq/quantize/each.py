@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mkaq.checkpoint.output import Output, with_dtype
+from mkaq.checkpoint.output import Output, cast, with_dtype
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.checkpoint.writer import ShardWriter
@@ -53,19 +53,19 @@ def quantize_each(
         output: How it is written.
 
     Raises:
-        UnsupportedError: If the format cannot hold a weight.
+        UnsupportedError: If the format, or the dtype of other weights, cannot hold a weight.
     """
     modules: list[RoundedModule] = []
     dtype = output.dtype
     with ShardWriter(folder, output.shard_size) as writer:
         for name, tensor in source.each(source.outer_tensor_names):
-            writer.add(name, tensor.to(dtype))
+            writer.add(name, cast(tensor, dtype, name))
         for index in output.progress.track(range(source.num_layers), f"quantize ({config['quant_method']})"):
             arch = source.arch
             linears = {arch.in_layer(index, f"{name}.weight") for name in arch.linear_names}
             for name, tensor in source.each(source.layer_tensor_names(index)):
                 if name not in linears:
-                    writer.add(name, tensor.to(dtype))
+                    writer.add(name, cast(tensor, dtype, name))
                     continue
                 module = name.removesuffix(".weight")
                 try:

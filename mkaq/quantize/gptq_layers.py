@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mkaq.checkpoint.output import Output, with_dtype
+from mkaq.checkpoint.output import cast as converted
 from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.checkpoint.writer import writer_of
 from mkaq.files import write_json
@@ -17,6 +18,7 @@ from mkaq.formats.packing import pack_linear
 from mkaq.quantize.head import quantize_head
 from mkaq.quantize.hessian import hessian_of
 from mkaq.quantize.joint import JointTarget
+from mkaq.quantize.shortfall import clamped_scales, dead_columns
 from mkaq.quantize.solved import GptqModule, solve
 from mkaq.quantize.weight_error import ratio, relative_error
 from mkaq.walk.batches import spans
@@ -61,6 +63,7 @@ def quantize_gptq(
 
     Raises:
         UsageError: If a Hessian cannot be factorized with any damping.
+        UnsupportedError: If other weights overflow the dtype in which they are written.
         CheckpointError: If inputs or results of a linear layer are not finite.
     """
     source, dtype = walk.checkpoint, output.dtype
@@ -70,12 +73,12 @@ def quantize_gptq(
     with writer_of(walk.ranks, folder, output.shard_size) as writer:
         later = {norm, arch.head_weight} if config["lm_head"] else {norm}
         for name, tensor in source.each(n for n in source.outer_tensor_names if n not in later):
-            writer.add(name, tensor.to(dtype))
+            writer.add(name, converted(tensor, dtype, name))
         for index in output.progress.track(range(walk.num_layers), "quantize (gptq)"):
             prefix = f"{arch.layer_name(index)}."
             linears = {f"{prefix}{name}.weight" for name in arch.linear_names}
             for name, tensor in source.each(n for n in source.layer_tensor_names(index) if n not in linears):
-                writer.add(name, tensor.to(dtype))
+                writer.add(name, converted(tensor, dtype, name))
             if target is not None:
                 target.enter(index, hidden_states)
             with walk.layer(index) as layer, Piecewise(walk, layer, index, hidden_states) as pieces:
@@ -91,7 +94,7 @@ def quantize_gptq(
                             writer.add(f"{prefix}{name}.{part}", tensor)
                 pieces.finish()
         final_norm = target.rescale(walk, hidden_states) if target else None
-        writer.add(norm, rescaled(source, final_norm, dtype))
+        writer.add(norm, converted(rescaled(source, final_norm, dtype), dtype, norm))
         if config["lm_head"]:
             packed, record = quantize_head(walk, hidden_states, options)
             modules.append(record)
@@ -124,6 +127,8 @@ def _solve_group(
             error=ratio(costs[0][rows].sum().item(), costs[1][rows].sum().item()),
             weight_error=relative_error(weight[rows], result.weight[rows]),
             damp_percent=result.damp_percent,
+            dead_columns=dead_columns(weight[rows], hessian),
+            clamped_scales=clamped_scales(weight[rows], result.scales[rows], result.g_idx),
         )
         packed = pack_linear(
             result.codes[rows], result.scales[rows], result.zeros[rows], result.g_idx, options["bits"]

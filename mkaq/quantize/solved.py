@@ -25,6 +25,8 @@ class GptqModule:
         weight_error: ||W - Q||^2 / ||W||^2, W the weight that was rounded.
         damp_percent: The damping used.
         ridge: The ridge, if W was first solved toward the original model; else None.
+        dead_columns: Columns with weights that no token reached.
+        clamped_scales: Scales at an end of float16, of groups with weights.
         fallback: Always false: a failed factorization raises the damping or ends the run.
     """
 
@@ -33,6 +35,8 @@ class GptqModule:
     weight_error: float
     damp_percent: float
     ridge: float | None = None
+    dead_columns: int = 0
+    clamped_scales: int = 0
     fallback: bool = False
 
 

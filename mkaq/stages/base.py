@@ -122,6 +122,10 @@ class Step(Part):
         """Additional computations, and their modes."""
         return {}
 
+    def fallbacks(self) -> list[str]:
+        """What could not be done as the recipe asked, so that quality may be lost; each in a few words."""
+        return []
+
     def proofs(self) -> Sequence[str]:
         """Files shipped with the artifact so that the record can be verified."""
         return ()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mkaq.run.estimate import Estimate, ModelSize, Task
 from mkaq.stages.base import Made, Mode, Section, TextSection
@@ -37,6 +37,15 @@ class EvaluateSection(Section):
 
     perplexity: PerplexitySection | None = None
     """Perplexity, or null."""
+    limit: Annotated[float, Field(ge=1)] | None = None
+    """Largest perplexity of the model after each stage, as a ratio to the source's, e.g. 2.0. Beyond it the
+    run ends with exit code 5 and without an artifact. Null: any."""
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> EvaluateSection:
+        if self.limit is not None and self.perplexity is None:
+            raise ValueError("limit is read with perplexity only; leave it out")
+        return self
 
 
 def section(recipe: Recipe, source: Checkpoint) -> PerplexitySection | None:

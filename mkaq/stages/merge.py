@@ -138,6 +138,8 @@ class MergeRecord(Step):
     """The merges of averages, in the order in which they were chosen."""
     measured: list[MeasuredGroup] = Field(default=[])
     """Every measured group (order: measured)."""
+    held_out: bool = True
+    """Whether groups were measured on samples that they were not built from; not with too few samples."""
     layers: list[NewLayer]
     """Every layer of the result."""
     final_norm: FinalNorm | None = None
@@ -151,6 +153,10 @@ class MergeRecord(Step):
     def follows(self) -> bool:
         """True for averages; solved weights do not follow from the record."""
         return not self.fused
+
+    def fallbacks(self) -> list[str]:
+        """Groups that were not measured on held-out samples."""
+        return [] if self.held_out else ["groups measured on the samples they were built from, all there are"]
 
     def proofs(self) -> Sequence[str]:
         """The file of origins, if layers were fused."""
@@ -213,6 +219,7 @@ def run(section: MergeSection, job: Job, folder: Path) -> Made:
     from mkaq.fit.hold_out import calibration_samples
     from mkaq.merge.averaged import averaged_layers
     from mkaq.merge.choose import choose
+    from mkaq.merge.cost import holds_out
     from mkaq.merge.fused import Streams, fused_layers
     from mkaq.merge.origins import ORIGINS, write_origins
     from mkaq.merge.write import write_merged
@@ -236,6 +243,7 @@ def run(section: MergeSection, job: Job, folder: Path) -> Made:
         "dtype": str(job.dtype).removeprefix("torch."),
         "merges": merges,
         "measured": analyze.rows(analysis.costs),
+        "held_out": not analysis.costs or holds_out(len(job.tokens()), len(analysis.costs)),
         "layers": written.rows,
         "final_norm": written.final_norm and asdict(written.final_norm),
     }

@@ -24,6 +24,7 @@ NAME = "quantize"
 LESS = "quantize: {method: bitsandbytes}, which needs less than gptq"
 SOONER = "lower calibration.num_samples"
 GptqBits = Literal[2, 3, 4, 8]
+_NAMED = 3  # modules that a line names
 
 
 class GptqSection(Section):
@@ -134,8 +135,14 @@ class QuantizedModule(Part):
     """The damping that was used (gptq)."""
     ridge: float | None = None
     """The ridge, if W was solved toward the source model before rounding (gptq)."""
+    dead_columns: int | None = None
+    """Columns with weights whose input was 0 for every calibration token: they are rounded to the nearest
+    (gptq)."""
+    clamped_scales: int | None = None
+    """Scales at the smallest or largest number of float16, of groups with weights (gptq)."""
     fallback: Literal[False] = False
-    """mkaq has no fallback: a layer is quantized as requested, or the run ends."""
+    """mkaq never rounds a whole layer to the nearest instead. What it could not do as asked is in the
+    manifest's `fallbacks`."""
 
 
 class QuantizeRecord(Step):
@@ -161,8 +168,25 @@ class QuantizeRecord(Step):
         """Errors of hidden states are measured exactly, by one process."""
         return {} if self.residuals is None else {"residuals": Mode(alone=True)}
 
+    def fallbacks(self) -> list[str]:
+        """Dampings that were raised, columns without input, and scales that float16 does not hold."""
+        asked = self.settings.get("damp_percent")
+        damping = asked if isinstance(asked, float) else 1.0
+        found = {
+            "damping raised": [m.name for m in self.modules if (m.damp_percent or 0.0) > damping],
+            "columns without input": [m.name for m in self.modules if m.dead_columns],
+            "scales beyond float16": [m.name for m in self.modules if m.clamped_scales],
+        }
+        return [f"{what} in {_modules(names)}" for what, names in found.items() if names]
+
 
 Record = QuantizeRecord
+
+
+def _modules(names: list[str]) -> str:
+    """How many modules, and the first of them."""
+    some = ", ".join(names[:_NAMED]) + ", ..." * (len(names) > _NAMED)
+    return f"{len(names)} module{'s' * (len(names) > 1)} ({some})"
 
 
 def section(recipe: Recipe, source: Checkpoint) -> QuantizeSection | None:

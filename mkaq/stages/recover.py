@@ -96,10 +96,21 @@ def inputs(section: LayerwiseSection, job: Job) -> Mapping[str, str]:
 
 
 def estimate(section: LayerwiseSection, before: ModelSize, task: Task) -> Estimate:
-    """One layer with its optimizer, and two streams of hidden states."""
+    """One layer with its optimizer, and two streams of hidden states.
+
+    Raises:
+        UsageError: If there is no sample to learn from beside the held-out one.
+    """
+    from mkaq.errors import UsageError
     from mkaq.run import work
     from mkaq.run.memory import tuning
 
+    if task.samples < 2:
+        raise UsageError(
+            "one sample is too few to tune on some and measure on others",
+            where="calibration.num_samples",
+            fix="use at least 2, better 128 or more; or recover: null",
+        )
     size = before.parameters * task.dtype.itemsize
     after = ModelSize(NAME, before.layers, before.parameters, size, section.how())
     done = work.tuning(task, before.layers, section.steps, section.batch_size)

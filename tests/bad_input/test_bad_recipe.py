@@ -142,6 +142,21 @@ RECIPES: dict[str, tuple[str, int, tuple[str, ...]]] = {
         2,
         ("a budget is met by measuring: it needs evaluate.perplexity",),
     ),
+    "limit without measuring": (
+        HEAD + "quantize: {method: gptq}\nevaluate: {limit: 2.0}\n",
+        2,
+        ("line 5, evaluate: limit is read with perplexity only; leave it out",),
+    ),
+    "limit below the source": (
+        HEAD + MEASURED.replace("}}", "}, limit: 0.5}"),
+        2,
+        ("line 4, evaluate.limit:", "greater than or equal to 1, not 0.5"),
+    ),
+    "limit of no number": (
+        HEAD + MEASURED.replace("}}", "}, limit: 5%}"),
+        2,
+        ("line 4, evaluate.limit:", "not '5%'"),
+    ),
     "budget of no size": (
         HEAD + MEASURED + "budget: {bytes: 4 parsecs}\n",
         2,
