@@ -292,8 +292,8 @@ def test_home_with_a_lock_of_its_own(mkaq: Mkaq, tmp_path: Path) -> None:
 
 
 def test_folder_in_which_a_run_works(folder: Path, mkaq: Mkaq) -> None:
-    before = tree(folder)
     with locked(folder, ("merge",)):
+        before = tree(folder)
         for arguments in ((), ("--yes",)):
             outcome = mkaq("clean", folder, *arguments)
             one_message(outcome, 2, "another mkaq run is working here", "fix: wait for it, or clean another")

@@ -1,5 +1,6 @@
 """A run's folder: held by one process, and put right after one that was killed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ def test_run_folder_is_held_by_one_process(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="another mkaq run is working here"), locked(tmp_path, STAGES):
             pass
         other.communicate("\n")
-    with locked(tmp_path, STAGES), pytest.raises(UsageError), locked(tmp_path, STAGES):
+    holder = rf"here \(process {os.getpid()} on .+, since \d{{4}}-.+\)"
+    with locked(tmp_path, STAGES), pytest.raises(UsageError, match=holder), locked(tmp_path, STAGES):
         pass
     with locked(tmp_path, STAGES):
         pass

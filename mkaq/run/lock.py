@@ -1,8 +1,14 @@
-"""Exclusive use of a run's folder, and repair of renames that a killed process left unfinished."""
+"""Exclusive use of a run's folder, and repair of renames that a killed process left unfinished.
+
+The system lets go of a lock whose process is dead, on another host too; .lock says who took it last.
+"""
 
 import fcntl
+import os
+import socket
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mkaq.errors import DISK_FULL, UsageError
@@ -49,7 +55,7 @@ def held(folder: Path, stages: Sequence[str], otherwise: str = _ELSEWHERE) -> It
         foreign = [name for name in stages if not _may_link(folder / name)]
         foreign += [] if held_before else _foreign(folder)
         if not foreign:
-            file = (folder / _LOCK).open("w")
+            file = (folder / _LOCK).open("a+")
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
@@ -60,10 +66,22 @@ def held(folder: Path, stages: Sequence[str], otherwise: str = _ELSEWHERE) -> It
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UsageError(
-                "another mkaq run is working here", where=folder, fix=f"wait for it, or {otherwise}"
-            ) from None
+            holder = _holder(folder / _LOCK)
+            what = f"another mkaq run is working here{holder}"
+            raise UsageError(what, where=folder, fix=f"wait for it, or {otherwise}") from None
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+        file.flush()
         yield
+
+
+def _holder(lock: Path) -> str:
+    """Who holds a lock, as far as it says so."""
+    with suppress(OSError, UnicodeDecodeError):
+        said = lock.read_text()[:200]
+        return f" ({said})" if said.isprintable() and said else ""
+    return ""
 
 
 def _published(folder: Path) -> Iterator[Path]:
