@@ -7,18 +7,21 @@ choices and writes files. A single process is a group of one and exchanges nothi
 
 import json
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
+from zlib import crc32
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # if imported later, its default arguments keep the group
 
 from mkaq.dtypes import has_fast_bfloat16
-from mkaq.errors import UsageError
+from mkaq.errors import Interrupted, UsageError
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
 
     Raises:
         UsageError: If there are more processes than GPUs on this machine.
+        Interrupted: If another process ends before this one; it is named if it was on this machine.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -158,9 +162,45 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=7))  # the first process may write for a long time
+    members: list[tuple[int, int]] = []
     try:
         ranks = Ranks(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        members = _members(ranks)
         slowest = -ranks.maximum(-float(has_fast_bfloat16(device)))
         yield replace(ranks, fast_bfloat16=bool(slowest)), device
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        fix = "see what it said; all processes started again resume the run"
+        raise Interrupted(f"{_gone(members)} has ended, and this one cannot go on", fix=fix) from error
     finally:
         dist.destroy_process_group()
+
+
+def _machine() -> int:
+    return crc32(socket.gethostname().encode())
+
+
+def _members(ranks: Ranks) -> list[tuple[int, int]]:
+    """Machine and process id of every process, by rank."""
+    table = torch.zeros(ranks.size, 2, dtype=torch.int64, device=_device())
+    table[ranks.rank, 0], table[ranks.rank, 1] = _machine(), os.getpid()
+    dist.all_reduce(table)
+    return [(machine, process) for machine, process in table.tolist()]
+
+
+def _gone(members: Sequence[tuple[int, int]]) -> str:
+    """The processes of this machine that have ended."""
+    gone = [
+        f"process {rank} (pid {process})"
+        for rank, (machine, process) in enumerate(members)
+        if machine == _machine() and _ended(process)
+    ]
+    return ", ".join(gone) or "another process"
+
+
+def _ended(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
