@@ -1,6 +1,7 @@
 """Arguments and options shared by several commands, and their parsing."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -32,6 +33,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id,
 Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The artifact's folder.")]
 
 _Section = TypeVar("_Section", bound="BaseModel")
+_Value = TypeVar("_Value")
 
 
 def load(recipe: str, settings: list[str], output: Path | None) -> "tuple[Recipe, Path]":
@@ -57,10 +59,7 @@ def bytes(size: str | None, option: str = "--max-memory") -> int | None:
     """
     from mkaq.units import parse_size
 
-    try:
-        return None if size is None else parse_size(size)
-    except ValueError as error:
-        raise UsageError(str(error), where=option) from None
+    return _parsed(size, parse_size, option)
 
 
 def seconds(age: str | None, option: str) -> float | None:
@@ -71,8 +70,12 @@ def seconds(age: str | None, option: str) -> float | None:
     """
     from mkaq.units import parse_age
 
+    return _parsed(age, parse_age, option)
+
+
+def _parsed(text: str | None, parse: Callable[[str], _Value], option: str) -> _Value | None:
     try:
-        return None if age is None else parse_age(age)
+        return None if text is None else parse(text)
     except ValueError as error:
         raise UsageError(str(error), where=option) from None
 
