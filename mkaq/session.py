@@ -29,6 +29,8 @@ from mkaq.run.schedule import Schedule
 from mkaq.stages import analyze
 from mkaq.units import duration
 
+LONG = 600.0  # seconds of a stage that keeps each layer that it finishes
+
 
 @dataclass(frozen=True)
 class Session:
@@ -44,6 +46,7 @@ class Session:
         ranks: The processes.
         progress: Progress output.
         maker: Makes stages.
+        long: The stages that are expected to take so long that they keep each layer that they finish.
     """
 
     recipe: Recipe
@@ -55,6 +58,7 @@ class Session:
     ranks: Ranks
     progress: Progress
     maker: Maker
+    long: frozenset[str]
 
     @property
     def options(self) -> Sequence[Option]:
@@ -65,7 +69,7 @@ class Session:
         """A new job for a recipe."""
         output, seed = output_of(recipe, self.source, self.progress), recipe.calibration.seed
         digest, place = digest_of(self.source_files), self.plan.place
-        return Job(self.source, digest, output, seed, self.device, self.ranks, place, self.folder)
+        return Job(self.source, digest, output, seed, self.device, self.ranks, place, self.folder, self.long)
 
     def begin(self, recipe: Recipe) -> None:
         """Writes the resolved recipe to recipe.yaml and prepares the folder for its stages."""
@@ -122,7 +126,8 @@ def session(
             progress.end_of_run = schedule.end
         maker = Maker(folder, device, progress, fresh, ranks, schedule, explain)
         try:
-            yield Session(recipe, folder, source, files, plan, device, ranks, progress, maker)
+            long = frozenset(stage for stage, seconds in expected.items() if seconds > LONG)
+            yield Session(recipe, folder, source, files, plan, device, ranks, progress, maker, long)
         finally:
             if ranks.is_main:
                 write_log(folder, maker.log, plan, expected, device, ranks)

@@ -7,13 +7,14 @@ toward the source's predictions. One layer, its optimizer state and two streams 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from mkaq.checkpoint.finished import Finished
 from mkaq.checkpoint.layout import layout_like
 from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.side_files import copy_side_files
@@ -71,6 +72,7 @@ def recover(
     tuning: Tuning,
     folder: Path,
     output: Output,
+    finished: Finished | None = None,
 ) -> Recovered:
     """Tunes every layer and writes the checkpoint.
 
@@ -82,8 +84,10 @@ def recover(
         tuning: How layers are tuned.
         folder: Folder of the checkpoint.
         output: How it is written.
+        finished: Layers tuned before this was stopped; gets those that are tuned.
     """
     dtype, progress = output.dtype, output.progress
+    finished = finished or Finished(None, walk.ranks)
     compressed = walk.checkpoint
     arch = compressed.arch
     if walk.device.type == "cpu":
@@ -99,7 +103,11 @@ def recover(
             for index in group:
                 source.pass_layer(index, original)
             with walk.layer(new) as layer:
-                record = tune(walk, layer, new, states, original, samples, tuning, dtype)
+                if found := finished.find(new):
+                    record = _placed(layer, *found, walk)
+                else:
+                    record = tune(walk, layer, new, states, original, samples, tuning, dtype)
+                    finished.keep(new, _saved(layer, dtype), asdict(record))
                 if new == len(groups) - 1:
                     ending = tune_ending(source, walk, layer, states, original, samples, tuning, dtype)
                     error = layer_error(walk, layer, new, states, original, samples)
@@ -107,13 +115,28 @@ def recover(
                 records.append(record)
                 walk.run_all(layer, new, states)
                 progress.say(_line(records[-1]))
-                for name, parameter in layer.named_parameters():
-                    writer.add(arch.in_layer(new, name), parameter.detach().to("cpu", dtype))
+                for name, tensor in _saved(layer, dtype).items():
+                    writer.add(arch.in_layer(new, name), tensor)
             return_freed_memory()
     progress.say(f"  last layer: held-out divergence {ending.before:.4f} -> {ending.error:.4f}")
     write_json(folder / "config.json", compressed.config)
     copy_side_files(compressed.path, folder)
     return Recovered(records, ending.before, ending.error, writer.digests)
+
+
+def _saved(layer: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A layer's weights as they are saved, by name."""
+    return {name: parameter.detach().to("cpu", dtype) for name, parameter in layer.named_parameters()}
+
+
+def _placed(
+    layer: nn.Module, tensors: Mapping[str, torch.Tensor], record: Any, walk: LayerWalk
+) -> RecoveredLayer:
+    """Puts weights that were tuned before into a layer; their record."""
+    weights = {name: tensor.to(walk.device, walk.dtype) for name, tensor in tensors.items()}
+    layer.load_state_dict(weights, strict=False, assign=True)
+    layer.requires_grad_(False)
+    return RecoveredLayer(**record)
 
 
 def tune(

@@ -73,7 +73,7 @@ def look(folder: Path, stages: Sequence[str]) -> Findings:
     for path in sorted(store.iterdir()) if store.is_dir() else ():
         name, _, ending = path.name.removeprefix(".").partition(".")
         hidden = path.name[0] == "."
-        endings = ("partial", "old") if hidden else ("",)
+        endings = ("partial", "finished", "old") if hidden else ("",)
         if not (stage.fullmatch(name) and ending in endings and is_folder(path)):
             found.left.append((path, "mkaq did not make it"))
         elif ending == "old" and not (store / name).exists():

@@ -1,18 +1,20 @@
 """The state of a recipe in progress, as its stages see it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 
+from mkaq.checkpoint.finished import Finished
 from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.progress import Progress
 from mkaq.ranks import Ranks
 from mkaq.run.estimate import ModelSize
+from mkaq.run.publish import finished_beside
 from mkaq.walk.activations import Activations, Place
 from mkaq.walk.device import compute_dtype
 from mkaq.walk.walk import LayerWalk
@@ -36,6 +38,7 @@ class Job:
         ranks: The processes that share the samples; the first one writes.
         place: Where hidden states are stored.
         folder: Folder of hidden states stored in files.
+        long: The stages that take so long that they keep each layer that they finish.
 
     Attributes:
         model: The model made by the last stage; at first the source.
@@ -56,9 +59,10 @@ class Job:
         ranks: Ranks,
         place: Place,
         folder: Path,
+        long: Collection[str] = (),
     ) -> None:
         self.source, self.output, self.seed, self.device, self.ranks = source, output, seed, device, ranks
-        self._place, self._folder = place, folder
+        self._place, self._folder, self._long = place, folder, long
         self.model, self.last = source, "source"
         self.steps: list[Step] = []
         self.sizes = [_size("source", source)]
@@ -75,6 +79,15 @@ class Job:
     def progress(self) -> Progress:
         """Progress output."""
         return self.output.progress
+
+    def finished(self, stage: str, scratch: Path) -> Finished:
+        """The layers of a stage that were finished before it was stopped, if it keeps them.
+
+        Args:
+            stage: Its name.
+            scratch: The folder in which it is built.
+        """
+        return Finished(finished_beside(scratch) if stage in self._long else None, self.ranks)
 
     def has(self, name: str) -> bool:
         """Whether a stage is published."""

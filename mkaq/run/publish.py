@@ -81,6 +81,8 @@ def publish(
             return existing
     scratch = scratch_of(folder)
     remove(scratch)
+    if fresh:
+        remove(finished_beside(scratch))
     scratch.mkdir(parents=True)
     try:
         known = build(scratch)
@@ -93,6 +95,7 @@ def publish(
         _replace(scratch, folder)
         if not inside:
             replace_json(handoff_path, handoff)
+        remove(finished_beside(scratch))
     except BaseException:
         remove(scratch)
         raise
@@ -200,6 +203,11 @@ def handoff_place(folder: Path, inside: bool) -> Path:
 def scratch_of(folder: Path) -> Path:
     """The scratch folder in which a folder is built."""
     return folder.parent / f".{folder.name}.partial"
+
+
+def finished_beside(scratch: Path) -> Path:
+    """Where layers are kept that were finished in a scratch folder: another attempt goes on after them."""
+    return scratch.with_suffix(".finished")
 
 
 def old_of(folder: Path) -> Path:

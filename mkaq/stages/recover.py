@@ -127,7 +127,8 @@ def run(section: LayerwiseSection, job: Job, folder: Path) -> Made:
     source = job.walk(job.source)
     walk = job.walk(job.model, beside=source)
     tuning = Tuning(section.steps, section.learning_rate, section.batch_size, job.seed)
-    done = recover(source, walk, job.groups(), samples, tuning, folder, job.output)
+    finished = job.finished(NAME, folder)
+    done = recover(source, walk, job.groups(), samples, tuning, folder, job.output, finished)
     layers = [asdict(layer) for layer in done.layers]
     facts = {"layers": layers, "divergence_before": done.divergence_before, "divergence": done.divergence}
     return Made(facts, done.digests)

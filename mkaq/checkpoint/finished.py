@@ -1,0 +1,65 @@
+"""Layers that a stage has finished, kept until it is published: if it is stopped, it goes on after them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mkaq.checkpoint.shard import checksum_of
+from mkaq.files import sync
+from mkaq.ranks import Ranks
+
+Finding = tuple[dict[str, torch.Tensor], Any]
+
+
+class Finished:
+    """The finished layers of one stage.
+
+    Args:
+        folder: Where they are kept; None keeps none. That of the first process counts.
+        ranks: The processes: the first one writes, all of them read.
+    """
+
+    def __init__(self, folder: Path | None, ranks: Ranks) -> None:
+        place = ranks.broadcast(None if folder is None else str(folder))
+        self._folder, self._ranks = None if place is None else Path(place), ranks
+
+    def find(self, layer: int) -> Finding | None:
+        """The tensors and the record of a layer, by name; None if they are not there as they were kept."""
+        if self._folder is None:
+            return None
+        found = _read(self._path(layer)) if self._ranks.is_main else None
+        if not self._ranks.broadcast(found is not None):
+            return None
+        return found or _read(self._path(layer))
+
+    def keep(self, layer: int, tensors: Mapping[str, torch.Tensor], record: Any) -> None:
+        """Keeps a layer's tensors, and its record as JSON; on disk when it returns."""
+        if self._folder is None or not self._ranks.is_main:
+            return
+        self._folder.mkdir(exist_ok=True)
+        checksums = {name: checksum_of(tensor) for name, tensor in tensors.items()}
+        fresh = self._path(layer).with_suffix(".new")
+        save_file(dict(tensors), fresh, {"finished": json.dumps([record, checksums])})
+        sync(fresh)
+        fresh.rename(self._path(layer))
+        sync(self._folder)
+
+    def _path(self, layer: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{layer:05}.safetensors"
+
+
+def _read(path: Path) -> Finding | None:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            record, checksums = json.loads(handle.metadata()["finished"])
+            tensors = {name: handle.get_tensor(name) for name in checksums}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    whole = all(checksum_of(tensor) == checksums[name] for name, tensor in tensors.items())
+    return (tensors, record) if whole else None
