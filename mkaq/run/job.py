@@ -81,13 +81,14 @@ class Job:
         return self.output.progress
 
     def finished(self, stage: str, scratch: Path) -> Finished:
-        """The layers of a stage that were finished before it was stopped, if it keeps them.
+        """The layers of a stage that were finished before it was stopped, if it keeps them or has kept some.
 
         Args:
             stage: Its name.
             scratch: The folder in which it is built.
         """
-        return Finished(finished_beside(scratch) if stage in self._long else None, self.ranks)
+        place = finished_beside(scratch)
+        return Finished(place if stage in self._long or place.is_dir() else None, self.ranks)
 
     def has(self, name: str) -> bool:
         """Whether a stage is published."""
