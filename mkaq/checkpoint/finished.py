@@ -29,13 +29,11 @@ class Finished:
         self._folder, self._ranks = None if place is None else Path(place), ranks
 
     def find(self, layer: int) -> Finding | None:
-        """The tensors and the record of a layer, by name; None if they are not there as they were kept."""
+        """The tensors and the record of a layer, by name; None if some process does not see them whole."""
         if self._folder is None:
             return None
-        found = _read(self._path(layer)) if self._ranks.is_main else None
-        if not self._ranks.broadcast(found is not None):
-            return None
-        return found or _read(self._path(layer))
+        found = _read(self._path(layer))
+        return None if self._ranks.maximum(float(found is None)) else found
 
     def keep(self, layer: int, tensors: Mapping[str, torch.Tensor], record: Any) -> None:
         """Keeps a layer's tensors, and its record as JSON; on disk when it returns."""
