@@ -14,7 +14,7 @@ from pathlib import Path
 from mkaq.errors import UsageError
 from mkaq.files import sync
 from mkaq.run.inventory import bytes_of, foreign_in, is_folder
-from mkaq.run.publish import HANDOFF, handoff_place, old_of, scratch_of
+from mkaq.run.publish import ARTIFACT, HANDOFF, handoff_place, old_of, scratch_of
 from mkaq.run.store import STORE, is_link
 
 
@@ -130,7 +130,7 @@ def delete(item: Item) -> bool:
 
 def _beside(folder: Path, stages: Sequence[str]) -> list[Item]:
     """Leftovers outside the store."""
-    artifact = folder / "artifact"
+    artifact = folder / ARTIFACT
     record = handoff_place(artifact, inside=False)
     fresh = record.with_name(f"{record.name}.new")
     places = [scratch_of(artifact)] + [old_of(artifact)] * artifact.exists()

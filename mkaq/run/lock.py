@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mkaq.errors import DISK_FULL, UsageError
-from mkaq.run.publish import handoff_place, old_of, remove, scratch_of
+from mkaq.run.publish import ARTIFACT, handoff_place, old_of, remove, scratch_of
 from mkaq.run.store import STORE, is_link
 
-_LOCK, _ARTIFACT = ".lock", "artifact"
+_LOCK = ".lock"
 _FILES = ("recipe.yaml", "run.json", "report.html")
 _ELSEWHERE = "choose another folder with --output"
 
@@ -86,7 +86,7 @@ def _holder(lock: Path) -> str:
 
 def _published(folder: Path) -> Iterator[Path]:
     """Every path where something is published, or was being published."""
-    yield folder / _ARTIFACT
+    yield folder / ARTIFACT
     hidden = (folder / STORE).glob(".*") if (folder / STORE).is_dir() else ()
     yield from {path.with_name(path.name[1:].rpartition(".")[0]) for path in hidden}
 
@@ -101,7 +101,7 @@ def _repair(path: Path) -> None:
 
 def _foreign(folder: Path) -> list[str]:
     """What else a run would overwrite in a folder that no run has held."""
-    folders = [name for name in (STORE, _ARTIFACT) if not _may_link(folder / name)]
+    folders = [name for name in (STORE, ARTIFACT) if not _may_link(folder / name)]
     return folders + [name for name in _FILES if (folder / name).exists()]
 
 

@@ -17,7 +17,7 @@ from mkaq.progress import Progress
 from mkaq.ranks import Ranks
 from mkaq.run.job import RECORD, Job
 from mkaq.run.provenance import Provenance, provenance_of, reason
-from mkaq.run.publish import Handoff, find_published, handoff_place, publish, read_provenances
+from mkaq.run.publish import ARTIFACT, Handoff, find_published, handoff_place, publish, read_provenances
 from mkaq.run.schedule import Schedule
 from mkaq.run.store import Store
 
@@ -87,7 +87,7 @@ class Maker:
 
     def publish_artifact(self, settings: Any, inputs: Mapping[str, str], build: Build) -> Path:
         """Publishes the artifact, outside the store."""
-        folder = self._folder / "artifact"
+        folder = self._folder / ARTIFACT
         provenance = provenance_of("artifact", settings, inputs)
         stored = partial(read_provenances, [handoff_place(folder, inside=False)])
 

@@ -20,6 +20,7 @@ from mkaq.files import is_blank, replace_json, sync, write_json
 from mkaq.run.provenance import Provenance
 
 HANDOFF = "handoff.json"
+ARTIFACT = "artifact"  # the folder of a run that is shipped
 _TIMEOUT = 60  # seconds until a shared file system must show what another process has published
 
 
