@@ -142,13 +142,17 @@ def plan_run(
     sizes = [ModelSize("source", source.num_layers, source.parameters, source.nbytes)]
     needs: dict[str, Need] = {}
     works: dict[str, Work] = {}
+    published = disk = 0
     for stage in (*STAGES, evaluate):
         section = stage.section(recipe, source)
         if section is not None:
-            need, after, work = stage.estimate(section, sizes[-1], task)
+            need, after, work, kept = stage.estimate(section, sizes[-1], task)
+            written = after.bytes if after else 0
             needs[stage.NAME] = need
-            works[stage.NAME] = work + Work(written=after.bytes if after else 0)
+            works[stage.NAME] = work + Work(written=written)
             sizes += [after] if after else []
+            published += written
+            disk = max(disk, published + kept)
     if (measured := evaluate.section(recipe, source)) is not None:  # of every model
         for size in sizes[:-1]:
             works[evaluate.NAME] += evaluate.estimate(measured, size, task).work
@@ -162,10 +166,10 @@ def plan_run(
     if max(need.at("device") for need in needs.values()) > allowed:
         fits_host = device.type != "cpu" and states <= _HOST_FRACTION * memory_of(_CPU, processes)
         place = "host" if fits_host else "files"
-    stage_bytes = [size.bytes for size in sizes[1:]]
-    shard = min(parse_size(recipe.export.shard_size), max(stage_bytes))
+    shard = min(parse_size(recipe.export.shard_size), max(size.bytes for size in sizes[1:]))
     copies = 1 + len(recipe.export.others) * (_WIDEST if config and config.get("bits") in (2, 3) else 1.2)
-    disk = sum(stage_bytes) + int(copies * stage_bytes[-1]) + shard + _SMALL_FILES + samples * length * 4
+    disk = max(disk, published + int(copies * sizes[-1].bytes))
+    disk += shard + _SMALL_FILES + samples * length * 4
     if place == "files":
         disk += processes * states
     memory = {stage: need.at(place) for stage, need in needs.items()}

@@ -1,19 +1,26 @@
 """Layers that a long stage has finished: kept until it is published, and used if it is stopped."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.shapes import write_checkpoint
 from mkaq.checkpoint.finished import Finished
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.plan import plan_run
 from mkaq.ranks import ALONE
+from mkaq.recipe import Recipe
 from mkaq.recover import layerwise
 from tests.runs import Mkaq, tree
+from tests.test_shapes import TINY
 from tests.tiny import CHANNELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+GPTQ = {"method": "gptq", "group_size": 32}
 RECOVER = {"method": "layerwise", "steps": 3, "batch_size": 4}
 
 
@@ -98,6 +105,65 @@ def test_fresh_and_another_recipe_tune_every_layer(
     assert tuned == [9, 0, 1, 2] and kept(folder) == []
 
 
+FITTED = {**GPTQ, "bits": 8, "target": "source"}
+SCATTERED = {**GPTQ, "bits": 3, "sym": False, "desc_act": True}
+PARTS = [  # a stage, what makes one of its parts, and a recipe's sections
+    ("analyze", "mkaq.merge.cost.fuse", {"merge": CHANNELS}),
+    ("analyze", "mkaq.merge.cost.best_average", {"merge": {**CHANNELS, "fuse": "average"}}),
+    ("merge", "mkaq.merge.fused.fuse", {"merge": CHANNELS}),
+    ("quantize", "mkaq.quantize.gptq_layers.solve_layer", {"merge": None, "quantize": SCATTERED}),
+    ("quantize", "mkaq.quantize.gptq_layers.solve_layer", {"merge": CHANNELS, "quantize": FITTED}),
+]
+
+
+@pytest.mark.parametrize(("stage", "part", "sections"), PARTS)
+def test_every_long_stage_goes_on_after_its_last_part(
+    stage: str,
+    part: str,
+    sections: dict[str, Any],
+    recipe: Callable[..., Path],
+    mkaq: Mkaq,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written, (module, _, name) = recipe(**sections), part.rpartition(".")
+    make, made, last = getattr(import_module(module), name), list[int](), [-1]
+
+    def counted(*arguments: Any) -> Any:
+        if len(made) == last[0]:
+            raise KeyboardInterrupt
+        made.append(0)
+        return make(*arguments)
+
+    monkeypatch.setattr(part, counted)
+    assert mkaq("run", written, "--output", tmp_path / "whole").code == 0
+    last[:], total = [len(made) - 1], len(made)
+    made.clear()
+    monkeypatch.setattr("mkaq.session.LONG", -1.0)
+    assert mkaq("run", written, "--output", tmp_path / "run").code == 75
+    assert total > 1 and len(list(tmp_path.glob(f"run/store/.{stage}-*.finished/*"))) == total - 1
+    made.clear()
+    outcome = mkaq("run", written, "--output", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert len(made) == 1 and not list(tmp_path.glob("run/store/.*"))
+    assert tree(tmp_path / "run" / "artifact") == tree(tmp_path / "whole" / "artifact")
+
+
 def test_clean_frees_what_was_kept(stopped: tuple[Path, list[int]], mkaq: Mkaq, tmp_path: Path) -> None:
     outcome = mkaq("clean", tmp_path / "run", "--yes")
     assert outcome.code == 0 and kept(tmp_path / "run") == [], outcome.err
+
+
+def test_plan_counts_what_is_kept(tmp_path: Path) -> None:
+    """A merged model's layers lie twice on the disk before it is published; averages are not kept."""
+    write_checkpoint(tmp_path, "llama3-8b", 8, **{**TINY, "vocab_size": 256})
+    calibration = {"num_samples": 8, "max_seq_length": 8}
+    sections = {"calibration": calibration, "quantize": {**GPTQ, "bits": 2}, "recover": None}
+    disk = []
+    for fuse in ("channels", "average"):
+        data = {"version": 1, "name": "x", "model": {"path": str(tmp_path)}, **sections}
+        recipe = Recipe.model_validate({**data, "merge": {**CHANNELS, "fuse": fuse}})
+        plan = plan_run(recipe, open_checkpoint(tmp_path), torch.device("cpu"))
+        disk.append(plan.disk_bytes)
+    _, merged, quantized = (size.bytes for size in plan.sizes)
+    assert disk[0] - disk[1] == merged - 2 * quantized > 0

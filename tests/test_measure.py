@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mkaq.checkpoint.finished import Finished
 from mkaq.merge.cost import by_average, by_channels, divergences, measure_groups, split_samples
 from mkaq.merge.segment import cheapest_groups
 from mkaq.progress import Progress
+from mkaq.ranks import ALONE
 from mkaq.walk.walk import LayerWalk
 from tests.test_baselines import idle, random_tokens
 
@@ -27,7 +29,9 @@ def test_groups_with_an_idle_layer_cost_nothing(fuse: str, tmp_path: Path) -> No
     walk = idle(tmp_path / "model", (2,))
     build = by_channels(walk, torch.float32) if fuse == "channels" else by_average(walk, None)
     candidates = [(start, 2) for start in range(1, 5)]
-    costs = measure_groups(walk, random_tokens(32), 0, candidates, build, Progress(quiet=True))
+    costs = measure_groups(
+        walk, random_tokens(32), 0, candidates, build, Progress(quiet=True), Finished(None, ALONE)
+    )
     assert sorted(costs) == candidates
     free = [(1, 2), (2, 2)] if fuse == "channels" else [(1, 2)]
     for group, cost in costs.items():

@@ -1,4 +1,7 @@
-"""Layers that a stage has finished, kept until it is published: if it is stopped, it goes on after them."""
+"""Parts that a stage has finished, kept until it is published: if it is stopped, it goes on after them.
+
+A part is a layer, or whatever else a stage makes one after another.
+"""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +20,7 @@ Finding = tuple[dict[str, torch.Tensor], Any]
 
 
 class Finished:
-    """The finished layers of one stage.
+    """The finished parts of one stage.
 
     Args:
         folder: Where they are kept; None keeps none. That of the first process counts.
@@ -28,28 +31,28 @@ class Finished:
         place = ranks.broadcast(None if folder is None else str(folder))
         self._folder, self._ranks = None if place is None else Path(place), ranks
 
-    def find(self, layer: int) -> Finding | None:
-        """The tensors and the record of a layer, by name; None if some process does not see them whole."""
+    def find(self, part: int) -> Finding | None:
+        """The tensors by name and the record of a part; None if some process does not see them whole."""
         if self._folder is None:
             return None
-        found = _read(self._path(layer))
+        found = _read(self._path(part))
         return None if self._ranks.maximum(float(found is None)) else found
 
-    def keep(self, layer: int, tensors: Mapping[str, torch.Tensor], record: Any) -> None:
-        """Keeps a layer's tensors, and its record as JSON; on disk when it returns."""
+    def keep(self, part: int, tensors: Mapping[str, torch.Tensor], record: Any) -> None:
+        """Keeps a part's tensors, and its record as JSON; on disk when it returns."""
         if self._folder is None or not self._ranks.is_main:
             return
         self._folder.mkdir(exist_ok=True)
         checksums = {name: checksum_of(tensor) for name, tensor in tensors.items()}
-        fresh = self._path(layer).with_suffix(".new")
+        fresh = self._path(part).with_suffix(".new")
         save_file(dict(tensors), fresh, {"finished": json.dumps([record, checksums])})
         sync(fresh)
-        fresh.rename(self._path(layer))
+        fresh.rename(self._path(part))
         sync(self._folder)
 
-    def _path(self, layer: int) -> Path:
+    def _path(self, part: int) -> Path:
         assert self._folder is not None
-        return self._folder / f"{layer:05}.safetensors"
+        return self._folder / f"{part:05}.safetensors"
 
 
 def _read(path: Path) -> Finding | None:

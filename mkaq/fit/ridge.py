@@ -13,20 +13,29 @@ NOTHING = 1e-6  # of the energy: what float32 cannot tell from rounding
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A solved weight. Errors are fractions of the target's energy on held-out tokens.
+class Outcome:
+    """How well a weight was solved. Errors are fractions of the target's energy on held-out tokens.
+
+    Attributes:
+        ridge: As a fraction of the mean feature energy; None if the weight was left unchanged.
+        error_before: The error of the previous weight.
+        error: The error of the weight.
+    """
+
+    ridge: float | None
+    error_before: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Fit(Outcome):
+    """A solved weight.
 
     Attributes:
         weight: Shape (targets, features), float32.
-        ridge: As a fraction of the mean feature energy; None if the weight was left unchanged.
-        error: The error of `weight`.
-        error_before: The error of the previous weight.
     """
 
     weight: torch.Tensor
-    ridge: float | None
-    error: float
-    error_before: float
 
 
 def solve_ridges(
@@ -76,8 +85,8 @@ def fit(moments: Moments, held_out: Moments, prior: torch.Tensor, nearly: float)
     error = held_out.error(prior)
     gain = before - min(changes.values(), default=before)
     if gain <= NOTHING * held_out.energy / step or not held_out.energy > 0:
-        return Fit(prior.float(), None, error, error)
+        return Fit(None, error, error, prior.float())
     ridge = max(ridge for ridge, change in changes.items() if before - change >= nearly * gain)
     (weight,) = solve_ridges(moments, prior, [ridge])
     assert weight is not None
-    return Fit(weight.float(), ridge, held_out.error(weight), error)
+    return Fit(ridge, error, held_out.error(weight), weight.float())

@@ -84,11 +84,11 @@ def fit_together(
 ) -> Fit:
     """`fit` in the first process, shared with all processes."""
     if not ranks.is_main:
-        ridge, error, before = ranks.broadcast()
+        ridge, before, error = ranks.broadcast()
         weight = torch.empty(prior.shape, device=prior.device)
-        return Fit(ranks.broadcast_tensor(weight), ridge, error, before)
+        return Fit(ridge, before, error, ranks.broadcast_tensor(weight))
     own = fit(moments, held_out, prior, nearly)
-    ranks.broadcast((own.ridge, own.error, own.error_before))
+    ranks.broadcast((own.ridge, own.error_before, own.error))
     return replace(own, weight=ranks.broadcast_tensor(own.weight.contiguous()))
 
 

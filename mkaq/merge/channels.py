@@ -16,7 +16,7 @@ from torch import nn
 
 from mkaq.arch.parts import Parts, attention_parts, mlp_parts
 from mkaq.fit.hold_out import Samples, held_out_error
-from mkaq.fit.ridge import Fit
+from mkaq.fit.ridge import Outcome
 from mkaq.fit.targets import advance, without_bias
 from mkaq.merge.parts import fold_norm, take_columns, take_parts
 from mkaq.merge.solve import Candidates, Features, PartSolver
@@ -37,16 +37,16 @@ class FusedLayer:
         tensors: Its tensors by name below the layer.
         heads: Old layer and KV group number of each KV group, shape (KV groups, 2).
         channels: Old layer and channel number of each channel, shape (intermediate_size, 2).
-        attention: The fit of `o_proj`.
-        mlp: The fit of `down_proj`.
+        attention: How well `o_proj` was solved.
+        mlp: How well `down_proj` was solved.
     """
 
     group: tuple[int, ...]
     tensors: dict[str, torch.Tensor]
     heads: torch.Tensor
     channels: torch.Tensor
-    attention: Fit
-    mlp: Fit
+    attention: Outcome
+    mlp: Outcome
 
 
 @torch.no_grad()
@@ -104,10 +104,7 @@ def fuse(
 
     head_origins, attention = solver.solve(written_by(heads, arch.attention, attend), attention_target, new)
     walk.activations.recycle(attended)
-    module = walk.assemble(group[0], below(new, arch.attention, heads.norm, channels.norm), partial=True)
-    for rows in spans(compressed):
-        compressed[rows] = input_of(module.get_submodule(channels.norm), partial(attend, module, rows))
-    del module
+    pass_attention(walk, group[0], new, compressed)
 
     def activate(module: nn.Module, rows: slice) -> None:
         normed = module.get_submodule(channels.norm)(walk.to_device(compressed[rows]))
@@ -119,6 +116,26 @@ def fuse(
 
     channel_origins, mlp = solver.solve(written_by(channels, arch.mlp, activate), mlp_target, new)
     return FusedLayer(tuple(group), new, head_origins, channel_origins, attention, mlp)
+
+
+@torch.no_grad()
+def pass_attention(
+    walk: LayerWalk, first: int, tensors: Mapping[str, torch.Tensor], compressed: torch.Tensor
+) -> None:
+    """Advances the compressed stream through the attention of a fused layer, in place.
+
+    Args:
+        walk: A walk over the source.
+        first: The first layer of the group.
+        tensors: The fused layer's; those of its MLP may be missing.
+        compressed: Hidden states before the layer, shape (samples, length, hidden_size).
+    """
+    arch, sizes = walk.checkpoint.arch, walk.checkpoint.sizes
+    norms = attention_parts(arch, sizes).norm, mlp_parts(arch, sizes).norm
+    module = walk.assemble(first, below(tensors, arch.attention, *norms), partial=True)
+    for rows in spans(compressed):
+        run = partial(walk.run, module, first, compressed[rows])
+        compressed[rows] = input_of(module.get_submodule(norms[1]), run)
 
 
 @torch.no_grad()

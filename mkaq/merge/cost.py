@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
+from mkaq.checkpoint.finished import Finished
 from mkaq.fit.hold_out import HELD_OUT, Samples, calibration_samples, held_out_error
 from mkaq.fit.shuffle import probing_tokens
 from mkaq.merge.average import merge_layers
@@ -15,6 +16,7 @@ from mkaq.walk.walk import LayerWalk
 SUBSAMPLING = 8
 PROBES = 24
 LOGITS = 2**24  # logits in memory at once, in each of a few tensors
+_OUTPUTS = "outputs"  # of a candidate, for the probing tokens
 COEFFICIENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -31,6 +33,7 @@ def measure_groups(
     candidates: Sequence[tuple[int, int]],
     build: Build,
     progress: Progress,
+    finished: Finished,
 ) -> dict[tuple[int, int], float]:
     """Merges every candidate group alone and measures how far the model's output diverges.
 
@@ -46,6 +49,7 @@ def measure_groups(
         candidates: First layer and number of layers of each group.
         build: Merges a group.
         progress: Reports every layer.
+        finished: What candidates measured before this was stopped gave; gets that of those that are measured.
 
     Returns:
         For each candidate, the mean KL(p || q) in nats of the next-token distributions p of the source and q
@@ -53,18 +57,24 @@ def measure_groups(
     """
     sample, probes = split_samples(tokens, walk.ranks.size, len(candidates))
     samples, probes = calibration_samples(walk.ranks, sample, seed), probing_tokens(probes, seed)
-    probes = probes[walk.ranks.slice_of(len(probes))]
+    own, every = walk.ranks.slice_of(len(probes)), len(probes)
+    probes = probes[own]
     hidden_states, expected = walk.embed(samples.tokens), walk.embed(probes)
     merged: dict[tuple[int, int], torch.Tensor] = {}
     for index in progress.track(range(walk.num_layers), "measure groups"):
-        for start, length in candidates:
+        for number, (start, length) in enumerate(candidates):
             if start == index:
+                after = merged[start, length] = walk.activations.copy(expected)
+                if found := finished.find(number):
+                    walk.activations.overwrite(after, found[0][_OUTPUTS][own])
+                    continue
                 streams = walk.activations.copy(hidden_states), walk.activations.copy(hidden_states)
                 layer = walk.assemble(start, build(range(start, start + length), *streams, samples))
                 for states in streams:
                     walk.activations.recycle(states)
-                merged[start, length] = walk.activations.copy(expected)
-                walk.run_all(layer, start, merged[start, length])
+                walk.run_all(layer, start, after)
+                gathered = walk.ranks.gather(walk.to_device(after), every)
+                finished.keep(number, {_OUTPUTS: gathered.cpu()}, None)
         with walk.layer(index) as layer:
             walk.run_all(layer, index, hidden_states)
             walk.run_all(layer, index, expected)

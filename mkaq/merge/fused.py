@@ -1,19 +1,23 @@
 """The layers of a fused model, each solved on the outputs of the layers before it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
+from mkaq.checkpoint.finished import Finished
 from mkaq.checkpoint.output import cast
 from mkaq.digests import digest_of
 from mkaq.fit.final_norm import Rescaled, rescale
 from mkaq.fit.hold_out import Samples
-from mkaq.fit.ridge import Fit
-from mkaq.merge.channels import fuse, pass_fused
+from mkaq.fit.ridge import Outcome
+from mkaq.merge.channels import FusedLayer, fuse, pass_attention, pass_fused
 from mkaq.merge.origins import origins_of, shares
 from mkaq.merge.write import NewLayer
 from mkaq.walk.walk import LayerWalk
+
+_HEADS, _CHANNELS = "heads", "channels"  # origins, beside the tensors of a layer
 
 
 @dataclass(frozen=True)
@@ -43,22 +47,42 @@ class Streams:
         return rescale(self.walk, self.walk, self.original, self.compressed, self.samples)
 
 
-def fused_layers(streams: Streams, groups: Sequence[Sequence[int]], dtype: torch.dtype) -> Iterator[NewLayer]:
-    """Yields the fused layers in order; advances the streams."""
+def fused_layers(
+    streams: Streams, groups: Sequence[Sequence[int]], dtype: torch.dtype, finished: Finished
+) -> Iterator[NewLayer]:
+    """Yields the fused layers in order; advances the streams.
+
+    Args:
+        streams: Hidden states before the first layer.
+        groups: The old layers of each new one.
+        dtype: Type of the new tensors.
+        finished: Layers fused before this was stopped; gets those that are fused.
+    """
     walk, original, compressed = streams.walk, streams.original, streams.compressed
-    for group in groups:
-        layer = fuse(walk, group, original, compressed, streams.samples, dtype)
+    for new, group in enumerate(groups):
+        if found := finished.find(new):
+            layer = _restored(group, *found)
+            for index in group:
+                walk.pass_layer(index, original)
+            pass_attention(walk, group[0], layer.tensors, compressed)
+        else:
+            layer = fuse(walk, group, original, compressed, streams.samples, dtype)
+            parts = {_HEADS: layer.heads, _CHANNELS: layer.channels}
+            finished.keep(new, layer.tensors | parts, [asdict(layer.attention), asdict(layer.mlp)])
         pieces = {name: [cast(tensor, dtype, name)] for name, tensor in layer.tensors.items()}
         origins = origins_of(layer)
         record = {
             "origins_sha256": digest_of(origins),
-            "attention": _solved(layer.attention),
-            "mlp": _solved(layer.mlp),
+            "attention": asdict(layer.attention),
+            "mlp": asdict(layer.mlp),
             "residual": pass_fused(walk, layer, original, compressed, streams.samples),
         }
         fractions = {str(old): fraction for old, fraction in shares(layer).items()}
         yield NewLayer(pieces, {"from": fractions, "fused": record}, origins)
 
 
-def _solved(fit: Fit) -> dict[str, float | None]:
-    return {"ridge": fit.ridge, "error_before": fit.error_before, "error": fit.error}
+def _restored(group: Sequence[int], tensors: dict[str, torch.Tensor], outcomes: Any) -> FusedLayer:
+    """A layer as it was kept."""
+    heads, channels = tensors.pop(_HEADS), tensors.pop(_CHANNELS)
+    attention, mlp = (Outcome(**outcome) for outcome in outcomes)
+    return FusedLayer(tuple(group), tensors, heads, channels, attention, mlp)

@@ -1,14 +1,14 @@
 """The parts of a fused layer: selecting heads and channels, and solving the weight that writes them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from mkaq.arch.parts import Parts
 from mkaq.fit.hold_out import Samples, token_weights
 from mkaq.fit.moments import Moments
-from mkaq.fit.ridge import Fit
+from mkaq.fit.ridge import Outcome
 from mkaq.fit.select import column_sizes, columns_of, keep_columns
 from mkaq.fit.targets import add_rows, add_up, fit_together, moments_of
 from mkaq.merge.parts import all_parts, take_columns, take_parts
@@ -64,7 +64,7 @@ class PartSolver:
         candidates: Candidates,
         target_at: Callable[[slice], torch.Tensor],
         new: dict[str, torch.Tensor],
-    ) -> tuple[torch.Tensor, Fit]:
+    ) -> tuple[torch.Tensor, Outcome]:
         """Adds the readers and the solved writer of one kind of part to a new layer.
 
         Args:
@@ -73,7 +73,7 @@ class PartSolver:
             new: The new layer's tensors.
 
         Returns:
-            Old layer and number of each part, shape (count, 2), int32; and the fit of the writer.
+            Old layer and number of each part, shape (count, 2), int32; and how well the writer was solved.
         """
         ranks, (learned, held) = self.walk.ranks, self.samples.splits()
         parts, features_of = candidates.parts, candidates.features_of
@@ -92,9 +92,8 @@ class PartSolver:
         rounded = solved.weight.to(self.dtype)
         new[f"{parts.out_proj}.weight"] = rounded.cpu()
         origins[:, 0] += self.first
-        if solved.ridge is not None:
-            solved = replace(solved, error=ranks.broadcast(held_out.error(rounded)))
-        return origins.to(torch.int32), solved
+        error = solved.error if solved.ridge is None else ranks.broadcast(held_out.error(rounded))
+        return origins.to(torch.int32), Outcome(solved.ridge, solved.error_before, error)
 
     def _strongest(self, candidates: Candidates, origins: torch.Tensor) -> torch.Tensor:
         """The parts that write most by themselves, measured on the first batch of all samples."""

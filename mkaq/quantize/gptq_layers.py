@@ -1,28 +1,23 @@
 """GPTQ of a whole checkpoint: the solver inside the walk, layer by layer, true sequential."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 
+from mkaq.checkpoint.finished import Finished
 from mkaq.checkpoint.output import Output, with_dtype
 from mkaq.checkpoint.output import cast as converted
 from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.checkpoint.writer import writer_of
 from mkaq.files import write_json
 from mkaq.fit.final_norm import Rescaled, rescaled
-from mkaq.formats.packing import pack_linear
+from mkaq.quantize.gptq_layer import place, solve_layer
 from mkaq.quantize.head import quantize_head
-from mkaq.quantize.hessian import hessian_of
 from mkaq.quantize.joint import JointTarget
-from mkaq.quantize.shortfall import clamped_scales, dead_columns
-from mkaq.quantize.solved import GptqModule, solve
-from mkaq.quantize.weight_error import ratio, relative_error
-from mkaq.walk.batches import spans
-from mkaq.walk.piecewise import Piecewise
+from mkaq.quantize.solved import GptqModule
 from mkaq.walk.walk import LayerWalk
 
 
@@ -49,6 +44,7 @@ def quantize_gptq(
     folder: Path,
     output: Output,
     target: JointTarget | None = None,
+    finished: Finished | None = None,
 ) -> Quantized:
     """Writes the quantized checkpoint and returns its record.
 
@@ -60,6 +56,7 @@ def quantize_gptq(
         folder: Where the checkpoint goes.
         output: How it is written.
         target: The original model, toward which weights are solved before they are rounded.
+        finished: Layers quantized before this was stopped; gets those that are quantized.
 
     Raises:
         UsageError: If a Hessian cannot be factorized with any damping.
@@ -67,6 +64,7 @@ def quantize_gptq(
         CheckpointError: If inputs or results of a linear layer are not finite.
     """
     source, dtype = walk.checkpoint, output.dtype
+    finished = finished or Finished(None, walk.ranks)
     modules: list[GptqModule] = []
     hidden_states = walk.embed(tokens)
     arch, norm = source.arch, source.arch.final_norm_weight
@@ -81,18 +79,17 @@ def quantize_gptq(
                 writer.add(name, converted(tensor, dtype, name))
             if target is not None:
                 target.enter(index, hidden_states)
-            with walk.layer(index) as layer, Piecewise(walk, layer, index, hidden_states) as pieces:
-                for inputs in arch.inputs:
-                    group = tuple(linear.name for linear in inputs)
-                    fitted = target and target.solve(pieces, layer, group[0])
-                    if fitted and fitted.ridge is not None:
-                        set_weight(layer, group[0], fitted.weight)
-                    hessian = _hessian(pieces, layer, group[0], hidden_states, walk)
-                    for name, packed, record in _solve_group(layer, group, hessian, options, walk, prefix):
-                        modules.append(replace(record, ridge=fitted.ridge) if fitted else record)
-                        for part, tensor in packed.items():
-                            writer.add(f"{prefix}{name}.{part}", tensor)
-                pieces.finish()
+            with walk.layer(index) as layer:
+                if found := finished.find(index):
+                    packed, records = found[0], [GptqModule(**record) for record in found[1]]
+                    place(layer, packed, config)
+                    walk.run_all(layer, index, hidden_states)
+                else:
+                    packed, records = solve_layer(walk, layer, index, hidden_states, options, target)
+                    finished.keep(index, packed, [asdict(record) for record in records])
+            modules += records
+            for name, tensor in packed.items():
+                writer.add(f"{prefix}{name}", tensor)
         final_norm = target.rescale(walk, hidden_states) if target else None
         writer.add(norm, converted(rescaled(source, final_norm, dtype), dtype, norm))
         if config["lm_head"]:
@@ -104,50 +101,3 @@ def quantize_gptq(
     write_json(folder / "quantize_config.json", config)
     copy_side_files(source.path, folder)
     return Quantized(modules, final_norm, writer.digests)
-
-
-def _solve_group(
-    layer: nn.Module,
-    group: tuple[str, ...],
-    hessian: torch.Tensor,
-    options: Mapping[str, Any],
-    walk: LayerWalk,
-    prefix: str,
-) -> Iterator[tuple[str, dict[str, torch.Tensor], GptqModule]]:
-    """Solves the linear layers that share an input, and puts their quantized weights in place."""
-    linears = [cast(nn.Linear, layer.get_submodule(name)) for name in group]
-    weight = torch.cat([linear.weight.float() for linear in linears])
-    result = solve(prefix + group[0], weight, hessian, walk, options)
-    costs = result.errors.double(), result.energies.double()
-    start = 0
-    for name, linear in zip(group, linears, strict=True):
-        rows = slice(start, start := start + linear.weight.shape[0])
-        record = GptqModule(
-            name=prefix + name,
-            error=ratio(costs[0][rows].sum().item(), costs[1][rows].sum().item()),
-            weight_error=relative_error(weight[rows], result.weight[rows]),
-            damp_percent=result.damp_percent,
-            dead_columns=dead_columns(weight[rows], hessian),
-            clamped_scales=clamped_scales(weight[rows], result.scales[rows], result.g_idx),
-        )
-        packed = pack_linear(
-            result.codes[rows], result.scales[rows], result.zeros[rows], result.g_idx, options["bits"]
-        )
-        set_weight(layer, name, result.weight[rows].to(walk.dtype))
-        yield name, packed, record
-
-
-def set_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:
-    """Gives a linear layer another weight."""
-    linear = cast(nn.Linear, layer.get_submodule(name))
-    linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
-
-
-@torch.no_grad()
-def _hessian(
-    pieces: Piecewise, layer: nn.Module, name: str, hidden_states: torch.Tensor, walk: LayerWalk
-) -> torch.Tensor:
-    """X^T X over the calibration tokens of all processes, X the inputs of a linear layer; float32."""
-    features = cast(nn.Linear, layer.get_submodule(name)).in_features
-    inputs = (pieces.input_of(name, rows) for rows in spans(hidden_states))
-    return hessian_of(inputs, features, walk.device, walk.dtype, walk.ranks)

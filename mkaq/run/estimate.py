@@ -95,11 +95,13 @@ class Estimate(NamedTuple):
         need: Memory.
         after: The model that it makes; None if it makes none.
         work: What it computes.
+        kept: Bytes on disk of the parts that it has finished, which a long stage keeps until it is published.
     """
 
     need: Need
     after: ModelSize | None = None
     work: Work = Work()
+    kept: int = 0
 
 
 @dataclass(frozen=True)

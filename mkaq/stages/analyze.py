@@ -108,7 +108,9 @@ def estimate(section: AnalysisSection, before: ModelSize, task: Task) -> Estimat
     done = work.comparing(task, points, fast=mode(section).fast) if points else Work()
     fuse, measured = section.fuse == "channels", section.coefficient is None
     done += work.trying(task, section.candidates, fuse=fuse, measured=measured)
-    return Estimate(analyzing(task, points, section.fuse, section.candidates), work=done)
+    need, count = analyzing(task, points, section.fuse, section.candidates), len(section.candidates)
+    probed = work.trial_tokens(task, count)[1] * task.processes if count else 0
+    return Estimate(need, work=done, kept=4 * count * probed * task.source.sizes.hidden)
 
 
 def run(section: AnalysisSection, job: Job, folder: Path) -> Made:
@@ -127,7 +129,8 @@ def run(section: AnalysisSection, job: Job, folder: Path) -> Made:
     if section.candidates:
         average = section.fuse == "average"
         build = by_average(walk, section.coefficient) if average else by_channels(walk, job.dtype)
-        costs = measure_groups(walk, tokens, job.seed, section.candidates, build, job.progress)
+        finished = job.finished(NAME, folder)
+        costs = measure_groups(walk, tokens, job.seed, section.candidates, build, job.progress, finished)
         write_json(folder / COSTS, rows(costs))
     return Made()
 

@@ -211,7 +211,8 @@ def estimate(section: MergeSection, before: ModelSize, task: Task) -> Estimate:
         done = work.fusing(task, left)
     else:
         done = work.averaged(task, left) if section.coefficient == "measured" else Work()
-    return Estimate(need, ModelSize(NAME, left, parameters, size, section.how()), done)
+    kept = size if section.fuse == "channels" else 0
+    return Estimate(need, ModelSize(NAME, left, parameters, size, section.how()), done, kept)
 
 
 def run(section: MergeSection, job: Job, folder: Path) -> Made:
@@ -232,7 +233,9 @@ def run(section: MergeSection, job: Job, folder: Path) -> Made:
     plan = choose(analysis, walk, samples, *rules, job.progress)
     if section.fuse == "channels":
         streams = Streams.of(walk, samples)
-        built, merges, final_norm = fused_layers(streams, plan.groups, job.dtype), [], streams.rescale
+        finished = job.finished(NAME, folder)
+        built = fused_layers(streams, plan.groups, job.dtype, finished)
+        merges, final_norm = [], streams.rescale
     else:
         built, merges, final_norm = averaged_layers(source, plan, job.dtype), plan.as_json()["merges"], None
     layers = job.progress.track(built, "merge", len(plan.layers))

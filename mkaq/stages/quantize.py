@@ -238,7 +238,8 @@ def estimate(section: QuantizeSection, before: ModelSize, task: Task) -> Estimat
     dense = before.parameters - sum(rows * columns for rows, columns in every)
     stored = sum(format_of(config).stored_bytes(shape, config) for shape in every)
     size = dense * task.dtype.itemsize + stored
-    return Estimate(need, ModelSize(NAME, before.layers, before.parameters, size, section.how()), done)
+    after = ModelSize(NAME, before.layers, before.parameters, size, section.how())
+    return Estimate(need, after, done, kept=size if isinstance(section, GptqSection) else 0)
 
 
 def run(section: QuantizeSection, job: Job, folder: Path) -> Made:
@@ -282,7 +283,8 @@ def _gptq(section: GptqSection, job: Job, folder: Path) -> Made:
         tokens = tokens[job.ranks.slice_of(len(tokens))]
     walk = job.walk(job.model, fast=mode(section).fast, beside=beside)
     config = section.config(job.dtype)
-    done = quantize_gptq(walk, tokens, section.options(), config, folder, job.output, target)
+    finished = job.finished(NAME, folder)
+    done = quantize_gptq(walk, tokens, section.options(), config, folder, job.output, target, finished)
     norm = done.final_norm and asdict(done.final_norm)
     return Made({"modules": [asdict(module) for module in done.modules], "final_norm": norm}, done.digests)
 

@@ -114,7 +114,7 @@ def estimate(section: LayerwiseSection, before: ModelSize, task: Task) -> Estima
     size = before.parameters * task.dtype.itemsize
     after = ModelSize(NAME, before.layers, before.parameters, size, section.how())
     done = work.tuning(task, before.layers, section.steps, section.batch_size)
-    return Estimate(tuning(task, section.batch_size), after, done)
+    return Estimate(tuning(task, section.batch_size), after, done, kept=size)
 
 
 def run(section: LayerwiseSection, job: Job, folder: Path) -> Made:
