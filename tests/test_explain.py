@@ -83,6 +83,8 @@ def test_the_nearest_is_compared_and_of_two_the_later() -> None:
 
 def test_what_cannot_be_compared() -> None:
     assert reason(OLD, []) == NONE
+    measured, other = replace(OLD, stage="evaluate"), {"merge": "d"}
+    assert reason(measured, [replace(measured, inputs=other)]) == NONE  # it is of another model
     assert reason(OLD, [None, None]) == UNKNOWN
     assert reason(OLD, [OLD]) == "the stored one is not as it was written"
 

@@ -52,6 +52,8 @@ def reason(new: Provenance, stored: Sequence[Provenance | None]) -> str:
         new: What it is made from.
         stored: What each of those was made from, the oldest first; None if nobody recorded it.
     """
+    if new.stage == "evaluate":  # of another model: nothing like it
+        stored = [old for old in stored if old is None or old.inputs.keys() == new.inputs.keys()]
     recorded = [old for old in stored if old is not None]
     if not stored:
         return "nothing like it is stored"
