@@ -12,6 +12,7 @@ def report(data: dict[str, Any]) -> str:
         "difference of a token's log-probability from that of the decoded weights in float32. *same*: of",
         "three greedy continuations of at most 32 tokens the number that are the same as those weights';",
         "*gap*: where they first differ, what lies between the logits of the two tokens, at most.",
+        *_noise(data["rows"]),
         "*tokens/s* beside other work, the first costs included; not to be compared.",
         "",
         f"Left out, for want of an environment: {', '.join(data['left_out']) or 'nothing'}.",
@@ -28,6 +29,13 @@ def report(data: dict[str, Any]) -> str:
         errors = dict.fromkeys(row["error"] for row in rows if "error" in row)
         lines += ["", *(f"- {error[:300]}" for error in errors)] if errors else []
     return "\n".join(lines) + "\n"
+
+
+def _noise(rows: list[Row]) -> list[str]:
+    found = [row["bfloat16_difference"] for row in rows if "bfloat16_difference" in row]
+    if not found:  # all rows are of before that was measured
+        return []
+    return [f"bfloat16 makes a difference of {min(found):.4f} to {max(found):.4f} of the same weights."]
 
 
 def _line(row: Row) -> str:
