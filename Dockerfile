@@ -29,15 +29,20 @@ FROM base AS build
 WORKDIR /src
 RUN python -m venv /opt/mkaq
 ENV PATH=/opt/mkaq/bin:$PATH
-# torch first: a change of mkaq's code does not download CUDA again.
-COPY constraints.txt ./
-RUN pip install --no-cache-dir -c constraints.txt torch
+# Nothing is installed but what requirements/ names, by version and sha256, and mkaq itself, last: a change of
+# its code does not download CUDA again. `make lock` writes the lists.
+ARG PIP="pip install --no-cache-dir --no-deps --no-build-isolation"
+COPY requirements/ requirements/
+RUN $PIP --require-hashes --only-binary :all: -r requirements/image.txt
+# Optional extras, comma-separated: eval, gguf, gptqmodel, llamacpp.
+ARG EXTRAS=""
+RUN for extra in $(echo "$EXTRAS" | tr , ' '); do \
+        $PIP --require-hashes -r "requirements/$extra.txt" || exit 1; \
+    done
 COPY pyproject.toml README.md LICENSE ./
 COPY mkaq/ mkaq/
 COPY recipes/ recipes/
-# Optional extras, comma-separated: eval, gptqmodel.
-ARG EXTRAS=""
-RUN pip install --no-cache-dir -c constraints.txt ".${EXTRAS:+[${EXTRAS}]}"
+RUN $PIP . && pip check
 
 FROM base
 ARG VERSION=dev

@@ -1,10 +1,10 @@
 # make run: the first run, set-up included.   make quick: the tests of a minute.   make test: all tests.
-# make test-long, make test-reliability: what takes longer.
+# make test-long, make test-reliability: what takes longer.   make audit: known vulnerabilities.   make lock: hashes.
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run quick test test-long test-reliability runtimes real-model lint clean
+.PHONY: run quick test test-long test-reliability runtimes real-model lint audit lock clean
 
 run: .venv/ready
 	$(BIN)/mkaq run recipes/tiny_llama_int4.yaml
@@ -17,14 +17,16 @@ test: .venv/ready-dev lint
 	@for name in llamacpp compressed; do \
 		$(MAKE) --no-print-directory .venv-$$name/ready || echo "no .venv-$$name: its tests skip"; \
 	done
+	@if $(MAKE) --no-print-directory .venv-audit/ready; then $(MAKE) --no-print-directory audit; \
+		else echo "audit skipped: no pip-audit here"; fi
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: .venv/ready-dev
 	$(BIN)/python -m pytest -m long
 
-# Every point at which a run can be stopped, and 500 changed artifacts; `make test` takes a few of each.
+# Every point at which a run can be stopped, 500 changed artifacts, hostile inputs; `make test` takes a few points.
 test-reliability: .venv/ready-dev
-	MKAQ_EVERY=1 $(BIN)/python -m pytest -n 2 -s tests/reliability
+	MKAQ_EVERY=1 $(BIN)/python -m pytest -n 2 tests/reliability tests/bad_input
 
 # What the tests of exports and benchmarks/runtimes.py run artifacts in; each skips without its own.
 runtimes: .venv-llamacpp/ready .venv-compressed/ready .venv-mlx/ready .venv-loader/ready
@@ -37,6 +39,23 @@ lint: .venv/ready-dev
 	$(BIN)/ruff check mkaq tests benchmarks
 	$(BIN)/ruff format --check mkaq tests benchmarks
 	$(BIN)/mypy
+
+# Known vulnerabilities of every version that is named; without a connection to their database it skips.
+audit: .venv-audit/ready
+	$(PYTHON) -m tests.audit .venv-audit/bin/pip-audit constraints.txt requirements/*.txt
+
+# requirements/: what the image installs, with hashes, from constraints.txt. An extra's file has what it adds.
+LOCK = .venv-audit/bin/uv pip compile pyproject.toml -c constraints.txt --quiet --generate-hashes --no-annotate \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock'
+lock: .venv-audit/ready
+	echo hatchling | $(LOCK) - --only-binary :all: -o requirements/image.txt >/dev/null
+	for extra in eval gguf gptqmodel llamacpp; do $(LOCK) -c requirements/image.txt --extra $$extra -o requirements/$$extra.txt \
+		$$(sed -n 's/==.*/ /; t name; d; : name; s/^/--no-emit-package /p' requirements/image.txt) >/dev/null || exit 1; done
+
+.venv-audit/ready: constraints.txt
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt pip-audit uv
+	@touch $@
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -74,4 +93,4 @@ lint: .venv/ready-dev
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-loader .venv-llamacpp .venv-compressed .venv-mlx runs dist build
+	rm -rf .venv .venv-loader .venv-llamacpp .venv-compressed .venv-mlx .venv-audit runs dist build

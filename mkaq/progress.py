@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import psutil
 
+from mkaq.console import say
+
 T = TypeVar("T")
 STILL = 600.0  # seconds without a step before a message is printed
 
@@ -33,7 +35,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Prints one line."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            say(text, error=True)
 
     def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         """Yields the items and shows progress."""

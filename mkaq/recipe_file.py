@@ -14,6 +14,9 @@ from mkaq.errors import MkaqError, UnsupportedError, UsageError
 from mkaq.recipe import Recipe
 from mkaq.recipe_keys import known_keys, scalars_of
 from mkaq.stages.base import NO_TEXT
+from mkaq.units import human
+
+_LARGEST = 1_000_000  # bytes
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -31,17 +34,21 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)  # no more of a device, which has no end
+        text = data.decode()
     except FileNotFoundError:
         raise UsageError("no such recipe", where=path, fix="`mkaq recipes` lists those that ship") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read: {error}", where=path) from None
-    data, lines = _parse_yaml(text, path)
+    if len(data) > _LARGEST:
+        raise UsageError(f"is larger than {human(_LARGEST)}: no recipe", where=path)
+    settings, lines = _parse_yaml(text, path)
     for override in overrides:
-        _apply(data, lines, override)
-    faults, unsupported = _faults(data)
+        _apply(settings, lines, override)
+    faults, unsupported = _faults(settings)
     if not faults and not unsupported:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(settings)
     raise _report(path, lines, faults, unsupported)
 
 

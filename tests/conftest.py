@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from mkaq.cli import main
 from tests import runs
+from tests.counts import closing_table
 from tests.runs import Mkaq, Outcome, run_quietly
 from tests.tiny import SIMILAR, make_model, write_recipe, write_text
 
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in quick:
             item.add_marker("quick")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Closes with what the tests of reliability counted."""
+    for line in closing_table(terminalreporter.stats.get("passed", [])):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture

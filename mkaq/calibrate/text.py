@@ -19,10 +19,15 @@ from typing import Literal
 from mkaq.digests import digest_of
 from mkaq.errors import UsageError
 from mkaq.paths import user_path
+from mkaq.units import human
 
 Split = Literal["calibrate", "evaluate"]
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".md")
+_OPEN: dict[str, type[gzip.GzipFile] | type[lzma.LZMAFile]] = {".gz": gzip.GzipFile, ".xz": lzma.LZMAFile}
+_BLOCK = 1 << 20
+_MOST = 100  # times the size of a compressed file, more than any text shrinks
+_HARMLESS = 64 << 20  # bytes, however small they were compressed
 
 
 def documents(dataset: str, where: str | None, split: Split) -> list[str]:
@@ -96,21 +101,31 @@ def read_text(path: Path) -> str:
     """Reads a UTF-8 text file without its byte order mark; .gz and .xz files are decompressed.
 
     Raises:
-        UsageError: If it cannot be read.
+        UsageError: If it cannot be read, or decompresses to far more than its size.
     """
     try:
-        data = path.read_bytes()
-        if path.suffix == ".xz":
-            data = lzma.decompress(data)
-        elif path.suffix == ".gz":
-            data = gzip.decompress(data)
+        data = _decompressed(path) if path.suffix in _OPEN else path.read_bytes()
         return data.decode("utf-8-sig")
     except (OSError, lzma.LZMAError, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read as UTF-8 text: {error}", where=path) from None
 
 
+def _decompressed(path: Path) -> bytes:
+    """What a compressed file holds, counted before it is kept: a small file can stand for terabytes."""
+    opened, allowed = _OPEN[path.suffix], max(_HARMLESS, _MOST * path.stat().st_size)
+    with opened(path) as handle:
+        size = 0
+        while block := handle.read(_BLOCK):
+            size += len(block)
+            if size > allowed:
+                what = f"decompresses to more than {human(allowed)}, which no text of its size does"
+                raise UsageError(what, where=path, fix="decompress it yourself if it is what you want")
+    with opened(path) as handle:
+        return handle.read()
+
+
 def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in (".gz", ".xz") else path.suffix
+    return Path(path.stem).suffix if path.suffix in _OPEN else path.suffix
 
 
 def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -150,10 +150,20 @@ class Checkpoint:
         """The sizes in the configuration."""
         return Sizes.of(self.hf_config)
 
+    @cached_property
+    def weights_by_dtype(self) -> Mapping[torch.dtype, int]:
+        """How many weights that are not quantized have each dtype; the embedding's comes first."""
+        counts = {FLOATS[self.tensors[self.arch.embed_weight].dtype]: 0}
+        for name in self.dense_shapes:
+            if name in self.tensors and self.tensors[name].dtype in FLOATS:
+                dtype = FLOATS[self.tensors[name].dtype]
+                counts[dtype] = counts.get(dtype, 0) + self.count_weights([name])
+        return counts
+
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the embedding, which stands for all weights that are not quantized."""
-        return FLOATS[self.tensors[self.arch.embed_weight].dtype]
+        """The dtype of most weights that are not quantized, in which they are all written."""
+        return max(self.weights_by_dtype, key=lambda dtype: self.weights_by_dtype[dtype])
 
     @cached_property
     def dense_shapes(self) -> dict[str, tuple[int, ...]]:

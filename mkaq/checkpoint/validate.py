@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mkaq.checkpoint.side_files import side_files, stays_inside
 from mkaq.errors import CheckpointError, UnsupportedError
 from mkaq.formats.format import TensorSchema
 from mkaq.formats.formats import format_of
+from mkaq.units import human
 
 _CHOOSES_CODE = (
     "attn_implementation",
@@ -26,6 +28,7 @@ _CHOOSES_CODE = (
     "_experts_implementation",
 )
 _TOKENIZER = "tokenizer_config.json"
+_LARGEST_JSON = 100_000_000  # bytes; the safetensors library reads headers of no more
 _SIZES = {
     "hidden_size": 2**20,
     "intermediate_size": 2**22,
@@ -54,7 +57,17 @@ def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
     _check_layers(checkpoint)
     checkpoint = settle_head(checkpoint)
     _check_complete(checkpoint)
-    return checkpoint
+    remarks = (*checkpoint.remarks, *_types(checkpoint))
+    return replace(checkpoint, remarks=remarks) if remarks else checkpoint
+
+
+def _types(checkpoint: Checkpoint) -> Iterator[str]:
+    """A remark if weights are of several types, of which one is written."""
+    if len(checkpoint.weights_by_dtype) > 1:
+        named = {str(dtype).removeprefix("torch."): n for dtype, n in checkpoint.weights_by_dtype.items()}
+        listed = ", ".join(f"{count:,} in {name}" for name, count in sorted(named.items()))
+        chosen = str(checkpoint.dtype).removeprefix("torch.")
+        yield f"its weights are of several types ({listed}): model.dtype: auto is {chosen} for all of them"
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:
@@ -68,6 +81,8 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in _read_header(path, file).items():
+            if not name.isprintable():
+                raise CheckpointError(f"the name {name!r} has control characters", where=path / file)
             if name in tensors:
                 raise CheckpointError(f"tensor {name} is also in {tensors[name].file}", where=path / file)
             tensors[name] = info
@@ -79,14 +94,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file of a checkpoint.
 
     Raises:
-        CheckpointError: If the file is missing or holds no JSON object.
+        CheckpointError: If the file is missing, or no file, or too large, or holds no JSON object.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():  # a pipe or a device would never end
         raise CheckpointError(
             "is missing", where=path, fix="a model folder holds config.json and .safetensors"
-        ) from None
+        )
+    if path.stat().st_size > _LARGEST_JSON:
+        raise CheckpointError(f"is larger than {human(_LARGEST_JSON)}", where=path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"is not readable JSON: {error}", where=path) from None
     if not isinstance(data, dict):
@@ -97,6 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_config(path: Path, quantized: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     """config.json without the keys that choose code, and a remark if it asks for remote code."""
     where = path / "config.json"
+    _check_links(path, [])
     config = read_json(where)
     code = remote_code_keys(config)
     if code and config.get("model_type") not in tuple(FAMILIES):
@@ -149,6 +167,9 @@ def _weight_files(path: Path) -> list[str]:
                 where=path,
                 fix="download the checkpoint again",
             )
+        if SINGLE not in files and (path / SINGLE).is_file():
+            what = f"leaves out {SINGLE}, which is there too and which transformers would read instead"
+            raise CheckpointError(what, where=path / INDEX, fix="delete the one that is not the model")
         return files
     if (path / SINGLE).is_file():
         return [SINGLE]

@@ -9,7 +9,7 @@ import typer
 
 from mkaq import __version__
 from mkaq.cli import about, artifact, clean, generate, measure, run
-from mkaq.console import escape_unencodable
+from mkaq.console import escape_unencodable, say
 from mkaq.errors import as_mkaq_error
 
 __all__ = ["app", "main"]
@@ -68,6 +68,6 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         shown = as_mkaq_error(error)
-        print(f"mkaq: {shown}", file=sys.stderr)
+        say(f"mkaq: {shown}", error=True)
         sys.exit(shown.exit_code)
     sys.exit(0)

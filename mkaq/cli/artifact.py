@@ -7,7 +7,7 @@ import typer
 
 from mkaq.cli import options
 from mkaq.cli.options import Artifact, AsJson, Device
-from mkaq.console import print_json, print_table
+from mkaq.console import print_json, print_table, say
 
 if TYPE_CHECKING:
     from mkaq.manifest import Manifest
@@ -31,19 +31,19 @@ def _print_manifest(manifest: "Manifest") -> None:
     from mkaq.units import human
 
     source = manifest.source
-    print(f"{manifest.name}: made by mkaq {manifest.mkaq_version} from {source.path} ({source.model_type})")
+    say(f"{manifest.name}: made by mkaq {manifest.mkaq_version} from {source.path} ({source.model_type})")
     print_table(("stage", "layers", "parameters", "bytes", "perplexity"), _stage_rows(manifest))
     for line in quality_lines(manifest.fallbacks, manifest.evaluation):
-        print(line)
+        say(line)
     if manifest.budget:
         for line in describe(manifest.budget.model_dump()):
-            print(line)
+            say(line)
     for step in manifest.steps:
         for line in stage_of(step.step).describe(step).lines:
-            print(line)
+            say(line)
     for each in manifest.exports:
-        print(f"{each.format}: the same codes and weights in {human(each.bytes)}")
-    print(f"{len(manifest.files)} files, {human(sum(file.bytes for file in manifest.files))}")
+        say(f"{each.format}: the same codes and weights in {human(each.bytes)}")
+    say(f"{len(manifest.files)} files, {human(sum(file.bytes for file in manifest.files))}")
 
 
 def _stage_rows(manifest: "Manifest") -> list[tuple[str, str, str, str, str]]:
@@ -89,5 +89,5 @@ def _print_checks(checks: list[str], artifact: Path, *, as_json: bool) -> None:
         print_json({"verified": True, "checks": checks})
         return
     for line in checks:
-        print(f"ok: {line}")
-    print(f"verified: {artifact}")
+        say(f"ok: {line}")
+    say(f"verified: {artifact}")

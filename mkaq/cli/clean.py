@@ -1,6 +1,5 @@
 """The command that frees a run's disk."""
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +8,7 @@ import typer
 
 from mkaq.cli import options
 from mkaq.cli.options import AsJson
-from mkaq.console import print_json, print_table
+from mkaq.console import print_json, print_table, say
 from mkaq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def _print(folder: Path, found: "Findings", chosen: "list[Item]", store_bytes: i
     from mkaq.units import human
 
     for path, why in found.left:
-        print(f"note: {path} stays: {why}", file=sys.stderr)
+        say(f"note: {path} stays: {why}", error=True)
     if chosen:
         rows = [(str(item.path.relative_to(folder)), human(item.bytes), clock(item.made)) for item in chosen]
         kinds = ["unused" if item.unused else "leftover" for item in chosen]
@@ -83,11 +82,11 @@ def _print(folder: Path, found: "Findings", chosen: "list[Item]", store_bytes: i
         )
     freed = human(sum(item.bytes for item in chosen))
     if deleted:
-        print(f"deleted {freed}; the store has {human(store_bytes)}")
+        say(f"deleted {freed}; the store has {human(store_bytes)}")
     elif chosen:
-        print(f"would delete {freed}; the store has {human(store_bytes)}; --yes deletes")
+        say(f"would delete {freed}; the store has {human(store_bytes)}; --yes deletes")
     else:
-        print(f"nothing to delete; the store has {human(store_bytes)}")
+        say(f"nothing to delete; the store has {human(store_bytes)}")
 
 
 def _print_as_json(

@@ -8,7 +8,7 @@ import typer
 
 from mkaq.cli import options
 from mkaq.cli.options import AsJson, Device
-from mkaq.console import print_json
+from mkaq.console import print_json, printable
 from mkaq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _utf8(text: str) -> str:
 
 
 def _show(text: str) -> None:
-    print(text, end="", flush=True)
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _end(reply: "Reply") -> None:

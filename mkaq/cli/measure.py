@@ -1,6 +1,5 @@
 """Commands that run a model: compare its layers, measure its quality."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 
 from mkaq.cli import options
 from mkaq.cli.options import AsJson, Device, Model
-from mkaq.console import print_json, print_table
+from mkaq.console import print_json, print_table, say
 from mkaq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def _print_similarity(matrix: "npt.NDArray[np.float64]", heatmap: Path, *, as_js
         for i in range(len(matrix) - 1)
     ]
     print_table(("layers", "NPIB", ""), rows)
-    print(f"heatmap: {heatmap}")
+    say(f"heatmap: {heatmap}")
 
 
 def evaluate(
@@ -143,7 +142,7 @@ def _print_perplexity(
         print_json({"model": model, "perplexity": measured.as_json(), "settings": settings})
         return
     value = with_error(measured.perplexity, measured.standard_error, 4)
-    print(f"perplexity: {value} ({measured.tokens:,} tokens)")
+    say(f"perplexity: {value} ({measured.tokens:,} tokens)")
 
 
 def bench(
@@ -167,7 +166,7 @@ def bench(
     called, cuda, rows = [each for each in (model, against) if each], torch.cuda.is_available(), []
     paths = [_file_or_folder(each) for each in called]
     for row in (row for pair in zip(called, paths, strict=True) for row in speeds(*pair, load, cuda=cuda)):
-        print(f"{row.runtime}: {row.reason or 'measured'} ({row.model})", file=sys.stderr, flush=True)
+        say(f"{row.runtime}: {row.reason or 'measured'} ({row.model})", error=True)
         rows.append(row)
     if all(row.reason for row in rows):
         fix = "install one beside mkaq, as said above; a recipe's export.formats decides which take it"
@@ -179,7 +178,7 @@ def bench(
         print_json(measured)
         return
     print_table(SPEED_HEADER, [speed_row(row) for row in measured["rows"] if not row["reason"]])
-    print(f"{prompt_tokens} tokens read, {new_tokens} written, median of {repeats}, {load.threads} threads")
+    say(f"{prompt_tokens} tokens read, {new_tokens} written, median of {repeats}, {load.threads} threads")
 
 
 def _file_or_folder(model: str) -> Path:

@@ -1,6 +1,5 @@
 """Commands that take a recipe: run it, or show what a run would do."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -9,7 +8,7 @@ import typer
 
 from mkaq.cli import options
 from mkaq.cli.options import AsJson, Device, MaxMemory, Output, RecipeArgument, Setting
-from mkaq.console import print_json, print_table
+from mkaq.console import print_json, print_table, say
 
 if TYPE_CHECKING:
     from mkaq.errors import ResourceError
@@ -110,10 +109,10 @@ def _print_run(result: "RunResult", runtime_rows: "Sequence[Runtime]", until: st
         table_rows(result.sizes, result.evaluation),
     )
     for line in quality_lines(result.fallbacks, result.evaluation):
-        print(line)
+        say(line)
     for line in describe(runtime_rows) if runtime_rows else ():
-        print(line)
-    print(f"artifact: {result.artifact}" if result.artifact else f"stopped after {until}: {result.folder}")
+        say(line)
+    say(f"artifact: {result.artifact}" if result.artifact else f"stopped after {until}: {result.folder}")
 
 
 def plan(
@@ -136,7 +135,7 @@ def plan(
 
     source = open_checkpoint(resolve_model(loaded.model.path, loaded.model.revision))
     for remark in source.remarks:
-        print(f"note: {remark}", file=sys.stderr)
+        say(f"note: {remark}", error=True)
     torch_device, limit = pick_device(device), options.bytes(max_memory)
     planned = plan_recipe(loaded, source, torch_device, limit, processes)
     refused = refusal(planned, folder, torch_device, limit)
@@ -198,22 +197,22 @@ def _print_plan(forecast: _Forecast, processes: int) -> None:
     if planned.options:
         sizes = [(str(o.removed), str(o.bits or "-"), human(o.bytes)) for o in planned.options]
         print_table(("layers removed", "bits", "bytes of weights"), sizes)
-        print("the run tries these against the budget; at most it needs:")
+        say("the run tries these against the budget; at most it needs:")
     rows = [(*row[:4], row[-1]) for row in table_rows(list(planned.sizes), {})]
     print_table(("stage", "layers", "parameters", "bytes of weights", "how"), rows)
     needs = ", ".join(f"{stage} {human(need)}" for stage, need in planned.memory.items())
     per_process = "" if processes == 1 else f" of each of {processes} processes"
-    print(f"memory: about {human(planned.memory_bytes)} at the peak{per_process} ({needs})")
+    say(f"memory: about {human(planned.memory_bytes)} at the peak{per_process} ({needs})")
     if planned.place == "files":
-        print("        hidden states go to files in the run's folder")
+        say("        hidden states go to files in the run's folder")
     elif planned.place == "host":
-        print(f"        hidden states lie in the host's memory: {human(planned.host_bytes)}")
+        say(f"        hidden states lie in the host's memory: {human(planned.host_bytes)}")
     if forecast.seconds:
         times = [f"{stage} {duration(time)}" for stage, time in forecast.seconds.items() if time >= 1]
         total = duration(sum(forecast.seconds.values())) + (" for each trial" if planned.options else "")
-        print(f"time:   about {total} on this machine ({', '.join(times) or 'all short'})")
+        say(f"time:   about {total} on this machine ({', '.join(times) or 'all short'})")
     for line in forecast.notes:
-        print(line)
-    print(f"disk:   {human(planned.disk_bytes)} in {forecast.folder}")
+        say(line)
+    say(f"disk:   {human(planned.disk_bytes)} in {forecast.folder}")
     for line in describe(forecast.runtimes):
-        print(line)
+        say(line)

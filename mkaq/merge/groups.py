@@ -88,9 +88,10 @@ def layers_to_remove(
     removed = layers if layers is not None else math.floor((ratio or 0) * num_layers + 0.5)
     free = num_layers - sum(protect)
     if not 1 <= removed < free:
+        can = f"so {'1 to ' * (free > 2)}{free - 1} can" if free > 1 else "and it takes two to merge"
+        what = f"{removed} of {num_layers} layers cannot be merged away: {max(free, 0)} are not protected"
         raise UsageError(
-            f"{removed} of {num_layers} layers cannot be merged away: {max(free, 0)} are not protected, "
-            f"so 1 to {max(free - 1, 0)} can",
+            f"{what}, {can}",
             where="merge",
             fix="change merge.ratio, merge.layers or merge.protect",
         )

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mkaq.checkpoint.finite import all_finite
+
 
 def quantize_linear(
     weight: torch.Tensor, config: Mapping[str, Any], device: torch.device
@@ -21,7 +23,7 @@ def quantize_linear(
         `weight` and its quantization state, by their names in the module.
 
     Raises:
-        OverflowError: If a weight overflows the dtype in which the library reads it.
+        OverflowError: If a weight overflows the dtype in which the library reads it, or what it computes.
     """
     import bitsandbytes as bnb
 
@@ -42,4 +44,7 @@ def quantize_linear(
             compress_statistics=config["bnb_4bit_use_double_quant"],
         )
         linear.load_state_dict({"weight": weight})
-    return {name: tensor.detach().cpu() for name, tensor in linear.to(device).state_dict().items()}
+    stored = {name: tensor.detach().cpu() for name, tensor in linear.to(device).state_dict().items()}
+    if not all(all_finite(tensor) for tensor in stored.values() if tensor.is_floating_point()):
+        raise OverflowError("weights so large that the sum of their scales overflows")
+    return stored

@@ -15,7 +15,11 @@ from mkaq.errors import UnsupportedError
 from mkaq.files import write_json
 from mkaq.formats.formats import format_of
 from mkaq.heap import return_freed_memory
+from mkaq.quantize.shortfall import vanishing_rows
 from mkaq.quantize.weight_error import relative_error
+
+_OTHERS = {True: "quantize.bits: 4", False: "quantize.double_quant: false"}
+"""What holds weights that 8 bits, or 4 bits, do not."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,13 @@ class RoundedModule:
     Attributes:
         name: The module's name in the model.
         weight_error: ||W - Q||^2 / ||W||^2.
+        clamped_scales: Rows of int8 whose weights are too small for float16; None with 4 bits.
         fallback: Always false.
     """
 
     name: str
     weight_error: float
+    clamped_scales: int | None = None
     fallback: bool = False
 
 
@@ -74,10 +80,11 @@ def quantize_each(
                     raise UnsupportedError(
                         f"tensor {name} has {error}",
                         where=source.path / source.tensors[name].file,
-                        fix="use quantize.bits: 4, or quantize.method: gptq",
+                        fix=f"use {_OTHERS[bool(config.get('load_in_8bit'))]}, or quantize.method: gptq",
                     ) from None
                 rounded = format_of(config).dequantize(stored, config)
-                modules.append(RoundedModule(module, relative_error(tensor, rounded)))
+                small = vanishing_rows(tensor) if config.get("load_in_8bit") else None
+                modules.append(RoundedModule(module, relative_error(tensor, rounded), small))
                 for part, value in stored.items():
                     writer.add(f"{module}.{part}", value)
             return_freed_memory()

@@ -1,4 +1,4 @@
-"""Where GPTQ could not do for a weight what it is meant to: columns without input, scales beyond float16."""
+"""Where a weight cannot be rounded as it should: columns without input, scales beyond float16."""
 
 import torch
 
@@ -32,3 +32,15 @@ def clamped_scales(weight: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tens
     sizes = weight[rows].abs().to(largest.dtype)
     largest.scatter_reduce_(1, g_idx.to(weight.device).long().expand(len(largest), -1), sizes, "amax")
     return int((clamped[rows] & (largest > 0)).sum())
+
+
+def vanishing_rows(weight: torch.Tensor) -> int:
+    """The rows with weights, all of them so small that float16 tells fewer of them apart than int8 does.
+
+    bitsandbytes reads weights in float16 for int8: the smallest become 0.
+
+    Args:
+        weight: Shape (out_features, in_features).
+    """
+    largest = weight.abs().amax(1)
+    return int(((largest > 0) & (largest < 127 * SMALLEST)).sum())

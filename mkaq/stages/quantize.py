@@ -88,7 +88,8 @@ class BitsandbytesSection(Section):
     double_quant: bool | None = None
     """Also quantize the scales of the 4-bit codes (0.4 bits per weight less); on by default."""
     compute_dtype: Literal["auto"] | Dtype | None = None
-    """The type in which 4-bit layers are multiplied; `auto` (the default) is the checkpoint's."""
+    """The type in which 4-bit layers are multiplied; `auto` (the default) is the checkpoint's, but never
+    float64."""
 
     @model_validator(mode="before")
     @classmethod
@@ -106,12 +107,15 @@ class BitsandbytesSection(Section):
         """The `quantization_config` of the quantized model, if its dense weights have type `dtype`."""
         from mkaq.formats.bitsandbytes import quantization_config
 
-        own = self.compute_dtype not in (None, "auto")
+        if self.compute_dtype not in (None, "auto"):
+            computed = str(self.compute_dtype)
+        else:  # bitsandbytes multiplies no float64, and gives NaN
+            computed = str(dtype).removeprefix("torch.").replace("float64", "float32")
         return quantization_config(
             bits=self.bits,
             quant_type=self.quant_type,
             double_quant=self.double_quant,
-            compute_dtype=str(self.compute_dtype) if own else str(dtype).removeprefix("torch."),
+            compute_dtype=computed,
         )
 
     def how(self) -> str:
@@ -139,7 +143,8 @@ class QuantizedModule(Part):
     """Columns with weights whose input was 0 for every calibration token: they are rounded to the nearest
     (gptq)."""
     clamped_scales: int | None = None
-    """Scales at the smallest or largest number of float16, of groups with weights (gptq)."""
+    """Scales at the smallest or largest number of float16, of groups with weights (gptq); rows whose weights
+    are too small for float16 (bitsandbytes, 8 bits)."""
     fallback: Literal[False] = False
     """mkaq never rounds a whole layer to the nearest instead. What it could not do as asked is in the
     manifest's `fallbacks`."""

@@ -131,7 +131,8 @@ class LayerWalk:
             CheckpointError: If it is not finite.
         """
         if not all_finite(output):
-            raise CheckpointError(f"layer {index} gives NaN or infinity", where=self.checkpoint.path)
+            fix = "if its weights are as they should be, compute in bfloat16 or float32"
+            raise CheckpointError(f"layer {index} gives NaN or infinity", where=self.checkpoint.path, fix=fix)
         return output
 
     @torch.no_grad()

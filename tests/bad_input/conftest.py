@@ -8,13 +8,31 @@ from typing import Any
 import pytest
 
 from tests.bad_input.damage import Damage
+from tests.counts import INPUTS
 from tests.runs import Mkaq, Outcome, one_message, run_quietly, tree
 from tests.tiny import PROTECT, write_recipe
+
+NO_INPUTS = {"test_bad_run.py"}  # command lines, folders and interrupts
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread(one_thread: None) -> None:
     """For every test here."""
+
+
+@pytest.fixture
+def mkaq(mkaq: Mkaq, request: pytest.FixtureRequest) -> Mkaq:
+    """Runs a command line; counts the input of a test if it is refused: exit code 2 to 5, and one message."""
+    properties = request.node.user_properties
+
+    def invoke(*arguments: object) -> Outcome:
+        outcome = mkaq(*arguments)
+        refused = outcome.code in (2, 3, 4, 5) and outcome.err.count("mkaq: ") == 1
+        if refused and not properties and request.path.name not in NO_INPUTS:
+            properties.append((INPUTS, 1))
+        return outcome
+
+    return invoke
 
 
 @pytest.fixture(scope="session")

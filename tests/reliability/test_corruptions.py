@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.counts import CHANGES as FOUND
 from tests.reliability.test_stops import EVERY
 from tests.runs import Mkaq
 
@@ -64,9 +65,11 @@ def artifact(runs: list[Path]) -> Path:
 
 
 @pytest.mark.parametrize("part", range(20))
-def test_every_change_is_found(part: int, artifact: Path, mkaq: Mkaq, tmp_path: Path) -> None:
-    missed = []
-    for number in range(part * 25, part * 25 + 25, EVERY):
+def test_every_change_is_found(
+    part: int, artifact: Path, mkaq: Mkaq, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    missed, numbers = [], range(part * 25, part * 25 + 25, EVERY)
+    for number in numbers:
         rng, folder = random.Random(number), tmp_path / "changed" / "artifact"
         shutil.rmtree(folder.parent, ignore_errors=True)
         shutil.copytree(artifact, folder)
@@ -79,6 +82,7 @@ def test_every_change_is_found(part: int, artifact: Path, mkaq: Mkaq, tmp_path: 
             name = file.relative_to(folder)
             missed.append(f"{number}: {change.__name__} {name}: {outcome.code} {outcome.err[-200:]}")
     assert missed == []
+    record_property(FOUND, len(numbers))
 
 
 def test_a_copy_with_other_times_and_in_another_order_is_verified(

@@ -5,10 +5,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.counts import PROCESSES
 from tests.reliability.test_stops import EVERY
 from tests.runs import ROOT, tree
 
@@ -56,7 +58,12 @@ def whole(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.mark.parametrize(("victim", "at"), POINTS[9::20] if EVERY > 1 else POINTS)
 def test_the_other_process_ends_and_the_run_goes_on(
-    victim: int, at: int, runs: list[Path], whole: dict[str, bytes], tmp_path: Path
+    victim: int,
+    at: int,
+    runs: list[Path],
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     told = both(runs[0], tmp_path / "run", victim, at)
     assert told[victim][0] == -9
@@ -66,3 +73,4 @@ def test_the_other_process_ends_and_the_run_goes_on(
     assert not (tmp_path / "run" / "artifact").exists()
     assert [code for code, _ in both(runs[0], tmp_path / "run")] == [0, 0]
     assert tree(tmp_path / "run" / "artifact") == whole
+    record_property(PROCESSES, 1)
