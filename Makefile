@@ -17,8 +17,7 @@ test: .venv/ready-dev lint
 	@for name in llamacpp compressed; do \
 		$(MAKE) --no-print-directory .venv-$$name/ready || echo "no .venv-$$name: its tests skip"; \
 	done
-	@if $(MAKE) --no-print-directory .venv-audit/ready; then $(MAKE) --no-print-directory audit; \
-		else echo "audit skipped: no pip-audit here"; fi
+	@$(MAKE) --no-print-directory audit || echo "audit: the lines above; tests go on, since that depends on the day"
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: .venv/ready-dev
