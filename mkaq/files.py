@@ -33,6 +33,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; a name that no file can have, such as a long one, is of none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def is_blank(path: Path) -> bool:
     """Whether a file begins with nothing but zeros, as after a power cut between its rename and its sync."""
     with path.open("rb") as file:

@@ -8,14 +8,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from mkaq import __version__
 from mkaq.digests import digest_of, library_versions
 from mkaq.errors import VerificationError
 from mkaq.pipeline import STAGES
 from mkaq.run.quality import fallbacks_of
-from mkaq.stages.base import Part, Step
+from mkaq.stages.base import Count, Part, Step
 from mkaq.stages.export import MAIN
 
 if TYPE_CHECKING:
@@ -29,6 +29,16 @@ else:
         Field(discriminator="step"),
     ]
 
+
+def _has_perplexity(measured: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(measured.get("perplexity", ""), float | None):
+        raise ValueError("perplexity is neither a number nor null")
+    return measured
+
+
+Measured = Annotated[dict[str, Any], AfterValidator(_has_perplexity)]
+"""What was measured, and how."""
+
 MANIFEST = "mkaq-manifest.json"
 SCHEMA: Literal["mkaq-manifest/1"] = "mkaq-manifest/1"
 
@@ -38,7 +48,7 @@ class FileEntry(Part):
 
     path: str
     """Path relative to the folder."""
-    bytes: int
+    bytes: Count
     """Size in bytes."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """sha256 of the file."""
@@ -55,11 +65,11 @@ class Source(Part):
     """Hub id, if known."""
     model_type: str
     """Model family."""
-    parameters: int
+    parameters: Count
     """Number of weights."""
-    bytes: int
+    bytes: Count
     """Bytes of all tensors."""
-    layers: int
+    layers: Count
     """Decoder layers."""
     files: list[FileEntry]
     """Every file that was read."""
@@ -98,11 +108,11 @@ class RanOn(Part):
 class BudgetOption(Part):
     """An option of a budget: removed layers and bits."""
 
-    removed: int
+    removed: Count
     """Number of layers removed."""
     bits: int | None
     """Bits of GPTQ, if it is used."""
-    bytes: int
+    bytes: Count
     """Size of the resulting weights."""
 
 
@@ -129,7 +139,7 @@ class ExportedFormat(Part):
 
     format: str
     """The format, and the name of its folder."""
-    bytes: int
+    bytes: Count
     """Size of its files."""
 
 
@@ -159,7 +169,7 @@ class Manifest(Part):
     from the steps."""
     ran_on: dict[str, RanOn]
     """The environment of each stage that computes."""
-    evaluation: dict[str, dict[str, Any]]
+    evaluation: dict[str, dict[str, Measured]]
     """Measurements by stage; a perplexity of null is not finite."""
     exports: list[ExportedFormat] = Field(default_factory=list)
     """The formats beside safetensors; `verify` compares each with the safetensors, bit for bit."""

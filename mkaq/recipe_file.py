@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from mkaq.errors import MkaqError, UnsupportedError, UsageError
 from mkaq.recipe import Recipe
 from mkaq.recipe_keys import known_keys, scalars_of
+from mkaq.recipe_yaml import Loader, NoValueError
 from mkaq.stages.base import NO_TEXT
 from mkaq.units import human
 
@@ -76,13 +77,12 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, 
                 visit(value, (*keys, str(index)))
 
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise yaml.YAMLError("aliases (*name) have no place in a recipe")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = Loader(text)
+        root = loader.get_single_node()
         if root is not None:
             visit(root, ())
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        data = None if root is None else loader.construct_document(root)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"is not YAML: {' '.join(str(error).split())[:300]}", where=path) from None
     if repeated:
         raise UsageError("faults in the recipe:\n" + "\n".join(repeated), where=path)
@@ -117,10 +117,12 @@ def _value(keys: tuple[str, ...], text: str, where: str) -> Any:
     if kinds == {str} or (kinds == {str, NoneType} and text != "null"):
         return text
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
+    except NoValueError as error:
+        raise UsageError(str(error.problem), where=f"--set {where}") from None
     except yaml.YAMLError:
         return text
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
         raise UsageError(f"not a value: {str(error)[:200]}", where=f"--set {where}") from None
 
 

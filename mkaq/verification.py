@@ -156,11 +156,12 @@ def _check_against(
     checks = case.compare(progress)
     if case.measure is None:
         return checks
-    tokens = _calibration_again(manifest, source)
+    section = _calibration(manifest)
+    tokens = _calibration_again(manifest, section, source)
     if tokens is None:
         return [*checks, "errors of hidden states not measured again: the calibration text is not here"]
     dtype, last = compute_dtype(source.dtype, device), manifest.steps[-1].step
-    samples = calibration_samples(ALONE, tokens, manifest.recipe["calibration"]["seed"]).held_out_only()
+    samples = calibration_samples(ALONE, tokens, section.seed).held_out_only()
     ran_on = manifest.ran_on.get("residuals") or manifest.ran_on.get(last)
     allowed = tolerance(ran_on.compute_dtype if ran_on else None, dtype)
     walks = LayerWalk(source, device, dtype), LayerWalk(artifact, device, dtype)
@@ -171,12 +172,18 @@ def _check_against(
     ]
 
 
-def _calibration_again(manifest: Manifest, source: Checkpoint) -> torch.Tensor | None:
-    """The calibration tokens of the run, or None if the text is missing or has changed."""
+def _calibration(manifest: Manifest) -> CalibrationSection:
+    """The calibration of the recipe."""
     try:
-        section = CalibrationSection.model_validate(manifest.recipe["calibration"])
-    except (ValidationError, KeyError):
+        return CalibrationSection.model_validate(manifest.recipe.get("calibration"))
+    except ValidationError:
         raise VerificationError("the recipe in the manifest has no calibration", where=MANIFEST) from None
+
+
+def _calibration_again(
+    manifest: Manifest, section: CalibrationSection, source: Checkpoint
+) -> torch.Tensor | None:
+    """The calibration tokens of the run, or None if the text is missing or has changed."""
     try:
         texts = documents(section.dataset, section.path, "calibrate")
         size = section.num_samples, section.max_seq_length

@@ -12,7 +12,7 @@ ROOT = Path(mkaq.__file__).parent
 BASE = {"mkaq", "errors", "units", "paths", "files", "digests", "dtypes", "console"}
 BASE |= {"heap", "peak", "progress", "ranks"}
 WORK = ("merge", "quantize", "recover", "calibrate", "evaluate")
-TOP = {"recipe", "recipe_keys", "recipe_file", "pipeline", "manifest", "budget"}
+TOP = {"recipe", "recipe_keys", "recipe_file", "recipe_yaml", "pipeline", "manifest", "budget"}
 TOP |= {"plan", "result", "report", "card", "session", "verification", "shipped"}
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("base",),

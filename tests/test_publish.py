@@ -13,7 +13,7 @@ from mkaq.errors import VerificationError
 from mkaq.files import replace_json
 from mkaq.run import provenance
 from mkaq.run.provenance import provenance_of
-from mkaq.run.publish import Handoff, find_published, publish
+from mkaq.run.publish import HANDOFF, Handoff, find_published, publish
 from tests.runs import tree
 
 DAMAGED = (
@@ -23,6 +23,9 @@ DAMAGED = (
     '{"fingerprint": "x", "files": []}',
     '{"fingerprint": "x", "files": [{"path": "a"}]}',
     '{"fingerprint": 5, "files": [{"path": "a", "bytes": 1, "sha256": ""}]}',
+    '{"fingerprint": "x", "files": [{"path": true, "bytes": 1, "sha256": ""}]}',
+    '{"fingerprint": "x", "files": [{"path": "a", "bytes": Infinity, "sha256": ""}]}',
+    "[" * 100_000,
     "\udcff",  # not UTF-8
 )
 
@@ -168,6 +171,14 @@ def test_handoff_that_a_power_cut_has_blanked_is_made_again(size: int, inside: b
     assert not make(tmp_path / "stage", inside=inside, say=told.append).reused
     assert len(told) == 1 and str(place) in told[0] and "power cut" in told[0]
     assert make(tmp_path / "stage", inside=inside).reused
+
+
+def test_file_of_a_name_too_long_is_not_there(tmp_path: Path) -> None:
+    made = publish(tmp_path / "out", OTHER, writes("one"))
+    handoff = json.loads((made.path / HANDOFF).read_text())
+    handoff["files"][0]["path"] = "x" * 300
+    (made.path / HANDOFF).write_text(json.dumps(handoff))
+    assert not publish(tmp_path / "out", OTHER, writes("two")).reused
 
 
 @pytest.mark.parametrize("content", DAMAGED)

@@ -1,6 +1,7 @@
 """Opens a checkpoint: safetensors only, complete, and validated before anything is built from it."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from mkaq.checkpoint.reader import INDEX, SINGLE, Checkpoint, TensorInfo
 from mkaq.checkpoint.remote_code import remote_code_keys, without_remote_code
 from mkaq.checkpoint.side_files import side_files, stays_inside
 from mkaq.errors import CheckpointError, UnsupportedError
+from mkaq.files import is_file
 from mkaq.formats.format import TensorSchema
 from mkaq.formats.formats import format_of
 from mkaq.units import human
@@ -161,7 +163,7 @@ def _weight_files(path: Path) -> list[str]:
                     f"{name} points to {file!r}, which is no file of this folder", where=path / INDEX
                 )
         files = sorted(set(weight_map.values()))
-        if missing := [file for file in files if not (path / file).is_file()]:
+        if missing := [file for file in files if not is_file(path / file)]:
             raise CheckpointError(
                 f"{len(missing)} of {len(files)} weight files missing: {', '.join(missing[:5])}",
                 where=path,
@@ -206,6 +208,11 @@ def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
         with (path / file).open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(size))
+        for name, part in slices.items():  # what safetensors lets through
+            if not isinstance(header[name], dict):
+                raise SafetensorError(f"{name} is described by a list, not by an object")
+            if math.prod(size for size in part.get_shape() if size) >= 2**63:
+                raise SafetensorError(f"{name} is empty, and has a shape that no tensor has")
         return {
             name: TensorInfo(
                 file,

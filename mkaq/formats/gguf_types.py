@@ -5,9 +5,11 @@ reader look types up in its own tables, so Q2_0 is added there; a newer package 
 """
 
 from pathlib import Path
+from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGUFReader, LlamaFileType
 from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
 
 __all__ = ["Type", "file_type", "read"]
 _Q2_0 = 42
@@ -15,9 +17,19 @@ _BLOCK = 64, 18  # columns, and bytes: a float16 scale, 2 bits for each column
 _FILE_OF_Q2_0 = 41
 
 
+class _Reader(GGUFReader):
+    """The package's reader, which goes on beyond the end of a file, as often as an array's length says."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> NDArray[Any]:
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) < int(count):
+            raise ValueError(f"the file ends before the {int(count)} values at byte {offset}")
+        return found
+
+
 def read(path: Path) -> GGUFReader:
     """Reads a file; raises anything if it is damaged."""
-    return GGUFReader(path)
+    return _Reader(path)
 
 
 def file_type(kind: Type) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mkaq.digests import describe_files, digest_of, sha256_file
 from mkaq.errors import VerificationError
-from mkaq.files import is_blank, replace_json, sync, write_json
+from mkaq.files import is_blank, is_file, replace_json, sync, write_json
 from mkaq.run.provenance import Provenance
 
 HANDOFF = "handoff.json"
@@ -138,10 +138,10 @@ def read_handoff(where: Path) -> dict[str, Any]:
     fix = "delete it, or use --fresh, to make the stage again"
     try:
         data = json.loads(where.read_text(encoding="utf-8"))
-        files = [(str(f["path"]), int(f["bytes"]), str(f["sha256"])) for f in data["files"]]
-        if not files or not isinstance(data["fingerprint"], str):
-            raise ValueError("no files")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        types = {(type(f["path"]), type(f["bytes"]), type(f["sha256"])) for f in data["files"]}
+        if types != {(str, int, str)} or not isinstance(data["fingerprint"], str):
+            raise ValueError("no list of files, or no fingerprint")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise VerificationError(f"the handoff is damaged ({error})", where=where, fix=fix) from None
     return dict(data)
 
@@ -175,7 +175,7 @@ def _find(folder: Path, handoff_path: Path, fingerprint: str, say: Callable[[str
         return None
     for file in data["files"]:
         path = folder / file["path"]
-        if not path.is_file() or path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
+        if not is_file(path) or path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
             say(f"{path} is not as it was written: {data.get('stage', 'its stage')} is made again")
             return None
     return Handoff(folder, fingerprint, tuple(data["files"]), reused=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -57,6 +57,10 @@ class TextSection(Section):
         return self
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""A number of layers, weights or bytes."""
+
+
 class Part(BaseModel):
     """A part of the manifest."""
 
@@ -97,17 +101,17 @@ class Mode(NamedTuple):
 class Step(Part):
     """A step of the manifest: what a stage did to the model."""
 
-    layers_before: int
+    layers_before: Count
     """Decoder layers before."""
-    layers_after: int
+    layers_after: Count
     """Decoder layers after."""
-    parameters_before: int
+    parameters_before: Count
     """Number of weights before."""
-    parameters_after: int
+    parameters_after: Count
     """Number of weights after."""
-    bytes_before: int
+    bytes_before: Count
     """Bytes of all tensors before."""
-    bytes_after: int
+    bytes_after: Count
     """Bytes of all tensors after."""
     step: str
     """Kind."""

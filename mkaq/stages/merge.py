@@ -140,7 +140,7 @@ class MergeRecord(Step):
     """Every measured group (order: measured)."""
     held_out: bool = True
     """Whether groups were measured on samples that they were not built from; not with too few samples."""
-    layers: list[NewLayer]
+    layers: list[NewLayer] = Field(min_length=1)
     """Every layer of the result."""
     final_norm: FinalNorm | None = None
     """How the final norm was rescaled, if it was."""
@@ -280,7 +280,7 @@ def _tables(record: MergeRecord) -> Iterator[Table]:
         yield Table("Groups measured", header, [group.row() for group in record.measured])
     if record.fused:
         header = ("layer", "channels from", "o_proj ridge", "error", "down_proj ridge", "error", "output")
-        yield Table("Fused layers", header, [layer.row() for layer in record.layers])
+        yield Table("Fused layers", header, [layer.row() for layer in record.layers if layer.fused])
 
 
 def check(record: MergeRecord, case: Case) -> None:

@@ -161,7 +161,7 @@ class QuantizeRecord(Step):
     """Bits per weight."""
     settings: dict[str, Any]
     """The recipe's section."""
-    modules: list[QuantizedModule]
+    modules: list[QuantizedModule] = Field(min_length=1)
     """Every quantized layer."""
     final_norm: FinalNorm | None = None
     """How the final norm was rescaled, if weights were solved toward the source model."""

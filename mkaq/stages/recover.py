@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mkaq.run.estimate import Estimate, ModelSize, Task
 from mkaq.stages.base import Description, Made, Mode, Part, Section, Step, Table
@@ -65,12 +65,19 @@ class RecoverRecord(Step):
     """Method."""
     settings: dict[str, Any]
     """The recipe's section."""
-    layers: list[RecoveredLayer]
+    layers: list[RecoveredLayer] = Field(min_length=1)
     """Every layer."""
     divergence_before: float
     """KL(source || model) in nats per held-out token, before the last layer was tuned toward it."""
     divergence: float
     """The same after."""
+
+    @field_validator("settings")
+    @classmethod
+    def _has_steps(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "steps" not in value:
+            raise ValueError("lacks the number of steps")
+        return value
 
     def follows(self) -> bool:
         """Tuned weights do not follow from the record."""

@@ -73,7 +73,7 @@ def plan_faults(step: "MergeRecord", source: Checkpoint) -> Iterator[str]:
     """Yields the faults of averages that do not follow from the recorded merges."""
     groups: dict[int, dict[int, float]] = {index: {index: 1.0} for index in range(source.num_layers)}
     for merge in step.merges:
-        if merge.into not in groups or merge.from_ not in groups:
+        if merge.into == merge.from_ or not {merge.into, merge.from_} <= groups.keys():
             yield f"the merge of {merge.from_} into {merge.into} names a layer that is gone"
             return
         later = groups.pop(merge.from_)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from mkaq.checkpoint.side_files import stays_inside
 from mkaq.digests import sha256_file
+from mkaq.files import is_file
 
 
 class Listed(Protocol):
@@ -37,7 +38,7 @@ def check_files(folder: Path, files: Sequence[Listed], *, beside: str | None = N
         path = folder / entry.path
         if not stays_inside(folder, entry.path):
             faults.append(f"{entry.path!r} leaves the folder")
-        elif not path.is_file():
+        elif not is_file(path):
             faults.append(f"{entry.path} is missing")
         elif path.stat().st_size != entry.bytes:
             faults.append(f"{entry.path} has {path.stat().st_size} bytes, not {entry.bytes}")

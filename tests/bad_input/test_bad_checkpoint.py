@@ -85,6 +85,14 @@ CHECKPOINTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
         change_header(lambda h: h[UP].update(data_offsets=h[UP.replace("1", "0")]["data_offsets"])),
         (SINGLE, "not a whole"),
     ),
+    "list in header": (
+        change_header(lambda h: h.update({UP: [h[UP][key] for key in ("dtype", "shape", "data_offsets")]})),
+        (SINGLE, UP, "described by a list"),
+    ),
+    "empty and huge": (
+        change_header(lambda h: h.update(x={**h[UP], "shape": [0, 2**63], "data_offsets": [0, 0]})),
+        (SINGLE, "x is empty"),
+    ),
     # the index
     "index leaves the folder": (lambda f: shard(f, **{UP: "../x.safetensors"}), (INDEX, UP, "'../x.")),
     "index is absolute": (lambda f: shard(f, **{UP: "/tmp/x.safetensors"}), (INDEX, UP, "'/tmp/x.")),
@@ -93,6 +101,10 @@ CHECKPOINTS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "index names a number": (lambda f: shard(f, **{UP: 5}), (INDEX, UP)),
     "index with a null": (lambda f: shard(f, **{UP: f"{SHARDS[0]}\0"}), (INDEX, UP)),
     "index with a long name": (lambda f: shard(f, **{UP: f"{'x' * 5000}.safetensors"}), ("xxx",)),
+    "index with a name of too many bytes": (
+        lambda f: shard(f, **{UP: f"{'é' * 200}.safetensors"}),
+        ("1 of 3 weight files missing",),
+    ),
     "index with a tensor more": (lambda f: shard(f, evil=SHARDS[0]), (INDEX, "evil is not in")),
     "index with the wrong shard": (swap_shards, (INDEX, f"tensor {EMBED} is in ")),
     "index is no JSON": (lambda f: (f / INDEX).write_text("{"), (INDEX, "not readable JSON")),

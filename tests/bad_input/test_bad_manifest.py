@@ -210,6 +210,71 @@ def test_forged_budget(fused: Path, mkaq: Mkaq, tmp_path: Path) -> None:
     one_message(mkaq("verify", path), 5, str(path), "the budget chose 7 layers")
 
 
+UNREADABLE: dict[str, tuple[Callable[[Any], object], str]] = {  # of `whole`: averaged, quantized, measured
+    "no layers": (lambda m: m["steps"][0].update(layers=[]), "steps.0.merge.layers: "),
+    "no modules": (lambda m: m["steps"][1].update(modules=[]), "steps.1.quantize.modules: "),
+    "bytes beyond 64 bits": (lambda m: m["source"].update(bytes=10**400), "source.bytes: "),
+    "bytes below 0": (lambda m: m["files"][0].update(bytes=-1), "files.0.bytes: "),
+    "parameters beyond 64 bits": (
+        lambda m: m["steps"][0].update(parameters_after=2**63),
+        "steps.0.merge.parameters_after: ",
+    ),
+    "perplexity is a text": (
+        lambda m: m["evaluation"]["merge"]["perplexity"].update(perplexity="5"),
+        "evaluation.merge.perplexity: ",
+    ),
+    "no perplexity": (
+        lambda m: m["evaluation"].update(source={"perplexity": {}}),
+        "evaluation.source.perplexity: ",
+    ),
+    "measurements are a list": (
+        lambda m: m["evaluation"]["merge"].update(perplexity=[]),
+        "evaluation.merge.perplexity: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_manifest_that_no_run_writes(case: str, whole: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    edit, words = UNREADABLE[case]
+    path = shutil.copytree(whole / "artifact", tmp_path / "artifact")
+    forge(path, edit)
+    for name in ("inspect", "verify"):
+        one_message(mkaq(name, path), 5, "mkaq-manifest.json: is altered: ", words)
+
+
+def test_file_of_a_name_too_long_is_missing(whole: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path = shutil.copytree(whole / "artifact", tmp_path / "artifact")
+    forge(path, lambda m: m["files"][0].update(path="x" * 300))
+    one_message(mkaq("verify", path), 5, str(path), "xxx is missing")
+
+
+def test_tuning_without_steps(fused: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path = shutil.copytree(fused, tmp_path / "artifact")
+    forge(path, lambda m: m["steps"][1]["settings"].pop("steps"))
+    for name in ("inspect", "verify"):
+        one_message(mkaq(name, path), 5, "mkaq-manifest.json: is altered: ", "steps.1.recover.settings: ")
+
+
+def test_layer_that_is_not_fused_among_those_that_are(fused: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path = shutil.copytree(fused, tmp_path / "artifact")
+    forge(path, lambda m: m["steps"][0]["layers"][1].update(fused=None))
+    assert mkaq("inspect", path).code == 0
+
+
+def test_group_merged_into_itself(whole: Path, model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path = shutil.copytree(whole / "artifact", tmp_path / "artifact")
+    forge(path, lambda m: m["steps"][0]["merges"][0].update({"into": 1, "from": 1}))
+    words = "the merge of 1 into 1 names a layer that is gone"
+    one_message(mkaq("verify", path, "--source", model), 5, str(path), words)
+
+
+def test_seed_that_is_left_out_is_the_default(untuned: Path, model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path = shutil.copytree(untuned, tmp_path / "artifact")
+    forge(path, lambda m: m["recipe"]["calibration"].pop("seed"))
+    assert mkaq("verify", path, "--source", model).code == 0
+
+
 def origins_with(edit: Callable[[Any], object]) -> Callable[[bytes], bytes]:
     def damage(data: bytes) -> bytes:
         origins = json.loads(data)

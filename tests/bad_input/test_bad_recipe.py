@@ -63,6 +63,23 @@ RECIPES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "size without end": (HEAD + f"export: {{shard_size: {'9' * 400}GB}}\n", 2, ("export.shard_size",)),
     "date": (HEAD + "merge: {ratio: 2001-99-99}\n", 2, ("is not YAML",)),
     "long number": (HEAD + f"merge: {{layers: {'1' * 5000}}}\n", 2, ("is not YAML",)),
+    "long hexadecimal number": (
+        HEAD + f"merge: {{layers: 0x{'f' * 5000}}}\n",
+        2,
+        ("is not YAML", "line 4", "no value of the type int"),
+    ),
+    "number beyond a float": (
+        HEAD + f"merge: {{ratio: 1{':00' * 250}.5}}\n",
+        2,
+        ("is not YAML", "line 4", "no value of the type float"),
+    ),
+    "tag of a truth value": (
+        HEAD + "quantize: {method: gptq, sym: !!bool maybe}\n",
+        2,
+        ("is not YAML", "line 4", "'maybe' is no value of the type bool"),
+    ),
+    "tag of a date": (HEAD + "merge: {ratio: !!timestamp x}\n", 2, ("is not YAML", "line 4", "timestamp")),
+    "tag of a number": (HEAD + "merge: {layers: !!int ''}\n", 2, ("is not YAML", "line 4", "type int")),
     "no number": (HEAD + "merge: {ratio: .nan}\n", 2, ("merge.ratio",)),
     "infinity": (
         HEAD + "merge: {layers: 1, manifold: {bandwidth: .inf}}\n",
@@ -221,6 +238,11 @@ def test_missing_recipe(name: str, refused: Callable[..., Outcome]) -> None:
         ("merge.layers=99", ("merge", "99 of 3 layers")),
         ("merge.coefficient=2001-99-99", ("--set merge.coefficient",)),
         (f"merge.layers={'1' * 5000}", ("--set merge.layers",)),
+        (f"merge.layers=0x{'f' * 5000}", ("--set merge.layers: ", "no value of the type int")),
+        (f"merge.ratio=1{':00' * 250}.5", ("--set merge.ratio: ", "no value of the type float")),
+        ("quantize.sym=!!bool maybe", ("--set quantize.sym: 'maybe' is no value of the type bool",)),
+        ("merge.ratio=!!timestamp x", ("--set merge.ratio: 'x' is no value of the type timestamp",)),
+        ("merge.layers=!!int ''", ("--set merge.layers: '' is no value of the type int",)),
         ("model.path=!!python/object/apply:os.system [id]", ("os.system",)),
     ],
 )
