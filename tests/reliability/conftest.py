@@ -14,7 +14,7 @@ GPTQ = {"method": "gptq", "bits": 4, "group_size": 32}
 
 @pytest.fixture(scope="package")
 def runs(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) -> list[Path]:
-    """A recipe, a run before it with averages and other bits, and its folder after both. Not to be changed."""
+    """A recipe, a run before it with averages and other bits, its folder after both. Not to be changed."""
     folder = tmp_path_factory.mktemp("stops")
     more: dict[str, Any] = {"evaluate": None, "export": {"formats": ["safetensors", "gguf"]}}
     earlier = write_recipe(folder / "earlier.yaml", model, text, **more, quantize=GPTQ | {"bits": 8})
