@@ -224,7 +224,7 @@ POINTS = [
     ("merge", "mkaq.merge.write.write_layer", 2),
     ("merge", "mkaq.merge.write.copy_side_files", 1),
     ("evaluate/merge", "mkaq.files.write_json", 1),
-    ("quantize", "mkaq.quantize.gptq_layers.pack_linear", 9),
+    ("quantize", "mkaq.quantize.gptq_layer.pack_linear", 9),
     ("quantize", "mkaq.run.make.write_json", 2),
     ("evaluate/quantize", "mkaq.files.write_json", 2),
     ("artifact", "mkaq.card.model_card", 1),
