@@ -22,6 +22,7 @@ from mkaq.paths import user_path
 
 Split = Literal["calibrate", "evaluate"]
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_XZ_MEMORY = 1 << 30  # bytes that unpacking may take; what `xz -9` writes takes 65 MiB
 _TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".md")
 
 
@@ -101,7 +102,7 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
         if path.suffix == ".xz":
-            data = lzma.decompress(data)
+            data = lzma.decompress(data, memlimit=_XZ_MEMORY)
         elif path.suffix == ".gz":
             data = gzip.decompress(data)
         return data.decode("utf-8-sig")
