@@ -1,10 +1,11 @@
 # make run: the first run, set-up included.   make quick: the tests of a minute.   make test: all tests.
-# make test-long, make test-reliability: what takes longer.   make audit: known vulnerabilities.   make lock: hashes.
+# make test-long, make test-reliability, make fuzz: what takes longer.   make audit: known vulnerabilities.   make lock: hashes.
 PYTHON ?= python3
 PIP_ARGS ?=
+SECONDS_EACH ?= 600
 BIN := .venv/bin
 
-.PHONY: run quick test test-long test-reliability runtimes real-model lint audit lock clean
+.PHONY: run quick test test-long test-reliability fuzz runtimes real-model lint audit lock clean
 
 run: .venv/ready
 	$(BIN)/mkaq run recipes/tiny_llama_int4.yaml
@@ -26,6 +27,11 @@ test-long: .venv/ready-dev
 # Every point at which a run can be stopped, 500 changed artifacts, hostile inputs; `make test` takes a few points.
 test-reliability: .venv/ready-dev
 	MKAQ_EVERY=1 $(BIN)/python -m pytest -n 2 tests/reliability tests/bad_input
+
+# Everything that mkaq reads from outside, under atheris: 10 minutes each, an hour and a half.
+fuzz: .venv/ready-dev
+	$(BIN)/pip install --quiet $(PIP_ARGS) atheris==3.0.0
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS_EACH)
 
 # What the tests of exports and benchmarks/runtimes.py run artifacts in; each skips without its own.
 runtimes: .venv-llamacpp/ready .venv-compressed/ready .venv-mlx/ready .venv-loader/ready

@@ -248,6 +248,7 @@ def read_manifest(folder: Path) -> Manifest:
         raw = where.read_bytes()
         data = json.loads(raw)
         manifest = Manifest.model_validate(data)
+        _data(manifest)  # a ValueError if it is nested too deep to be written again
         recorded = data.pop("digest", None)
         intact = recorded == digest_of(data) and _canonical({**data, "digest": recorded}) == raw
     except FileNotFoundError:

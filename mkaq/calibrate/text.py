@@ -14,7 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from mkaq.digests import digest_of
 from mkaq.errors import UsageError
@@ -23,8 +23,9 @@ from mkaq.units import human
 
 Split = Literal["calibrate", "evaluate"]
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_XZ_MEMORY = 1 << 30  # bytes that unpacking may take; what `xz -9` writes takes 65 MiB
 _TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".md")
-_OPEN: dict[str, type[gzip.GzipFile] | type[lzma.LZMAFile]] = {".gz": gzip.GzipFile, ".xz": lzma.LZMAFile}
+_COMPRESSED = (".gz", ".xz")
 _BLOCK = 1 << 20
 _MOST = 100  # times the size of a compressed file, more than any text shrinks
 _HARMLESS = 64 << 20  # bytes, however small they were compressed
@@ -104,7 +105,7 @@ def read_text(path: Path) -> str:
         UsageError: If it cannot be read, or decompresses to far more than its size.
     """
     try:
-        data = _decompressed(path) if path.suffix in _OPEN else path.read_bytes()
+        data = _decompressed(path) if path.suffix in _COMPRESSED else path.read_bytes()
         return data.decode("utf-8-sig")
     except (OSError, lzma.LZMAError, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read as UTF-8 text: {error}", where=path) from None
@@ -112,20 +113,38 @@ def read_text(path: Path) -> str:
 
 def _decompressed(path: Path) -> bytes:
     """What a compressed file holds, counted before it is kept: a small file can stand for terabytes."""
-    opened, allowed = _OPEN[path.suffix], max(_HARMLESS, _MOST * path.stat().st_size)
-    with opened(path) as handle:
-        size = 0
-        while block := handle.read(_BLOCK):
+    unpack = _unpack_gz if path.suffix == ".gz" else _unpack_xz
+    with path.open("rb") as file:
+        size, allowed = 0, max(_HARMLESS, _MOST * path.stat().st_size)
+        for block in unpack(file):
             size += len(block)
             if size > allowed:
                 what = f"decompresses to more than {human(allowed)}, which no text of its size does"
                 raise UsageError(what, where=path, fix="decompress it yourself if it is what you want")
-    with opened(path) as handle:
-        return handle.read()
+        file.seek(0)
+        return b"".join(unpack(file))
+
+
+def _unpack_gz(file: BinaryIO) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=file) as handle:
+        while block := handle.read(_BLOCK):
+            yield block
+
+
+def _unpack_xz(file: BinaryIO) -> Iterator[bytes]:
+    data = file.read(_BLOCK)
+    while data:  # one stream after another
+        unpacker = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+        while not unpacker.eof:
+            if unpacker.needs_input and not data:
+                raise EOFError("it ends early")
+            yield unpacker.decompress(data, _BLOCK)
+            data = file.read(_BLOCK) if unpacker.needs_input else b""
+        data = unpacker.unused_data.lstrip(b"\0") or file.read(_BLOCK)
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in _OPEN else path.suffix
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
 
 
 def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -243,6 +243,15 @@ def test_manifest_that_no_run_writes(case: str, whole: Path, mkaq: Mkaq, tmp_pat
         one_message(mkaq(name, path), 5, "mkaq-manifest.json: is altered: ", words)
 
 
+def test_manifest_that_is_nested_too_deep(whole: Path, mkaq: Mkaq, tmp_path: Path) -> None:
+    path, deep = shutil.copytree(whole / "artifact", tmp_path / "artifact"), list[Any]()
+    for _ in range(300):
+        deep = [deep]
+    forge(path, lambda m: m["recipe"].update(x=deep))
+    for command in (("inspect", path, "--json"), ("inspect", path), ("verify", path)):
+        one_message(mkaq(*command), 5, "mkaq-manifest.json: is damaged: ", "depth")
+
+
 def test_file_of_a_name_too_long_is_missing(whole: Path, mkaq: Mkaq, tmp_path: Path) -> None:
     path = shutil.copytree(whole / "artifact", tmp_path / "artifact")
     forge(path, lambda m: m["files"][0].update(path="x" * 300))

@@ -13,6 +13,7 @@ import pytest
 
 from mkaq.calibrate.text import documents, text_digest
 from mkaq.console import escape_unencodable, print_json
+from mkaq.errors import UsageError
 from tests.runs import Mkaq, Outcome, one_message
 from tests.tiny import edit_config
 
@@ -70,6 +71,14 @@ def test_line_that_is_no_text_is_named(
     section = {"dataset": "jsonl", "path": str(tmp_path / "x.jsonl"), **PLAIN}
     outcome = mkaq("run", recipe(calibration=section, evaluate=None), "--output", tmp_path / "run")
     one_message(outcome, 2, "x.jsonl", "line 2")
+
+
+def test_archive_that_asks_for_gigabytes(tmp_path: Path) -> None:
+    """A header of 13 bytes: a dictionary of 4 GiB, and an unknown length."""
+    path = tmp_path / "x.txt.xz"
+    path.write_bytes(b"\x5d" + b"\xff" * 12)
+    with pytest.raises(UsageError, match=r"x\.txt\.xz: cannot be read as UTF-8 text: Memory usage limit"):
+        read("text", path)
 
 
 def test_files_may_have_names_that_are_not_utf8(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Fuzzing of everything that mkaq reads from outside: `python -m tests.fuzz`."""
