@@ -252,7 +252,8 @@ def read_manifest(folder: Path) -> Manifest:
         recorded = data.pop("digest", None)
         intact = recorded == digest_of(data) and _canonical({**data, "digest": recorded}) == raw
     except FileNotFoundError:
-        raise VerificationError("no manifest: this is no artifact of mkaq", where=where) from None
+        what, fix = "no manifest: this is no artifact of mkaq", "name the folder `artifact` of a run"
+        raise VerificationError(what, where=where, fix=fix) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))

@@ -41,7 +41,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     except FileNotFoundError:
         raise UsageError("no such recipe", where=path, fix="`mkaq recipes` lists those that ship") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot be read: {error}", where=path) from None
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot be read: {reason}", where=path, fix="name a YAML file") from None
     if len(data) > _LARGEST:
         raise UsageError(f"is larger than {human(_LARGEST)}: no recipe", where=path)
     settings, lines = _parse_yaml(text, path)
@@ -83,7 +84,8 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, 
             visit(root, ())
         data = None if root is None else loader.construct_document(root)
     except (yaml.YAMLError, RecursionError) as error:
-        raise UsageError(f"is not YAML: {' '.join(str(error).split())[:300]}", where=path) from None
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
+        raise UsageError(f"is not YAML: {reason[:300]}", where=path) from None
     if repeated:
         raise UsageError("faults in the recipe:\n" + "\n".join(repeated), where=path)
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):

@@ -16,7 +16,8 @@ class Loader(yaml.SafeLoader):
         """The next node; an alias is refused."""
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases (*name) have no place in a recipe", problem_mark=mark)
+            problem = "aliases (*name) have no place in a recipe: write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:

@@ -24,6 +24,7 @@ from mkaq.result import RunResult, write_log
 from mkaq.run.job import Job
 from mkaq.run.lock import locked
 from mkaq.run.make import Maker
+from mkaq.run.publish import ARTIFACT
 from mkaq.run.quality import fallbacks_of
 from mkaq.run.schedule import Schedule
 from mkaq.stages import analyze
@@ -125,9 +126,21 @@ def session(
                 progress.say(line)
             progress.end_of_run = schedule.end
         maker = Maker(folder, device, progress, fresh, ranks, schedule, explain)
+        shipped = _identity(folder / ARTIFACT)
         try:
             long = frozenset(stage for stage, seconds in expected.items() if seconds > LONG)
             yield Session(recipe, folder, source, files, plan, device, ranks, progress, maker, long)
+        except BaseException as error:
+            if shipped and shipped == _identity(folder / ARTIFACT):
+                progress.say(f"note: {folder / ARTIFACT} is still that of an earlier run")
+            if isinstance(error, OSError) and error.errno and error.filename is None:  # of a write
+                raise OSError(error.errno, error.strerror, str(folder)) from error
+            raise
         finally:
             if ranks.is_main:
                 write_log(folder, maker.log, plan, expected, device, ranks)
+
+
+def _identity(folder: Path) -> int:
+    """A number that another folder of the same name does not have; 0 if there is none."""
+    return folder.stat().st_ino if folder.exists() else 0

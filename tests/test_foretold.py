@@ -99,19 +99,29 @@ def now(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 def test_end_of_a_run_moves_with_its_stages(now: list[float]) -> None:
     schedule = Schedule({"analyze": 100.0, "merge": 50.0, "evaluate": 30.0})
     assert schedule.end() == 1180
-    schedule.begin("evaluate")
+    schedule.begin("evaluate", again=True)
     now[0] = 1010
-    schedule.finish(again=True)
+    assert schedule.end(seconds=1) == 1180
+    schedule.finish()
     assert schedule.end() == 1180  # 20 seconds of evaluate are left
     schedule.begin("analyze")
     now[0] = 1050
     assert schedule.end() == 1180 and schedule.end(seconds=200) == 1320  # slower than was expected
     now[0] = 1210
     assert schedule.end() == 1280  # the stage is over its time
-    schedule.finish(again=False)
+    schedule.finish()
     assert schedule.end() == 1280
     schedule.begin("artifact")  # no time was expected
     assert schedule.end() == 1280
+
+
+def test_end_comes_nearer_where_a_stage_is_faster(now: list[float]) -> None:
+    schedule = Schedule({"quantize": 300.0})
+    schedule.begin("quantize")
+    ends = []
+    for now[0], left in ((1010, 140.0), (1075, 75.0), (1149, 1.0)):  # 150 seconds in all
+        ends.append(schedule.end(seconds=left))
+    assert ends == [pytest.approx(1290), pytest.approx(1225), pytest.approx(1151)]
 
 
 def test_progress_tells_when_the_run_ends(capsys: pytest.CaptureFixture[str], now: list[float]) -> None:

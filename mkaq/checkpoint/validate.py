@@ -30,6 +30,7 @@ _CHOOSES_CODE = (
     "_experts_implementation",
 )
 _TOKENIZER = "tokenizer_config.json"
+_AGAIN = "download the checkpoint again"
 _LARGEST_JSON = 100_000_000  # bytes; the safetensors library reads headers of no more
 _SIZES = {
     "hidden_size": 2**20,
@@ -167,7 +168,7 @@ def _weight_files(path: Path) -> list[str]:
             raise CheckpointError(
                 f"{len(missing)} of {len(files)} weight files missing: {', '.join(missing[:5])}",
                 where=path,
-                fix="download the checkpoint again",
+                fix=_AGAIN,
             )
         if SINGLE not in files and (path / SINGLE).is_file():
             what = f"leaves out {SINGLE}, which is there too and which transformers would read instead"
@@ -224,7 +225,9 @@ def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
         }
     except (OSError, SafetensorError) as error:
         reason = "the file is empty or cut short" if (path / file).stat().st_size < 8 else str(error)
-        raise CheckpointError(f"is not a whole safetensors file: {reason}", where=path / file) from None
+        raise CheckpointError(
+            f"is not a whole safetensors file: {reason}", where=path / file, fix=_AGAIN
+        ) from None
 
 
 def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
@@ -246,7 +249,7 @@ def _check_layers(checkpoint: Checkpoint) -> None:
     stored = max(checkpoint.names_by_layer, default=-1) + 1
     if stored != checkpoint.num_layers:
         what = f"config.json says {checkpoint.num_layers} layers, the weights have {stored}"
-        raise _misfit(checkpoint, what)
+        raise _misfit(checkpoint, what, fix=_AGAIN)
 
 
 def _check_complete(checkpoint: Checkpoint) -> None:

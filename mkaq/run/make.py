@@ -158,7 +158,7 @@ class Maker:
             alone: Whether only the first process builds.
         """
         began, stage = time.time(), name.partition("/")[0]
-        self._schedule.begin(stage)
+        self._schedule.begin(stage, again=stage != name)
         return_freed_memory()  # memory freed by the stage before must not count
         reset_peak()
         if self._device.type == "cuda":
@@ -179,7 +179,7 @@ class Maker:
                     build(Path(scratch))
             done = find(self._ranks.broadcast())
         seconds = time.time() - began
-        self._schedule.finish(again=stage != name)
+        self._schedule.finish()
         self._progress.say(f"{name}: " + ("unchanged, kept" if done.reused else f"done in {seconds:.1f} s"))
         row: dict[str, Any] = {"stage": name, "started": began, "seconds": seconds, "reused": done.reused}
         if self._device.type == "cuda":

@@ -13,15 +13,15 @@ class Schedule:
 
     def __init__(self, expected: Mapping[str, float]) -> None:
         self._left = dict(expected)
-        self._now, self._began = "", time.time()
+        self._now, self._again, self._began = "", False, time.time()
 
-    def begin(self, stage: str) -> None:
-        """Begins a stage."""
-        self._now, self._began = stage, time.time()
+    def begin(self, stage: str, *, again: bool = False) -> None:
+        """Begins a stage; `again` if there is more of it later."""
+        self._now, self._again, self._began = stage, again, time.time()
 
-    def finish(self, *, again: bool) -> None:
-        """Ends the stage that was begun; `again` if there is more of it later."""
-        spent = time.time() - self._began if again else float("inf")
+    def finish(self) -> None:
+        """Ends the stage that was begun."""
+        spent = time.time() - self._began if self._again else float("inf")
         self._left[self._now] = max(0.0, self._left.get(self._now, 0.0) - spent)
         self._now = ""
 
@@ -33,5 +33,17 @@ class Schedule:
         """
         now = time.time()
         rest = sum(left for stage, left in self._left.items() if stage != self._now)
-        own = self._left.get(self._now, 0.0) - (now - self._began) if self._now else 0.0
-        return now + max(own, seconds) + rest
+        return now + max(0.0, seconds, self._own(now - self._began, seconds)) + rest
+
+    def _own(self, spent: float, seconds: float) -> float:
+        """What is left of the stage in progress.
+
+        A step that is faster than its stage was expected to be leaves less and less of the difference.
+        """
+        if not self._now:
+            return 0.0
+        expected = self._left.get(self._now, 0.0)
+        if self._again or not seconds:
+            return expected - spent
+        total = spent + seconds
+        return seconds + max(0.0, expected - total) * seconds / total

@@ -39,7 +39,7 @@ class EvaluateSection(Section):
     """Perplexity, or null."""
     limit: Annotated[float, Field(ge=1)] | None = None
     """Largest perplexity of the model after each stage, as a ratio to the source's, e.g. 2.0. Beyond it the
-    run ends with exit code 5 and without an artifact. Null: any."""
+    run ends with exit code 5, and makes no artifact. Null: any."""
 
     @model_validator(mode="after")
     def _limits_something(self) -> EvaluateSection:

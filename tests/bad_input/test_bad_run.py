@@ -289,6 +289,8 @@ def test_stop_in_a_stage(
         stop_after(patch, target, call, error)
         outcome = mkaq("run", recipe(), "--output", folder)
     one_message(outcome, code, *words)
+    assert f"note: {folder / 'artifact'} is still that of an earlier run" in outcome.err
+    assert code != 6 or f"mkaq: {folder}: the disk is full" in outcome.err
     stopped_in(stage, folder, earlier, whole)
     verified = mkaq("verify", folder / "artifact")
     assert verified.code == 0, verified.err
