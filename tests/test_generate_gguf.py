@@ -107,7 +107,12 @@ def test_a_prompt_beyond_the_context_is_one_error(files: tuple[Path, Path], ask:
 @pytest.mark.parametrize("wait", [0.0, 0.013, 0.029, 0.05])  # seconds after the first piece
 def test_ctrl_c_ends_it(files: tuple[Path, Path], ask: Ask, wait: float) -> None:
     command = [sys.executable, "-m", "mkaq", "generate", files[0], "To be", "--max-new-tokens", 100_000]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` ignores it
+    )
     assert process.stdout is not None and process.stdout.read(8)
     time.sleep(wait)
     process.send_signal(signal.SIGINT)
