@@ -60,8 +60,8 @@ def open_checkpoint(path: Path, *, quantized: bool = False) -> Checkpoint:
     _check_layers(checkpoint)
     checkpoint = settle_head(checkpoint)
     _check_complete(checkpoint)
-    remarks = (*checkpoint.remarks, *_types(checkpoint))
-    return replace(checkpoint, remarks=remarks) if remarks else checkpoint
+    added = tuple(_types(checkpoint))
+    return replace(checkpoint, remarks=checkpoint.remarks + added) if added else checkpoint
 
 
 def _types(checkpoint: Checkpoint) -> Iterator[str]:

@@ -68,21 +68,25 @@ def fused_layers(
         else:
             layer = fuse(walk, group, original, compressed, streams.samples, dtype)
             parts = {_HEADS: layer.heads, _CHANNELS: layer.channels}
-            finished.keep(new, layer.tensors | parts, [asdict(layer.attention), asdict(layer.mlp)])
+            finished.keep(new, layer.tensors | parts, _outcomes(layer))
         pieces = {name: [cast(tensor, dtype, name)] for name, tensor in layer.tensors.items()}
         origins = origins_of(layer)
         record = {
             "origins_sha256": digest_of(origins),
-            "attention": asdict(layer.attention),
-            "mlp": asdict(layer.mlp),
+            **_outcomes(layer),
             "residual": pass_fused(walk, layer, original, compressed, streams.samples),
         }
         fractions = {str(old): fraction for old, fraction in shares(layer).items()}
         yield NewLayer(pieces, {"from": fractions, "fused": record}, origins)
 
 
+def _outcomes(layer: FusedLayer) -> dict[str, Any]:
+    """How well its writers were solved, as plain data."""
+    return {"attention": asdict(layer.attention), "mlp": asdict(layer.mlp)}
+
+
 def _restored(group: Sequence[int], tensors: dict[str, torch.Tensor], outcomes: Any) -> FusedLayer:
     """A layer as it was kept."""
     heads, channels = tensors.pop(_HEADS), tensors.pop(_CHANNELS)
-    attention, mlp = (Outcome(**outcome) for outcome in outcomes)
-    return FusedLayer(tuple(group), tensors, heads, channels, attention, mlp)
+    solved = {part: Outcome(**outcome) for part, outcome in outcomes.items()}
+    return FusedLayer(tuple(group), tensors, heads, channels, **solved)
