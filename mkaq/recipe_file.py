@@ -14,6 +14,7 @@ from mkaq.errors import MkaqError, UnsupportedError, UsageError
 from mkaq.recipe import Recipe
 from mkaq.recipe_keys import known_keys, scalars_of
 from mkaq.recipe_yaml import Loader, NoValueError
+from mkaq.shipped import LISTED
 from mkaq.stages.base import NO_TEXT
 from mkaq.units import human
 
@@ -39,7 +40,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             data = file.read(_LARGEST + 1)  # no more of a device, which has no end
         text = data.decode()
     except FileNotFoundError:
-        raise UsageError("no such recipe", where=path, fix="`mkaq recipes` lists those that ship") from None
+        raise UsageError("no such recipe", where=path, fix=LISTED) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot be read: {reason}", where=path, fix="name a YAML file") from None
@@ -211,9 +212,13 @@ def _report(
     everything = {**faults, **unsupported}
     listed = sorted((line_of(keys), keys, text) for keys, text in everything.items())
     listed.sort(key=lambda row: int(row[0].split()[1]) if row[0].startswith("line") else 10**9)
-    rows = [f"  {where}, {'.'.join(keys) or 'recipe'}: {text}" for where, keys, text in listed]
+    rows = [f"  {_place(where, '.'.join(keys) or 'recipe')}: {text}" for where, keys, text in listed]
     count = f"{len(rows)} fault{'s' if len(rows) > 1 else ''}"
     kind = UsageError if faults else UnsupportedError
     return kind(
         f"{count} in the recipe:\n" + "\n".join(rows), where=path, fix="`mkaq schema` describes every key"
     )
+
+
+def _place(where: str, key: str) -> str:
+    return where if where == f"--set {key}" else f"{where}, {key}"

@@ -50,7 +50,7 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 {{ speed }}
 <h2>Times</h2>
 <table><tr><th>stage<th>seconds<th></tr>
-{% for x in log.stages %}<tr><td>{{ x.stage }}<td>{{ "%.1f"|format(x.seconds) }}<td>{{ "kept" if x.reused else "" }}</tr>
+{% for x in log %}<tr><td>{{ x.stage }}<td>{{ "-" if x.made_seconds is none else "%.1f"|format(x.made_seconds) }}<td>{{ "kept from an earlier run" if x.reused else "" }}</tr>
 {% endfor %}</table>
 <h2>Recipe</h2><pre>{{ recipe }}</pre>
 </html>
@@ -109,7 +109,7 @@ def write_report(result: RunResult, log: list[dict[str, Any]], similarity: Path 
             decimal=decimal,
             heatmap=heatmap,
             speed=Markup(_speed_section(folder)),
-            log={"stages": log},
+            log=log,
             recipe=json.dumps(manifest.recipe, indent=2),
         )
     )

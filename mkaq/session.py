@@ -20,9 +20,10 @@ from mkaq.progress import Progress, clock
 from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe import Recipe
 from mkaq.report import write_report
-from mkaq.result import RunResult, write_log
+from mkaq.result import RunResult
 from mkaq.run.job import Job
 from mkaq.run.lock import locked
+from mkaq.run.log import write_log
 from mkaq.run.make import Maker
 from mkaq.run.publish import ARTIFACT
 from mkaq.run.quality import fallbacks_of

@@ -1,10 +1,12 @@
 """The shipped recipes: in an installed package, or beside it in a checkout."""
 
+import difflib
 import itertools
 from pathlib import Path
 
 from mkaq.errors import UsageError
 
+LISTED = "`mkaq recipes` lists those that ship"
 _FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")
 
 
@@ -29,7 +31,10 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    for file, _ in shipped_recipes():
-        if name in (file.stem, file.name, f"recipes/{file.name}"):
+    files = {file.stem: file for file, _ in shipped_recipes()}
+    for stem, file in files.items():
+        if name in (stem, file.name, f"recipes/{file.name}"):
             return file
-    raise UsageError("no such recipe", where=name, fix="`mkaq recipes` lists those that ship")
+    near = difflib.get_close_matches(path.stem, files, n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    raise UsageError("no such recipe", where=name, fix=meant + LISTED)

@@ -62,31 +62,36 @@ def paths(result: Any) -> list[Path]:
     return sorted(Path(item["path"]) for item in result["items"])
 
 
+def unlocked(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder but .lock, which says when it was held last."""
+    return {name: data for name, data in tree(folder).items() if Path(name).name != ".lock"}
+
+
 def others(folder: Path) -> dict[str, bytes]:
     """Everything in a run's folder but the store."""
-    return {name: data for name, data in tree(folder).items() if not name.startswith(f"{STORE}/")}
+    return {name: data for name, data in unlocked(folder).items() if not name.startswith(f"{STORE}/")}
 
 
 # --- what goes ---------------------------------------------------------------------------------
 
 
 def test_only_shown_without_yes(folder: Path, mkaq: Mkaq) -> None:
-    before, going = tree(folder), unused(folder)
+    before, going = unlocked(folder), unused(folder)
     (folder / STORE / f".{going[0].name}.partial").mkdir()
     outcome = mkaq("clean", folder)
     assert outcome.code == 0 and "--yes deletes" in outcome.out
     for path in going:
         assert f"{STORE}/{path.name} " in outcome.out
-    assert tree(folder) == before and (folder / STORE / f".{going[0].name}.partial").is_dir()
+    assert unlocked(folder) == before and (folder / STORE / f".{going[0].name}.partial").is_dir()
 
 
 def test_unused_stages_go_and_nothing_else(folder: Path, mkaq: Mkaq) -> None:
-    going, before, rest = unused(folder), tree(folder), others(folder)
+    going, before, rest = unused(folder), unlocked(folder), others(folder)
     assert [path.name.partition("-")[0] for path in going] == ["evaluate", "quantize"]
     gone, whole = size(*going), size(folder / STORE)
     result = cleaned(mkaq("clean", folder, "--json"))
     assert (result["deleted"], paths(result), result["bytes"]) == (False, going, gone)
-    assert result["store_bytes"] == whole and tree(folder) == before
+    assert result["store_bytes"] == whole and unlocked(folder) == before
     result = cleaned(mkaq("clean", folder, "--yes", "--json"))
     assert (result["deleted"], paths(result), result["bytes"], result["left"]) == (True, going, gone, [])
     assert result["store_bytes"] == whole - gone == size(folder / STORE)
@@ -137,12 +142,12 @@ def test_what_killed_runs_left_goes(folder: Path, mkaq: Mkaq) -> None:
 @pytest.mark.parametrize("name", ["merge", "artifact"])
 def test_what_the_next_run_puts_back_stays(name: str, folder: Path, plain: Path, mkaq: Mkaq) -> None:
     place = (folder / name).resolve()
-    before = tree(place)
+    before = unlocked(place)
     old = place.rename(place.with_name(f".{place.name}.old"))
     assert mkaq("clean", folder, "--yes").code == 0
-    assert tree(old) == before
+    assert unlocked(old) == before
     outcome = mkaq("run", plain, "--output", folder, "--set", "quantize.bits=8")
-    assert told(outcome) == dict.fromkeys(STAGES, True) and tree(place) == before
+    assert told(outcome) == dict.fromkeys(STAGES, True) and unlocked(place) == before
 
 
 def test_age_and_size_choose() -> None:
@@ -211,10 +216,10 @@ def test_what_mkaq_did_not_make_stays(folder: Path, mkaq: Mkaq, tmp_path: Path) 
     (quantized / "more").symlink_to(outside)
     (folder / ".bashrc.old").write_text("mine")
     (folder / ".notes.partial").mkdir()
-    before = tree(tmp_path)
+    before = unlocked(tmp_path)
     result = cleaned(mkaq("clean", folder, "--yes", "--json"))
     assert (
-        tree(tmp_path) == before
+        unlocked(tmp_path) == before
         and (store / ".draft.partial").is_dir()
         and (folder / ".notes.partial").is_dir()
     )
@@ -280,9 +285,9 @@ def test_store_without_stages(store: str, folder: Path, mkaq: Mkaq) -> None:
 @pytest.mark.parametrize("name", ["", "artifact", "store", "nowhere", "recipe.yaml"])
 def test_folder_of_no_run(name: str, folder: Path, mkaq: Mkaq) -> None:
     place = folder / name if name else folder.parent
-    before = tree(folder.parent)
+    before = unlocked(folder.parent)
     one_message(mkaq("clean", place, "--yes"), 2, str(place), "is no run's folder", "fix: give one")
-    assert tree(folder.parent) == before
+    assert unlocked(folder.parent) == before
 
 
 def test_home_with_a_lock_of_its_own(mkaq: Mkaq, tmp_path: Path) -> None:
@@ -293,28 +298,28 @@ def test_home_with_a_lock_of_its_own(mkaq: Mkaq, tmp_path: Path) -> None:
 
 def test_folder_in_which_a_run_works(folder: Path, mkaq: Mkaq) -> None:
     with locked(folder, ("merge",)):
-        before = tree(folder)
+        before = unlocked(folder)
         for arguments in ((), ("--yes",)):
             outcome = mkaq("clean", folder, *arguments)
             one_message(outcome, 2, "another mkaq run is working here", "fix: wait for it, or clean another")
-    assert tree(folder) == before
+    assert unlocked(folder) == before
 
 
 def test_store_that_is_a_link(folder: Path, mkaq: Mkaq, tmp_path: Path) -> None:
     moved = (folder / STORE).rename(tmp_path / "big")
     (folder / STORE).symlink_to(moved)
-    before = tree(moved)
+    before = unlocked(moved)
     one_message(mkaq("clean", folder, "--yes"), 2, str(folder / STORE), "the store is a link")
-    assert tree(moved) == before
+    assert unlocked(moved) == before
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("--older-than", "7"), ("--older-than", "x"), ("--keep", "much"), ("--keep", "0")]
 )
 def test_wrong_age_or_size(option: str, value: str, folder: Path, mkaq: Mkaq) -> None:
-    before = tree(folder)
+    before = unlocked(folder)
     one_message(mkaq("clean", folder, "--yes", option, value), 2, option, value)
-    assert tree(folder) == before
+    assert unlocked(folder) == before
 
 
 # --- interrupted -------------------------------------------------------------------------------

@@ -135,11 +135,13 @@ def test_run_prints_a_table_and_where_the_artifact_is(
 
 def test_second_run_reuses_everything(plain: Path, copy: Path, mkaq: Mkaq) -> None:
     before = {stage: tree(copy / stage) for stage in STAGES}
+    took = [row["seconds"] for row in json.loads((copy / "run.json").read_text())["stages"]]
     times = {p: p.stat().st_mtime_ns for stage in STAGES for p in (copy / stage).rglob("*") if p.is_file()}
     outcome = mkaq("run", plain, "--output", copy)
     assert told(outcome) == dict.fromkeys(STAGES, True)
     assert {stage: tree(copy / stage) for stage in STAGES} == before
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert [row["made_seconds"] for row in json.loads((copy / "run.json").read_text())["stages"]] == took
 
 
 def test_fresh_run_makes_every_stage_again(plain: Path, done: Path, copy: Path, mkaq: Mkaq) -> None:

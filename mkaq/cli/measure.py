@@ -161,6 +161,7 @@ def bench(
 
     from mkaq.bench.measure import Load, speeds
     from mkaq.report import SPEED_HEADER, add_speeds, speed_row
+    from mkaq.run.log import LOG
 
     load = Load(prompt_tokens, new_tokens, repeats, torch.get_num_threads())
     called, cuda, rows = [each for each in (model, against) if each], torch.cuda.is_available(), []
@@ -172,7 +173,7 @@ def bench(
         fix = "install one beside mkaq, as said above; a recipe's export.formats decides which take it"
         raise UsageError("no runtime here takes it", where=model, fix=fix)
     measured: dict[str, Any] = {"settings": vars(load), "rows": [vars(row) for row in rows]}
-    if (run := paths[0].parent).joinpath("report.html").is_file() and (run / "run.json").is_file():
+    if (run := paths[0].parent).joinpath("report.html").is_file() and (run / LOG).is_file():
         add_speeds(run, measured)
     if as_json:
         print_json(measured)

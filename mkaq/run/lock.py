@@ -12,18 +12,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mkaq.errors import DISK_FULL, UsageError
+from mkaq.run.log import LOG
 from mkaq.run.publish import ARTIFACT, handoff_place, old_of, remove, scratch_of
 from mkaq.run.store import STORE, is_link
 
 _LOCK = ".lock"
-_FILES = ("recipe.yaml", "run.json", "report.html")
+_FILES = ("recipe.yaml", LOG, "report.html")
 _ELSEWHERE = "choose another folder with --output"
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's: a run has held it, and left what only runs make."""
     lock = folder / _LOCK
-    left = (folder / STORE).is_dir() or (folder / "run.json").is_file()
+    left = (folder / STORE).is_dir() or (folder / LOG).is_file()
     return left and lock.is_file() and not lock.is_symlink()
 
 

@@ -16,6 +16,7 @@ from mkaq.peak import peak_bytes, reset_peak
 from mkaq.progress import Progress
 from mkaq.ranks import Ranks
 from mkaq.run.job import RECORD, Job
+from mkaq.run.log import making_times
 from mkaq.run.provenance import Provenance, provenance_of, reason
 from mkaq.run.publish import ARTIFACT, Handoff, find_published, handoff_place, publish, read_provenances
 from mkaq.run.schedule import Schedule
@@ -58,6 +59,7 @@ class Maker:
         self._schedule, self._explain = schedule, explain
         self._fresh, self._store = fresh, Store(folder, fresh, progress.say)
         self.log: list[dict[str, Any]] = []
+        self._took = making_times(folder)
 
     def begin(self) -> None:
         """Removes the links of earlier jobs; call it before the job whose stages the run's folder shows."""
@@ -181,7 +183,16 @@ class Maker:
         seconds = time.time() - began
         self._schedule.finish()
         self._progress.say(f"{name}: " + ("unchanged, kept" if done.reused else f"done in {seconds:.1f} s"))
-        row: dict[str, Any] = {"stage": name, "started": began, "seconds": seconds, "reused": done.reused}
+        if not done.reused:
+            self._took[done.fingerprint] = seconds
+        row: dict[str, Any] = {
+            "stage": name,
+            "fingerprint": done.fingerprint,
+            "started": began,
+            "seconds": seconds,
+            "reused": done.reused,
+            "made_seconds": self._took.get(done.fingerprint),
+        }
         if self._device.type == "cuda":
             row["peak_device_bytes"] = torch.cuda.max_memory_allocated(self._device)
         self.log.append(row | {"peak_memory_bytes": peak_bytes()})

@@ -88,7 +88,7 @@ class MergeSection(Section):
     @model_validator(mode="after")
     def _obeyed(self) -> MergeSection:
         if self.ratio is not None and self.layers is not None:
-            raise ValueError("give either ratio or layers")
+            raise ValueError("give either ratio or layers (`null` takes one away)")
         if self.fuse == "channels" and self.coefficient is not None:
             raise ValueError("coefficient is read with fuse: average only; leave it out")
         compared = self.order != "measured" or self.coefficient in ("similarity", "sigmoid")

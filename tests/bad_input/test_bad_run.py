@@ -77,6 +77,12 @@ def test_fault_of_mkaq_itself_is_one_message(
     assert "in fail" in mkaq("--debug", "run", recipe(), "--output", folder).err
 
 
+def test_a_recipe_of_almost_that_name_is_suggested(mkaq: Mkaq) -> None:
+    outcome = mkaq("run", "recipes/llama_8b_int4.yaml")
+    assert outcome.code == 2 and "did you mean llama3_8b_int4?" in outcome.err
+    assert "did you mean" not in mkaq("run", "something_else.yaml").err
+
+
 def test_debug_may_stand_behind_the_command(mkaq: Mkaq) -> None:
     outcome = mkaq("run", "nonesuch.yaml", "--debug")
     assert outcome.code == 2 and "Traceback" in outcome.err and "no such recipe" in outcome.err
