@@ -8,6 +8,7 @@ choices and writes files. A single process is a group of one and exchanges nothi
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ import torch.distributed.nn.functional  # if imported later, its default argumen
 
 from mkaq.dtypes import has_fast_bfloat16
 from mkaq.errors import Interrupted, UsageError
+
+_LAST_BREATH = 5.0  # seconds from the end of a process's connections to its own
 
 
 @dataclass(frozen=True)
@@ -190,13 +193,17 @@ def _members(ranks: Ranks) -> list[tuple[int, int]]:
 
 
 def _gone(members: Sequence[tuple[int, int]]) -> str:
-    """The processes of this machine that have ended."""
-    gone = [
-        f"process {rank} (pid {process})"
-        for rank, (machine, process) in enumerate(members)
-        if machine == _machine() and _ended(process)
-    ]
-    return ", ".join(gone) or "another process"
+    """The processes of this machine that have ended.
+
+    A process's connections close before the system says that it has ended, so this waits a little.
+    """
+    here = [(rank, process) for rank, (machine, process) in enumerate(members) if machine == _machine()]
+    until = time.monotonic() + _LAST_BREATH
+    while True:
+        gone = [f"process {rank} (pid {process})" for rank, process in here if _ended(process)]
+        if gone or len(here) < 2 or time.monotonic() > until:
+            return ", ".join(gone) or "another process"
+        time.sleep(0.1)
 
 
 def _ended(process: int) -> bool:

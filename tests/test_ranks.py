@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mkaq import ranks
 from mkaq.formats.packing import unpack
 from mkaq.quantize.gptq import gptq
 from mkaq.quantize.gptq_cpu import NUMBA
@@ -138,6 +139,21 @@ def test_a_run_of_two_processes_is_kept_and_goes_on(recipe: Callable[..., Path],
     assert done.returncode == 0, done.stderr
     log = json.loads((tmp_path / "r" / "run.json").read_text())
     assert [row["stage"] for row in log["stages"] if row["reused"]] == ["calibrate", "analyze", "merge"]
+
+
+def test_a_process_that_is_about_to_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connections close before the system says that it has ended."""
+    asked = list[int]()
+
+    def ended(process: int) -> bool:
+        asked.append(process)
+        return process == 20 and len(asked) > 4
+
+    monkeypatch.setattr(ranks, "_ended", ended)
+    here = ranks._machine()
+    assert ranks._gone([(here, 10), (here, 20)]) == "process 1 (pid 20)"
+    monkeypatch.setattr(ranks, "_LAST_BREATH", 0.2)
+    assert ranks._gone([(here, 10), (here, 30)]) == "another process"
 
 
 def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
