@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mkaq.errors import UsageError
 from mkaq.run.quality import Bounds
-from mkaq.stages import analyze, calibrate, evaluate, export, merge, quantize, recover
+from mkaq.stages import analyze, calibrate, distill, evaluate, export, merge, quantize, recover, teacher
 from mkaq.stages.base import ModelStage, Stage, makes_model
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mkaq.run.job import Job
     from mkaq.session import Session
 
-STAGES: tuple[Stage, ...] = (calibrate, analyze, merge, recover, quantize)
+STAGES: tuple[Stage, ...] = (calibrate, analyze, merge, recover, teacher, distill, quantize)
 LAST = "export"
 NAMES = tuple(stage.NAME for stage in (*STAGES, evaluate))
 """What a run links in its folder, beside the artifact."""
@@ -73,7 +73,13 @@ def run(
 
 
 def _check_until(recipe: Recipe, until: str) -> None:
-    asked = {calibrate.NAME: recipe.needs_calibration, analyze.NAME: recipe.merge, LAST: True}
+    asked: dict[str, object] = {
+        calibrate.NAME: recipe.needs_calibration,
+        analyze.NAME: recipe.merge,
+        recover.NAME: recipe.layerwise,
+        teacher.NAME: recipe.distill,
+        LAST: True,
+    }
     if not asked.get(until, getattr(recipe, until, None)):
         raise UsageError(
             f"the recipe has no {until}", where="--until", fix="leave it out, or name another stage"

@@ -146,8 +146,8 @@ def plan_run(
     for stage in (*STAGES, evaluate):
         section = stage.section(recipe, source)
         if section is not None:
-            need, after, work, kept = stage.estimate(section, sizes[-1], task)
-            written = after.bytes if after else 0
+            need, after, work, kept, files = stage.estimate(section, sizes[-1], task)
+            written = files + (after.bytes if after else 0)
             needs[stage.NAME] = need
             works[stage.NAME] = work + Work(written=written)
             sizes += [after] if after else []

@@ -13,6 +13,7 @@ from mkaq.arch.arch import Arch
 from mkaq.checkpoint.hub_id import is_hub_id
 from mkaq.stages.base import Dtype, Section
 from mkaq.stages.calibrate import CalibrationSection
+from mkaq.stages.distill import DistillSection
 from mkaq.stages.evaluate import EvaluateSection
 from mkaq.stages.export import ExportSection
 from mkaq.stages.merge import MergeSection
@@ -76,6 +77,9 @@ class BudgetSection(Section):
         return float((self.perplexity_increase or "0%").rstrip("% ")) / 100
 
 
+RecoverSection = Annotated[LayerwiseSection | DistillSection, Field(discriminator="method")]
+
+
 class Recipe(Section):
     """A whole run: the model, what is done to it, and the output.
 
@@ -94,8 +98,9 @@ class Recipe(Section):
     """Layer merging, or null."""
     budget: BudgetSection | None = None
     """A target size or perplexity instead of `merge.ratio` and `quantize.bits`, or null."""
-    recover: LayerwiseSection | None = None
-    """Layer-by-layer tuning of the merged model, or null. Left out, a merged model is tuned."""
+    recover: RecoverSection | Annotated[list[RecoverSection], Field(min_length=1, max_length=2)] | None = None
+    """Tuning of the merged model, or null: `layerwise`, `distill`, or a list of both. Left out, a merged
+    model is tuned layer by layer."""
     quantize: Annotated[QuantizeSection, Field(discriminator="method")] | None = None
     """Quantization, or null."""
     export: ExportSection = ExportSection()
@@ -111,6 +116,21 @@ class Recipe(Section):
     def needs_calibration(self) -> bool:
         """Whether any stage of this recipe reads calibration tokens."""
         return self.merge is not None or isinstance(self.quantize, GptqSection)
+
+    @property
+    def layerwise(self) -> LayerwiseSection | None:
+        """The tuning of each layer alone."""
+        return next((each for each in self._recoveries if isinstance(each, LayerwiseSection)), None)
+
+    @property
+    def distill(self) -> DistillSection | None:
+        """The distillation."""
+        return next((each for each in self._recoveries if isinstance(each, DistillSection)), None)
+
+    @property
+    def _recoveries(self) -> list[LayerwiseSection | DistillSection]:
+        given = self.recover
+        return [] if given is None else given if isinstance(given, list) else [given]
 
     @model_validator(mode="before")
     @classmethod
@@ -152,6 +172,9 @@ class Recipe(Section):
     def _recovers_a_merge(self) -> "Recipe":
         if self.recover is not None and self.merge is None:
             raise ValueError("recover mends what merge did; with merge: null there is nothing to recover")
+        methods = [each.method for each in self._recoveries]
+        if methods not in ([], ["layerwise"], ["distill"], ["layerwise", "distill"]):
+            raise ValueError("recover takes each method once, layerwise before distill")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,12 @@ from mkaq.errors import UsageError
 
 
 def calibration_tokens(
-    texts: Sequence[str], tokenizer: Any, num_samples: int, max_seq_length: int, seed: int
+    texts: Sequence[str],
+    tokenizer: Any,
+    num_samples: int,
+    max_seq_length: int,
+    seed: int,
+    where: str = "calibration",
 ) -> torch.Tensor:
     """Cuts documents into pieces, shuffles them, and packs their tokens into full sequences.
 
@@ -21,6 +26,7 @@ def calibration_tokens(
         num_samples: The number of sequences.
         max_seq_length: Tokens per sequence.
         seed: The seed of the shuffle.
+        where: The section of the recipe that asks for them.
 
     Returns:
         int32, shape (num_samples, max_seq_length).
@@ -43,9 +49,8 @@ def calibration_tokens(
         raise UsageError(
             f"too little text: {len(stream):,} tokens found, {num_samples} samples of {max_seq_length} need "
             f"{num_samples * body:,}",
-            where="calibration",
-            fix="give more text"
-            + (f", or set calibration.num_samples to {enough} or less" if enough else ""),
+            where=where,
+            fix="give more text" + (f", or set {where}.num_samples to {enough} or less" if enough else ""),
         )
     rows = [prefix + stream[i * body : (i + 1) * body] for i in range(num_samples)]
     return torch.tensor(rows, dtype=torch.int32)

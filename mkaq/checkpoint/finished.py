@@ -31,6 +31,11 @@ class Finished:
         place = ranks.broadcast(None if folder is None else str(folder))
         self._folder, self._ranks = None if place is None else Path(place), ranks
 
+    @property
+    def keeps(self) -> bool:
+        """Whether parts are kept at all."""
+        return self._folder is not None
+
     def find(self, part: int) -> Finding | None:
         """The tensors by name and the record of a part; None if some process does not see them whole."""
         if self._folder is None:

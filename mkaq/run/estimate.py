@@ -96,12 +96,14 @@ class Estimate(NamedTuple):
         after: The model that it makes; None if it makes none.
         work: What it computes.
         kept: Bytes on disk of the parts that it has finished, which a long stage keeps until it is published.
+        files: Bytes that it writes beside a model.
     """
 
     need: Need
     after: ModelSize | None = None
     work: Work = Work()
     kept: int = 0
+    files: int = 0
 
 
 @dataclass(frozen=True)

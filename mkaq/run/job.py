@@ -76,6 +76,11 @@ class Job:
         return self.output.dtype
 
     @property
+    def fits(self) -> bool:
+        """Whether hidden states, and all that lies with them, fit on the device."""
+        return self._place == "device"
+
+    @property
     def progress(self) -> Progress:
         """Progress output."""
         return self.output.progress
@@ -150,6 +155,7 @@ class Job:
         fast: bool = False,
         beside: LayerWalk | None = None,
         ranks: Ranks | None = None,
+        dtype: torch.dtype | None = None,
     ) -> LayerWalk:
         """A walk over a checkpoint.
 
@@ -158,8 +164,9 @@ class Job:
             fast: The result may differ from the model's own forward pass in the last digits.
             beside: A walk run in parallel, whose storage of hidden states is shared.
             ranks: The processes that walk; all if None.
+            dtype: Type of weights and hidden states; None for that of such a walk on this device.
         """
-        dtype = compute_dtype(self.source.dtype, self.device, fast=fast, ranks=self.ranks)
+        dtype = dtype or compute_dtype(self.source.dtype, self.device, fast=fast, ranks=self.ranks)
         activations = beside.activations if beside else Activations(self.device, self._place, self._folder)
         walk = LayerWalk(model, self.device, dtype, activations=activations, ranks=ranks or self.ranks)
         if fast:

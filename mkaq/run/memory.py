@@ -5,8 +5,10 @@ to measured peaks: benchmarks/memory.py prints both.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mkaq.distill.student import LOGITS as DISTILLED_LOGITS
+from mkaq.distill.teacher import FILE, bytes_per_token
 from mkaq.formats.packing import ROWS
 from mkaq.merge.cost import LOGITS
 from mkaq.merge.solve import CANDIDATES
@@ -116,6 +118,36 @@ def tuning(task: Task, batch_size: int) -> Need:
     weights = shape.walked(shape.exact) + 4 * 8 * shape.layer
     end = head + min(batch, max(length, ENDING_TOKENS)) * kept
     return Need(weights + max(batch * kept, end), states)
+
+
+def teaching(task: Task, samples: int, length: int, top_k: int) -> Need:
+    """Perplexity's walk, and the predictions of one file."""
+    walking = measuring(task, samples, length)
+    return replace(walking, device=walking.device + min(samples * length * bytes_per_token(top_k), 2 * FILE))
+
+
+def distilling(task: Task, layers: int, batch_size: int, length: int, trained: float) -> Need:
+    """Of one layer float32 weights, gradients and activations for backward, and the head. Beside hidden
+    states: the trained weights of all layers, two moments of each, and the best so far.
+
+    Where all of it fits on the device, all layers' activations of a batch are there at once.
+
+    Args:
+        task: The task.
+        layers: Layers of the model.
+        batch_size: Sequences of a step.
+        length: Tokens per sequence.
+        trained: Trained weights of a layer.
+    """
+    shape, eager = _Shape.of(task), task.device.type == "cpu"
+    own = -(-batch_size // task.processes) * length
+    batch = _batch(own, length)
+    kept = 24 * shape.intermediate + 80 * shape.hidden + (32 * length * shape.heads if eager else 0)
+    head = shape.vocabulary * shape.hidden * (shape.fast + shape.stored)
+    logits = 6 * 4 * min(DISTILLED_LOGITS, shape.vocabulary * batch)
+    states = layers * (int(12 * trained) + 2 * 4 * shape.layer + own * shape.hidden * 4)
+    weights = shape.walked(4) + int(8 * trained) + 4 * shape.layer
+    return Need(weights + batch * kept + head + logits, states + (layers - 1) * batch * kept)
 
 
 def gptq(task: Task, *, desc_act: bool, joint: bool, head: bool) -> Need:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from mkaq.distill.distill import CHECKS as DISTILL_CHECKS
 from mkaq.fit.hold_out import HELD_OUT, held_out_samples
 from mkaq.fit.ridge import RIDGES, TARGETS
 from mkaq.merge.cost import COEFFICIENTS, built_on, probe_count
@@ -107,6 +108,26 @@ def tuning(task: Task, layers: int, steps: int, batch_size: int) -> Work:
         tuned=layers * steps * batch * task.length + end,
         stepped=1.0 * layers * steps * _weights(task),
         exact=exact * task.length,
+    )
+
+
+def distilling(task: Task, layers: int, steps: int, tokens: float, held_out: int, trained: float) -> Work:
+    """Steps forward and backward through all layers, and measurements on held-out tokens.
+
+    Args:
+        task: The task.
+        layers: Layers of the model.
+        steps: Optimizer steps.
+        tokens: Tokens of a step of all processes.
+        held_out: Held-out tokens of all processes.
+        trained: Trained weights of a layer.
+    """
+    learned, watched = steps * tokens / task.processes, (DISTILL_CHECKS + 1) * held_out / task.processes
+    return Work(
+        tuned=layers * learned,
+        stepped=1.0 * layers * steps * trained,
+        exact=layers * watched,
+        logits=3 * learned + watched,
     )
 
 

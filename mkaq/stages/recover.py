@@ -89,7 +89,7 @@ Record = RecoverRecord
 
 def section(recipe: Recipe, source: Checkpoint) -> LayerwiseSection | None:
     """The recipe's recover section."""
-    return recipe.recover
+    return recipe.layerwise
 
 
 def mode(section: LayerwiseSection) -> Mode:

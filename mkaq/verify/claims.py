@@ -1,17 +1,32 @@
 """Consistency of a manifest's claims about merging, recovery and quantization."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.digests import digest_of
+from mkaq.distill.gate import Check, best_check
 from mkaq.fit.ridge import RIDGES
 from mkaq.merge.origins import ORIGINS, Origins, as_tensor
 
 if TYPE_CHECKING:
+    from mkaq.stages.distill import DistillRecord
     from mkaq.stages.merge import MergeRecord
     from mkaq.stages.quantize import QuantizeRecord
     from mkaq.stages.recover import RecoverRecord
+
+
+def distillation_faults(step: "DistillRecord") -> Iterator[str]:
+    """Yields measurements out of order, and a choice that they do not give."""
+    checks = [Check(*(getattr(check, name) for name in Check._fields)) for check in step.checks]
+    numbers = [check.step for check in checks]
+    if numbers[0] != 0 or sorted(set(numbers)) != numbers or numbers[-1] > step.steps:
+        yield f"the measurements of the distillation are not of rising steps, from 0 to at most {step.steps}"
+    elif not all(math.isfinite(value) for check in checks for value in (check.own, check.other)):
+        yield "a measurement of the distillation is not finite"
+    elif step.best != best_check(checks):
+        yield f"the measurements of the distillation choose number {best_check(checks)}, not {step.best}"
 
 
 def recovery_faults(step: "RecoverRecord", layers: int) -> Iterator[str]:

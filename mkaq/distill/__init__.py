@@ -1,0 +1,1 @@
+"""Recovery by distillation: the whole model learns what the source predicts."""

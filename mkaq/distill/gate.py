@@ -1,0 +1,46 @@
+"""When distillation stops, and which of its weights are kept.
+
+Text of one domain can be learned at the cost of every other one: both are measured on held-out tokens, and
+what makes either worse than it was is not kept.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+PATIENCE = 6  # measurements in a row without a new best one
+
+
+class Check(NamedTuple):
+    """A measurement on held-out tokens: KL(source || model) in nats per token.
+
+    Attributes:
+        step: After how many steps.
+        loss: The mean loss of the steps since the last measurement; None before the first step.
+        own: On the text that is learned.
+        other: On other text.
+    """
+
+    step: int
+    loss: float | None
+    own: float
+    other: float
+
+
+def best_check(checks: Sequence[Check]) -> int:
+    """The number of the measurement whose weights are kept: 0 if no later one is better on both texts.
+
+    Of those that are, the one with the lowest mean ratio to the first.
+    """
+    first = checks[0]
+    allowed = [n for n, check in enumerate(checks) if check.own <= first.own and check.other <= first.other]
+    return min(allowed, key=lambda number: _score(checks[number], first), default=0)
+
+
+def is_over(checks: Sequence[Check]) -> bool:
+    """Whether the last measurements brought nothing."""
+    return len(checks) - 1 - best_check(checks) >= PATIENCE
+
+
+def _score(check: Check, first: Check) -> float:
+    pairs = (check.own, first.own), (check.other, first.other)
+    return sum(now / before if before else 1.0 for now, before in pairs)

@@ -1,0 +1,121 @@
+"""The teacher stage: what the source predicts on the text of a distillation, so that it need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from mkaq.run.estimate import Estimate, ModelSize, Task
+from mkaq.stages.base import Made, Mode, TextSection
+
+if TYPE_CHECKING:
+    from mkaq.checkpoint.reader import Checkpoint
+    from mkaq.distill.text import Text, Wanted
+    from mkaq.recipe import Recipe
+    from mkaq.run.job import Job
+
+NAME = "teacher"
+LESS = "lower recover.text.max_seq_length, or use a larger machine"
+SOONER = "lower recover.text.num_samples"
+TEXT = "text.safetensors"
+
+
+class LearnedText(TextSection):
+    """The text that a model learns to continue as the source does."""
+
+    num_samples: int = Field(default=1024, ge=16, le=10_000_000)
+    """Number of sequences; an eighth of them, and no more than 16,384 tokens, is held out to measure."""
+    max_seq_length: int = Field(default=256, ge=8, le=131072)
+    """Tokens per sequence."""
+    answers: Literal["text", "source"] = "text"
+    """Whose answers are learned, in a jsonl file with `messages`: the file's, or those that the source
+    writes to the file's questions."""
+
+
+class TeacherSection(LearnedText):
+    """What the source is asked for."""
+
+    top_k: int
+    gate: str | None
+    seed: int
+
+
+def section(recipe: Recipe, source: Checkpoint) -> TeacherSection | None:
+    """What the recipe's distillation needs, if it has one."""
+    distill = recipe.distill
+    if distill is None:
+        return None
+    text = distill.text or LearnedText(dataset=recipe.calibration.dataset, path=recipe.calibration.path)
+    top_k = min(distill.top_k, source.sizes.vocabulary)
+    asked = {"top_k": top_k, "gate": distill.gate, "seed": recipe.calibration.seed}
+    return TeacherSection.model_validate({**text.model_dump(), **asked})
+
+
+def mode(section: TeacherSection) -> Mode:
+    """Exact, and shared."""
+    return Mode()
+
+
+def inputs(section: TeacherSection, job: Job) -> Mapping[str, str]:
+    """The source, the text, and the text that measures."""
+    from mkaq.calibrate.text import text_digest
+
+    digests = {**job.digests("source"), "text": text_digest(section.dataset, section.path)}
+    return digests | ({"gate": text_digest("text", section.gate)} if section.gate else {})
+
+
+def estimate(section: TeacherSection, before: ModelSize, task: Task) -> Estimate:
+    """The hidden states of all sequences, and a file of predictions.
+
+    Raises:
+        UsageError: If there is no such text, or sequences are longer than the model's positions.
+    """
+    from mkaq.calibrate.text import check_exists
+    from mkaq.distill.teacher import bytes_per_token
+    from mkaq.errors import UsageError
+    from mkaq.run import work
+    from mkaq.run.memory import teaching
+
+    check_exists(section.dataset, section.path)
+    if section.gate:
+        check_exists("text", section.gate)
+    longest = task.source.sizes.positions
+    if section.max_seq_length > longest:
+        raise UsageError(
+            f"{section.max_seq_length} is longer than the model's {longest} positions",
+            where="recover.text.max_seq_length",
+        )
+    wanted, length = wanted_of(section), section.max_seq_length
+    samples = wanted.num_samples + wanted.held_out
+    written = samples * length * bytes_per_token(section.top_k)
+    done = work.measuring(task, task.source.num_layers, samples, length)
+    return Estimate(teaching(task, samples, length, section.top_k), work=done, files=written)
+
+
+def run(section: TeacherSection, job: Job, folder: Path) -> Made:
+    """Writes the tokens (`TEXT`) and the predictions after each of them."""
+    from mkaq.distill.teacher import write_predictions
+
+    text = text_of(section, job.source)
+    if job.ranks.is_main:
+        text.save(folder / TEXT)
+    write_predictions(job.walk(job.source), text.tokens, section.top_k, folder, job.progress)
+    return Made()
+
+
+def text_of(section: TeacherSection, source: Checkpoint) -> Text:
+    """The sequences, read again."""
+    from mkaq.calibrate.tokenizer import load_tokenizer
+    from mkaq.distill.text import build_text
+
+    return build_text(wanted_of(section, section.seed), section.gate, load_tokenizer(source.path))
+
+
+def wanted_of(section: LearnedText, seed: int = 0) -> Wanted:
+    """What is read."""
+    from mkaq.distill.text import Wanted
+
+    return Wanted(section.dataset, section.path, section.num_samples, section.max_seq_length, seed)

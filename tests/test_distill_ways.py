@@ -1,0 +1,75 @@
+"""A step with all layers at once, and with one at a time, are the same step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.distill.adapter import Adapter
+from mkaq.distill.learner import Learner
+from mkaq.distill.student import Lesson, Student
+from mkaq.distill.teacher import Teacher, write_predictions
+from mkaq.progress import Progress
+from mkaq.walk.activations import Activations
+from mkaq.walk.walk import LayerWalk
+from tests.tiny import FAMILIES, make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU, LENGTH, K = torch.device("cpu"), 24, 16
+STEPS = 3
+
+
+def lessons(folder: Path, family: str) -> list[Lesson]:
+    """What a model of four layers predicts, for each of some steps; of the first one a part counts."""
+    tokens = torch.randint(2, 500, (4 * STEPS, LENGTH), generator=torch.Generator().manual_seed(0))
+    source = LayerWalk(open_checkpoint(make_model(folder / "source", family, layers=4)), CPU)
+    write_predictions(source, tokens, K, folder, Progress(quiet=True))
+    teacher = Teacher(folder, LENGTH, K)
+    learned = torch.ones_like(tokens, dtype=torch.bool)
+    learned[:4, LENGTH // 2 :] = False
+    rows = [range(4 * step, 4 * step + 4) for step in range(STEPS)]
+    return [Lesson(tokens[list(own)], learned[list(own)], teacher.predictions(own)) for own in rows]
+
+
+def trained(
+    model: Path, taught: list[Lesson], folder: Path, *, together: bool, adapter: Adapter | None = None
+) -> tuple[list[dict[str, torch.Tensor]], list[float], torch.Tensor]:
+    """The weights of every layer after the steps, the losses, and the divergences on the first lesson."""
+    place = Activations(CPU) if together else Activations(CPU, "files", folder)
+    walk = LayerWalk(open_checkpoint(model), CPU, activations=place)
+    with walk.final_norm() as norm, walk.unembedding() as logits:
+        learners = [Learner(walk, index, adapter, resident=together) for index in range(walk.num_layers)]
+        student = Student(walk, learners, norm, logits, cross_entropy=0.2)
+        step = student.together if together else student.in_turn
+        losses = [step(lesson, number, 1e-3) for number, lesson in enumerate(taught, 1)]
+        return (
+            [learner.saved(torch.float32) for learner in learners],
+            losses,
+            student.divergences(taught[0], torch.float32),
+        )
+
+
+def same(folder: Path, family: str, adapter: Adapter | None = None) -> None:
+    taught, model = lessons(folder, family), make_model(folder / "model", family, layers=3)
+    whole, losses, apart = trained(model, taught, folder, together=True, adapter=adapter)
+    turns, its_losses, its_apart = trained(model, taught, folder, together=False, adapter=adapter)
+    assert losses == pytest.approx(its_losses, rel=1e-5)
+    assert torch.allclose(apart, its_apart, atol=1e-4)
+    before = open_checkpoint(model)
+    for index, (one, other) in enumerate(zip(whole, turns, strict=True)):
+        assert one.keys() == other.keys() == before.read_layer(index).keys()
+        for name, tensor in one.items():
+            moved = (tensor - before.read_layer(index)[name].float()).abs().max()
+            away = (tensor - other[name]).abs().max()
+            assert away <= 0.02 * moved + 1e-7, (index, name, float(away), float(moved))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_ways_agree(family: str, tmp_path: Path) -> None:
+    same(tmp_path, family)
+
+
+def test_both_ways_agree_with_an_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    same(tmp_path, "llama", Adapter(4, 8, 0))
