@@ -7,7 +7,7 @@ gives the same recipe again.
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from mkaq.arch.arch import Arch
 from mkaq.checkpoint.hub_id import is_hub_id
@@ -78,6 +78,11 @@ class BudgetSection(Section):
 
 
 RecoverSection = Annotated[LayerwiseSection | DistillSection, Field(discriminator="method")]
+Recovery = Annotated[
+    Annotated[RecoverSection, Tag("one")]
+    | Annotated[list[RecoverSection], Field(min_length=1, max_length=2), Tag("several")],
+    Discriminator(lambda given: "several" if isinstance(given, list) else "one"),
+]
 
 
 class Recipe(Section):
@@ -98,7 +103,7 @@ class Recipe(Section):
     """Layer merging, or null."""
     budget: BudgetSection | None = None
     """A target size or perplexity instead of `merge.ratio` and `quantize.bits`, or null."""
-    recover: RecoverSection | Annotated[list[RecoverSection], Field(min_length=1, max_length=2)] | None = None
+    recover: Recovery | None = None
     """Tuning of the merged model, or null: `layerwise`, `distill`, or a list of both. Left out, a merged
     model is tuned layer by layer."""
     quantize: Annotated[QuantizeSection, Field(discriminator="method")] | None = None

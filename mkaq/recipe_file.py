@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -102,16 +102,27 @@ def _apply(data: dict[str, Any], lines: dict[tuple[str, ...], str], override: st
             f"{override!r} is not KEY=VALUE", where="--set", fix="for example --set merge.ratio=0.25"
         )
     parsed = _value(keys, value, key)
-    section = data
+    section: Any = data
     for part in keys[:-1]:
-        inner = section.get(part)
-        if inner is None:
-            inner = section[part] = {}
-        if not isinstance(inner, dict):
-            raise UsageError(f"{part} holds a value, not a section", where=f"--set {key}")
-        section = inner
-    section[keys[-1]] = parsed
+        at = _position(section, part, key)
+        if section[at] is None:
+            section[at] = {}
+        section = section[at]
+    section[_position(section, keys[-1], key)] = parsed
     lines[keys] = f"--set {key}"
+
+
+def _position(section: Any, part: str, key: str) -> Any:
+    """Where a part of a key is in a section, which gets it, or in a list, which must have it."""
+    if isinstance(section, dict):
+        section.setdefault(part, None)
+        return part
+    if isinstance(section, list) and part.isdecimal() and int(part) < len(section):
+        return int(part)
+    what = (
+        f"a list of {len(section)}, numbered from 0" if isinstance(section, list) else "a value, no section"
+    )
+    raise UsageError(f"{key.partition('.' + part)[0]} holds {what}", where=f"--set {key}")
 
 
 def _value(keys: tuple[str, ...], text: str, where: str) -> Any:
@@ -184,7 +195,8 @@ def _message(item: Any, keys: tuple[str, ...]) -> str:
     if kind == "union_tag_invalid":
         return f"method must be one of {item['ctx']['expected_tags']}, not {item['ctx']['tag']!r}"
     if kind == "union_tag_not_found":
-        return "method is required: gptq or bitsandbytes"
+        methods = (get_args(kind) for kind in scalars_of((*keys, "method")))
+        return f"method is required: {' or '.join(sorted(name for names in methods for name in names))}"
     if kind == "string_pattern_mismatch" and keys[-1:] == ("perplexity_increase",):
         return f"{given!r} is not a percentage such as 5%"
     if kind == "string_pattern_mismatch":

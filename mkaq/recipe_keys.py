@@ -24,17 +24,20 @@ def _sections_at(path: tuple[str, ...]) -> list[type[BaseModel]]:
     """The possible models at a path: several if a key is a union."""
     models: list[type[BaseModel]] = [Recipe]
     for part in path:
+        if part.isdigit():  # of a list
+            continue
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
-        kinds = [kind for field in fields for kind in _alternatives(field.annotation)]
+        kinds = [kind for field in fields for kind in _alternatives(field.annotation, inside=True)]
         models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
     return models
 
 
-def _alternatives(annotation: Any) -> Iterator[Any]:
+def _alternatives(annotation: Any, *, inside: bool = False) -> Iterator[Any]:
+    """The types that an annotation stands for; with `inside` those in a list, too."""
     if get_origin(annotation) in (Union, UnionType):
         for inner in get_args(annotation):
-            yield from _alternatives(inner)
-    elif get_origin(annotation) is Annotated:
-        yield from _alternatives(get_args(annotation)[0])
+            yield from _alternatives(inner, inside=inside)
+    elif get_origin(annotation) is Annotated or (inside and get_origin(annotation) is list):
+        yield from _alternatives(get_args(annotation)[0], inside=inside)
     else:
         yield annotation

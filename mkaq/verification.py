@@ -166,10 +166,8 @@ def _check_against(
     allowed = tolerance(ran_on.compute_dtype if ran_on else None, dtype)
     walks = LayerWalk(source, device, dtype), LayerWalk(artifact, device, dtype)
     raise_faults(artifact.path, list(case.measure(*walks, samples, allowed)))
-    return [
-        *checks,
-        f"the weights leave the errors of hidden states that the manifest says ({last}; {allowed})",
-    ]
+    said = f"the weights leave the errors of hidden states that the manifest says ({last}; {allowed})"
+    return [*checks, case.said or said]
 
 
 def _calibration(manifest: Manifest) -> CalibrationSection:

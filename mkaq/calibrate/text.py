@@ -157,9 +157,14 @@ def _text(path: Path, split: Split) -> list[str]:
     return [read_text(file) for file in _files(path, _TEXT_SUFFIXES)]
 
 
+def jsonl_files(path: Path) -> list[Path]:
+    """The files of the data set `jsonl` at a path."""
+    return _files(path, (".jsonl", ".ndjson"))
+
+
 def _jsonl(path: Path, split: Split) -> list[str]:
     result = []
-    for file in _files(path, (".jsonl", ".ndjson")):
+    for file in jsonl_files(path):
         for number, line in enumerate(read_text(file).split("\n"), 1):
             if not line.strip():
                 continue

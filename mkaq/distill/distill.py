@@ -1,5 +1,6 @@
 """A compressed model learns, all layers at once, what the source predicts on a text."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,21 +146,28 @@ class _Course:
             self._checks.append(Check(0, None, *self._measured()))
             self._keep()
         done, every = self._checks[-1].step, -(-steps // CHECKS)
+        if is_over(self._checks):
+            return self._checks, best_check(self._checks)
         orders = shuffled(self._text.train, self._training.batch_size, self._training.seed)
         numbered = zip(range(1, steps + 1), orders, strict=False)
         for step, chosen in self._output.progress.track(numbered, "recover (distill)", steps):
-            if step <= done or is_over(self._checks):
+            if step <= done:
                 continue
             own = chosen[self._walk.ranks.slice_of(len(chosen))].tolist()
             rate = self._training.learning_rate * schedule(step - 1, steps)
             loss, taken = loss + self._learn(self._lesson(own), step, rate), taken + 1
             if step % every == 0 or step == steps:
-                mean = self._walk.ranks.mean(loss / taken, taken)
-                self._checks.append(Check(step, mean, *self._measured()))
+                check = Check(step, self._walk.ranks.mean(loss / taken, taken), *self._measured())
+                if not math.isfinite(check.own + check.other + (check.loss or 0.0)):
+                    self._output.progress.say(f"  step {step}: not finite; the learning rate is too high")
+                    break
+                self._checks.append(check)
                 loss, taken = 0.0, 0
                 self._take_best()
                 self._keep()
                 self._output.progress.say(_line(self._checks))
+                if is_over(self._checks):
+                    break
         return self._checks, best_check(self._checks)
 
     def _lesson(self, rows: Sequence[int]) -> Lesson:

@@ -124,7 +124,7 @@ class Student:
         for index, learner in enumerate(self._learners):
             layer = self._walk.assemble(index, learner.saved(dtype))
             for rows in spans(states):
-                states[rows] = self._walk.checked(self._run(layer, index, states[rows]), index)
+                states[rows] = self._run(layer, index, states[rows])
         found = torch.empty(lesson.tokens.shape)
         for rows in spans(states):
             for at, logits, told in self._pieces(states[rows], lesson, rows):

@@ -1,14 +1,16 @@
 """What is learned: token ids, which predictions count, and the sequences that only measure."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokens import calibration_tokens
+from mkaq.distill.chat import Message, chat_rows, conversations, has_conversations
 from mkaq.errors import UsageError
 from mkaq.fit.shuffle import probing_tokens
 
@@ -52,6 +54,16 @@ class Text:
         return Text(tensors["input_ids"], tensors["learned"], int(tensors["train"]))
 
 
+class Author(Protocol):
+    """Writes what is learned; see `own_words`."""
+
+    def continued(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Sequences of which it wrote all but the beginning."""
+
+    def answered(self, talks: Sequence[Sequence[Message]]) -> Iterable[Sequence[Message]]:
+        """Conversations whose last answer it wrote."""
+
+
 class Wanted(NamedTuple):
     """What is read.
 
@@ -75,20 +87,23 @@ class Wanted(NamedTuple):
         return max(1, min(self.num_samples // 8, HELD_OUT // self.max_seq_length))
 
 
-def build_text(wanted: Wanted, gate: str | None, tokenizer: Any) -> Text:
+def build_text(wanted: Wanted, gate: str | None, tokenizer: Any, author: Author | None = None) -> Text:
     """Reads the sequences to learn from, those held out, and other text.
 
     Args:
         wanted: What is read.
         gate: A text file or folder of the other text; None: random phrases of the held-out sequences' tokens.
         tokenizer: The source's.
+        author: The source, if it writes what is learned.
 
     Raises:
         UsageError: If a text is missing or too short.
     """
     held, length, seed = wanted.held_out, wanted.max_seq_length, wanted.seed
-    texts = documents(wanted.dataset, wanted.path, "calibrate")
-    own = calibration_tokens(texts, tokenizer, wanted.num_samples, length, seed, where="recover.text")
+    own, learned = _sequences(wanted, tokenizer, author)
+    if not bool(learned[-held:].any()):
+        fix = "give more text, or set recover.text.num_samples higher"
+        raise UsageError("no answer is in the held-out sequences", where="recover.text", fix=fix)
     if gate is None:
         other = probing_tokens(own[-held:], seed)[held:]
     else:
@@ -96,5 +111,16 @@ def build_text(wanted: Wanted, gate: str | None, tokenizer: Any) -> Text:
             other = calibration_tokens(documents("text", gate, "calibrate"), tokenizer, held, length, seed)
         except UsageError as error:
             raise UsageError(error.what, where="recover.gate", fix="give a longer text") from None
-    tokens = torch.cat([own, other])
-    return Text(tokens, torch.ones_like(tokens, dtype=torch.bool), wanted.num_samples - held)
+    every = torch.ones_like(other, dtype=torch.bool)
+    return Text(torch.cat([own, other]), torch.cat([learned, every]), wanted.num_samples - held)
+
+
+def _sequences(wanted: Wanted, tokenizer: Any, author: Author | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, and which predictions count."""
+    size = wanted.num_samples, wanted.max_seq_length
+    if wanted.dataset == "jsonl" and wanted.path and has_conversations(wanted.path):
+        talks = conversations(wanted.path, wanted.seed)
+        return chat_rows(author.answered(talks) if author else talks, tokenizer, *size)
+    texts = documents(wanted.dataset, wanted.path, "calibrate")
+    tokens = calibration_tokens(texts, tokenizer, *size, wanted.seed, where="recover.text")
+    return author.continued(tokens) if author else tokens, torch.ones_like(tokens, dtype=torch.bool)

@@ -120,10 +120,12 @@ def tuning(task: Task, batch_size: int) -> Need:
     return Need(weights + max(batch * kept, end), states)
 
 
-def teaching(task: Task, samples: int, length: int, top_k: int) -> Need:
-    """Perplexity's walk, and the predictions of one file."""
-    walking = measuring(task, samples, length)
-    return replace(walking, device=walking.device + min(samples * length * bytes_per_token(top_k), 2 * FILE))
+def teaching(task: Task, samples: int, length: int, top_k: int, *, whole: bool) -> Need:
+    """Perplexity's walk, and the predictions of one file; before it perhaps the source, whole."""
+    walking, source = measuring(task, samples, length), task.source
+    device = walking.device + min(samples * length * bytes_per_token(top_k), 2 * FILE)
+    exact = compute_dtype(source.dtype, task.device).itemsize
+    return replace(walking, device=max(device, whole * source.parameters * exact))
 
 
 def distilling(task: Task, layers: int, batch_size: int, length: int, trained: float) -> Need:

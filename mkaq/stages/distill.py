@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,13 +13,16 @@ from pydantic import Field
 from mkaq.run.estimate import Estimate, ModelSize, Task
 from mkaq.stages import teacher
 from mkaq.stages.base import Count, Description, Made, Mode, Part, Section, Step, Table
-from mkaq.stages.teacher import LearnedText
+from mkaq.stages.teacher import LearnedText, TeacherSection
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint
+    from mkaq.fit.hold_out import Samples
     from mkaq.recipe import Recipe
     from mkaq.run.job import Job
     from mkaq.verify.case import Case
+    from mkaq.verify.remeasure import Tolerance
+    from mkaq.walk.walk import LayerWalk
 
 NAME = "distill"
 LESS = "lower recover.text.max_seq_length, or leave distill out of recover"
@@ -93,6 +98,8 @@ class DistillRecord(Step):
     """Method."""
     settings: dict[str, Any]
     """The recipe's section."""
+    text: dict[str, Any]
+    """What was read: the recipe's `text` with its defaults, the likeliest tokens, the gate and the seed."""
     tokens_sha256: str
     """Digest of the token ids as little-endian int32: those learned from, those held out, other text."""
     learned: Count
@@ -185,6 +192,7 @@ def run(section: DistillSection, job: Job, folder: Path) -> Made:
     told = Teacher(job.path(teacher.NAME), text.tokens.shape[1], top_k)
     done = distill(walk, told, text, training, folder, job.output, job.finished(NAME, folder))
     facts = {
+        "text": json.loads((job.path(teacher.NAME) / teacher.ASKED).read_bytes()),
         "tokens_sha256": tokens_digest(text.tokens),
         "learned": int(text.learned[: text.train].sum()),
         "steps": training.steps,
@@ -214,8 +222,36 @@ def describe(record: DistillRecord) -> Description:
 
 
 def check(record: DistillRecord, case: Case) -> None:
-    """The kept measurement follows from the curves."""
+    """The kept measurement follows from the curves; it is made again where the text is."""
     from mkaq.verify.claims import distillation_faults
 
     case.demand(distillation_faults(record))
     case.unknown()
+    case.measure = partial(_measured_again, record, case)
+
+
+def _measured_again(
+    record: DistillRecord, case: Case, source: LayerWalk, walk: LayerWalk, samples: Samples, _: Tolerance
+) -> Iterator[str]:
+    """Yields the divergences of the kept weights that do not hold."""
+    from pydantic import ValidationError
+
+    from mkaq.calibrate.tokens import tokens_digest
+    from mkaq.errors import MkaqError
+    from mkaq.verify.remeasure import ROUNDED, divergences_again
+
+    case.said = "divergences not measured again: the text of the distillation is not here"
+    try:
+        asked = TeacherSection.model_validate(record.text)
+        text = teacher.text_of(asked, source.checkpoint)
+    except (MkaqError, ValidationError):
+        return
+    if asked.answers == "source" or tokens_digest(text.tokens) != record.tokens_sha256:
+        return
+    kept = record.checks[record.best]
+    recorded = {"the text that was learned": (text.own, kept.own), "other text": (text.other, kept.other)}
+    for what, (rows, value) in recorded.items():
+        chosen = slice(rows.start, rows.stop)
+        again = divergences_again(source, walk, text.tokens[chosen], text.learned[chosen], asked.top_k)
+        yield from ROUNDED.faults(f"the distillation on {what}", again, value)
+    case.said = f"the weights leave the divergences that the manifest says ({NAME}; {ROUNDED})"

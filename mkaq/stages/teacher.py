@@ -13,14 +13,14 @@ from mkaq.stages.base import Made, Mode, TextSection
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint
-    from mkaq.distill.text import Text, Wanted
+    from mkaq.distill.text import Author, Text, Wanted
     from mkaq.recipe import Recipe
     from mkaq.run.job import Job
 
 NAME = "teacher"
 LESS = "lower recover.text.max_seq_length, or use a larger machine"
 SOONER = "lower recover.text.num_samples"
-TEXT = "text.safetensors"
+TEXT, ASKED = "text.safetensors", "section.json"
 
 
 class LearnedText(TextSection):
@@ -31,8 +31,8 @@ class LearnedText(TextSection):
     max_seq_length: int = Field(default=256, ge=8, le=131072)
     """Tokens per sequence."""
     answers: Literal["text", "source"] = "text"
-    """Whose answers are learned, in a jsonl file with `messages`: the file's, or those that the source
-    writes to the file's questions."""
+    """What is learned: the text, and of the `messages` of a jsonl file the answers; or what the source writes
+    in their place, from the first quarter of each sequence, or from the questions."""
 
 
 class TeacherSection(LearnedText):
@@ -92,26 +92,63 @@ def estimate(section: TeacherSection, before: ModelSize, task: Task) -> Estimate
     samples = wanted.num_samples + wanted.held_out
     written = samples * length * bytes_per_token(section.top_k)
     done = work.measuring(task, task.source.num_layers, samples, length)
-    return Estimate(teaching(task, samples, length, section.top_k), work=done, files=written)
+    need = teaching(task, samples, length, section.top_k, whole=section.answers == "source")
+    return Estimate(need, work=done, files=written)
 
 
 def run(section: TeacherSection, job: Job, folder: Path) -> Made:
-    """Writes the tokens (`TEXT`) and the predictions after each of them."""
+    """Writes the tokens (`TEXT`), the predictions after each of them, and the section."""
     from mkaq.distill.teacher import write_predictions
+    from mkaq.files import write_json
 
-    text = text_of(section, job.source)
+    text = text_of(section, job.source) if section.answers == "text" else _written(section, job)
     if job.ranks.is_main:
         text.save(folder / TEXT)
+        write_json(folder / ASKED, section.model_dump(mode="json"))
     write_predictions(job.walk(job.source), text.tokens, section.top_k, folder, job.progress)
     return Made()
 
 
-def text_of(section: TeacherSection, source: Checkpoint) -> Text:
-    """The sequences, read again."""
+def text_of(section: TeacherSection, source: Checkpoint, author: Author | None = None) -> Text:
+    """The sequences; with an author, as it continues or answers them."""
     from mkaq.calibrate.tokenizer import load_tokenizer
     from mkaq.distill.text import build_text
 
-    return build_text(wanted_of(section, section.seed), section.gate, load_tokenizer(source.path))
+    return build_text(wanted_of(section, section.seed), section.gate, load_tokenizer(source.path), author)
+
+
+def _written(section: TeacherSection, job: Job) -> Text:
+    """The sequences that the source wrote in the first process."""
+    import torch
+
+    from mkaq.distill.text import Text
+
+    wanted = wanted_of(section)
+    if job.ranks.is_main:
+        text = text_of(section, job.source, _author(section, job))
+    else:
+        shape = wanted.num_samples + wanted.held_out, wanted.max_seq_length
+        empty = torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.bool)
+        text = Text(*empty, wanted.num_samples - wanted.held_out)
+    shared = (
+        job.ranks.broadcast_tensor(each.to(job.device, torch.int32)) for each in (text.tokens, text.learned)
+    )
+    tokens, learned = (each.cpu() for each in shared)
+    return Text(tokens, learned.bool(), text.train)
+
+
+def _author(section: TeacherSection, job: Job) -> Author:
+    """The source, whole in memory."""
+    from mkaq.calibrate.tokenizer import load_tokenizer
+    from mkaq.checkpoint.end_tokens import end_tokens
+    from mkaq.distill.own_words import SourceAuthor
+    from mkaq.walk.device import compute_dtype
+    from mkaq.walk.whole_model import whole_model
+
+    tokenizer = load_tokenizer(job.source.path)
+    model = whole_model(job.source, job.device, compute_dtype(job.source.dtype, job.device))
+    end = sorted(end_tokens(job.source.path, tokenizer)) or [tokenizer.vocab_size]
+    return SourceAuthor(model, tokenizer, end, section.max_seq_length, section.seed, job.progress)
 
 
 def wanted_of(section: LearnedText, seed: int = 0) -> Wanted:

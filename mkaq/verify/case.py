@@ -47,6 +47,7 @@ class Case:
         groups: For each layer, the source layers that it replaces.
         modules: The records of quantized linear layers, by name.
         measure: Measures the errors that the last step recorded; None if all weights follow from the source.
+        said: What was measured again, in one sentence, where it is not the errors of hidden states.
         recomputed: A phrase for the layers that are recomputed; empty if there are none.
     """
 
@@ -57,7 +58,7 @@ class Case:
         self.groups = [[index] for index in range(count)]
         self.modules: Mapping[str, QuantizedModule] = {}
         self.measure: Measure | None = None
-        self.recomputed = ""
+        self.recomputed = self.said = ""
         self._scales: list[float] = []
         self._faults: list[str] = []
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from mkaq.arch.parts import attention_parts, mlp_parts
+from mkaq.distill.loss import Predictions, divergence
+from mkaq.distill.teacher import predictions_of
 from mkaq.fit.final_norm import norm_error
 from mkaq.fit.hold_out import Samples, held_out_error, token_weights
 from mkaq.fit.residuals import residuals
@@ -77,6 +79,34 @@ def residual_errors(
         yield from allowed.faults(f"layer {new}", *pair)
     if norm:
         yield from allowed.faults("the final norm", measured.final_norm, norm.error)
+
+
+@torch.no_grad()
+def divergences_again(
+    source: LayerWalk, walk: LayerWalk, tokens: torch.Tensor, learned: torch.Tensor, k: int
+) -> float:
+    """The mean of KL(source || artifact), of which all but the likeliest tokens count as one.
+
+    Args:
+        source: A walk over the source.
+        walk: A walk over the artifact.
+        tokens: Token ids, shape (samples, length).
+        learned: Which predictions count, of the same shape.
+        k: The likeliest tokens.
+    """
+    states = []
+    for each in (source, walk):
+        states.append(each.embed(tokens))
+        for index in range(each.num_layers):
+            each.pass_layer(index, states[-1])
+    with source.head() as head:
+        told = Predictions(*(part.flatten(0, 1) for part in predictions_of(source, head, states[0], k)))
+    found, length = torch.empty(learned.shape), tokens.shape[1]
+    with walk.head() as head:
+        for row, state in enumerate(states[1]):
+            part = Predictions(*(each[row * length : (row + 1) * length] for each in told)).to(walk.device)
+            found[row] = divergence(head(walk.to_device(state)[None])[0], part)[0].cpu()
+    return float(found[learned].double().mean())
 
 
 def merge_faults(

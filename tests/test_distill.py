@@ -1,0 +1,207 @@
+"""Distillation from end to end: run, stopped and gone on, kept or not, recorded and verified."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mkaq.distill.gate import PATIENCE
+from mkaq.distill.student import Student
+from mkaq.manifest import MANIFEST
+from mkaq.recipe import Recipe
+from mkaq.run.job import Job
+from tests.runs import Mkaq, forge, one_message, tree
+from tests.tiny import CHANNELS, make_model, write_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WEIGHTS = "model.safetensors"
+LAYERWISE = {"method": "layerwise", "steps": 3, "batch_size": 4}
+
+
+@pytest.fixture
+def distill(text: Path) -> dict[str, Any]:
+    """Sixteen steps, each of which is measured."""
+    read = {"dataset": "text", "path": str(text), "num_samples": 293, "max_seq_length": 32}
+    return {"method": "distill", "text": read, "batch_size": 16, "learning_rate": 3e-4}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that is surer than others here, so that there is something to learn."""
+    return make_model(tmp_path_factory.mktemp("sure") / "model", initializer_range=0.1)
+
+
+@pytest.fixture
+def recipe(source: Path, text: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a recipe for it, without quantization."""
+    calibration = {"dataset": "text", "path": str(text), "num_samples": 64, "max_seq_length": 32}
+
+    def write(**sections: Any) -> Path:
+        plain = {"calibration": calibration, "quantize": None, "evaluate": None, "merge": CHANNELS}
+        return write_recipe(tmp_path / "recipe.yaml", source, text, **plain | sections)
+
+    return write
+
+
+def step_of(folder: Path) -> dict[str, Any]:
+    steps = json.loads((folder / "artifact" / MANIFEST).read_text())["steps"]
+    found: dict[str, Any] = next(step for step in steps if step["step"] == "distill")
+    return found
+
+
+def apart(folder: Path, stage: str, other: str) -> float:
+    one, two = (load_file(folder / name / WEIGHTS) for name in (stage, other))
+    return max(float((one[name].float() - two[name].float()).abs().max()) for name in one)
+
+
+def test_a_run_is_recorded_and_verified(
+    recipe: Callable[..., Path], distill: dict[str, Any], source: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    written = recipe(recover=[LAYERWISE, distill])
+    outcome = mkaq("run", written, "--output", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "distill, all weights" in outcome.out
+    step = step_of(tmp_path / "run")
+    assert [check["step"] for check in step["checks"]] == list(range(17)) and step["steps"] == 16
+    assert step["learned"] == 257 * 32 and step["best"] > 0
+    first, best = step["checks"][0], step["checks"][step["best"]]
+    assert best["own"] < first["own"] and best["other"] <= first["other"]
+    assert apart(tmp_path / "run", "distill", "recover") > 0
+    verified = mkaq("verify", tmp_path / "run" / "artifact", "--source", source)
+    assert verified.code == 0 and "the divergences that the manifest says (distill;" in verified.out
+    inspected = mkaq("inspect", tmp_path / "run" / "artifact")
+    assert "distill: 8,224 predictions learned; divergence" in inspected.out
+    assert "Distillation" in (tmp_path / "run" / "report.html").read_text()
+    other = {**distill, "epochs": 2}
+    again = mkaq("run", recipe(recover=[LAYERWISE, other]), "--output", tmp_path / "run")
+    assert again.code == 0 and "teacher: unchanged, kept" in again.err and "distill: done" in again.err
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda step: step.update(best=3), "choose number"),
+        (lambda step: step["checks"][1].update(step=7), "rising steps"),
+        (lambda step: step["checks"][step["best"]].update(own=1e-9), "the text that was learned leaves"),
+        (lambda step: step["checks"][0].update(own=-1.0), "choose number"),
+    ],
+)
+def test_forged_curves_are_found(
+    edit: Callable[[Any], None],
+    words: str,
+    recipe: Callable[..., Path],
+    distill: dict[str, Any],
+    source: Path,
+    mkaq: Mkaq,
+    tmp_path: Path,
+) -> None:
+    written = recipe(recover=distill)
+    assert mkaq("run", written, "--output", tmp_path / "run").code == 0
+    forge(tmp_path / "run" / "artifact", lambda data: edit(data["steps"][-1]))
+    one_message(mkaq("verify", tmp_path / "run" / "artifact", "--source", source), 5, words)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("adapter", [None, {"r": 8, "alpha": 16}], ids=["weights", "adapter"])
+def test_a_stopped_distillation_goes_on_to_the_same_bytes(
+    fits: bool,
+    adapter: Any,
+    recipe: Callable[..., Path],
+    distill: dict[str, Any],
+    mkaq: Mkaq,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Job, "fits", fits)
+    written = recipe(recover={**distill, "adapter": adapter, "learning_rate": 1e-3 if adapter else 3e-4})
+    assert mkaq("run", written, "--output", tmp_path / "whole").code == 0
+    way = "together" if fits else "in_turn"
+    learn, steps = getattr(Student, way), list[int]()
+
+    def noted(student: Any, lesson: Any, number: int, rate: float) -> float:
+        steps.append(number)
+        if steps == [1, 2, 3, 4, 5]:
+            raise KeyboardInterrupt
+        found: float = learn(student, lesson, number, rate)
+        return found
+
+    monkeypatch.setattr(Student, way, noted)
+    monkeypatch.setattr("mkaq.session.LONG", -1.0)
+    assert mkaq("run", written, "--output", tmp_path / "run").code == 75
+    steps.clear()
+    outcome = mkaq("run", written, "--output", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert steps == list(range(5, 17)) and not list(tmp_path.glob("run/store/.*"))
+    assert tree(tmp_path / "run" / "artifact") == tree(tmp_path / "whole" / "artifact")
+
+
+def test_what_only_harms_is_not_kept(
+    recipe: Callable[..., Path], distill: dict[str, Any], mkaq: Mkaq, tmp_path: Path
+) -> None:
+    """A learning rate at which all is lost: the weights stay, the run says so, and --strict refuses."""
+    written = recipe(recover={**distill, "learning_rate": 0.05, "epochs": 4})
+    outcome = mkaq("run", written, "--output", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    step = step_of(tmp_path / "run")
+    assert step["best"] == 0 and len(step["checks"]) == 1 + PATIENCE and step["steps"] == 64
+    assert apart(tmp_path / "run", "distill", "merge") == 0
+    assert "fallbacks: " in outcome.out and "no weights were better on both texts" in outcome.out
+    assert "ended after step" in mkaq("inspect", tmp_path / "run" / "artifact").out
+    one_message(mkaq("run", written, "--output", tmp_path / "run", "--strict"), 5, "no weights were better")
+
+
+def test_an_infinite_loss_ends_it(
+    recipe: Callable[..., Path],
+    distill: dict[str, Any],
+    mkaq: Mkaq,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learn = Student.together
+
+    def broken(student: Any, lesson: Any, number: int, rate: float) -> float:
+        found = learn(student, lesson, number, rate)
+        return float("nan") if number == 3 else found
+
+    monkeypatch.setattr(Student, "together", broken)
+    written = recipe(recover=distill)
+    outcome = mkaq("run", written, "--output", tmp_path / "run")
+    assert outcome.code == 0 and "step 3: not finite" in outcome.err
+    assert [check["step"] for check in step_of(tmp_path / "run")["checks"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("recover", "words"),
+    [
+        ([{"method": "distill"}, {"method": "layerwise"}], "layerwise before distill"),
+        ([{"method": "distill"}, {"method": "distill"}], "each method once"),
+        ([], "at least 1 item"),
+        ({"method": "distil"}, "must be one of 'layerwise', 'distill'"),
+        ([{"method": "distill", "epoch": 2}], "did you mean 'epochs'?"),
+        ({"method": "distill", "text": {"dataset": "text"}}, "dataset text needs a path"),
+        ({"method": "distill", "text": {"max_seq_length": 4096}}, "longer than the model's"),
+        ({"method": "distill", "text": {"dataset": "text", "path": "nowhere.txt"}}, "no such file or folder"),
+        ({"method": "distill", "gate": "nowhere.txt"}, "no such file or folder"),
+    ],
+)
+def test_recipes_that_are_refused(recover: Any, words: str, recipe: Callable[..., Path], mkaq: Mkaq) -> None:
+    one_message(mkaq("plan", recipe(recover=recover)), 2, words)
+
+
+def test_a_list_is_kept_as_it_is(recipe: Callable[..., Path]) -> None:
+    both = [{"method": "layerwise"}, {"method": "distill"}]
+    data = {"version": 1, "name": "x", "model": {"path": "m"}, "merge": {"layers": 1}, "recover": both}
+    resolved = Recipe.model_validate(data)
+    assert resolved.layerwise and resolved.distill and Recipe.model_validate(resolved.dump()) == resolved
+    alone = Recipe.model_validate({**data, "recover": {"method": "distill"}})
+    assert alone.layerwise is None and alone.distill is not None
+
+
+def test_plan_knows_its_stages(recipe: Callable[..., Path], distill: dict[str, Any], mkaq: Mkaq) -> None:
+    planned = json.loads(mkaq("plan", recipe(recover=distill), "--json").out)
+    assert {"teacher", "distill"} <= planned["memory"].keys() - {"recover"}
+    assert torch.tensor(planned["disk_bytes"]) > 293 * 32 * 386

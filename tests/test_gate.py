@@ -1,0 +1,33 @@
+"""Which weights of a distillation are kept, and when it ends."""
+
+import pytest
+
+from mkaq.distill.gate import PATIENCE, Check, best_check, is_over
+
+
+def curve(*pairs: tuple[float, float]) -> list[Check]:
+    return [Check(4 * number, 0.1 if number else None, *pair) for number, pair in enumerate(pairs)]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "best"),
+    [
+        ([(1.0, 2.0)], 0),
+        ([(1.0, 2.0), (0.5, 1.5)], 1),
+        ([(1.0, 2.0), (0.5, 2.1)], 0),  # learned at the cost of other text
+        ([(1.0, 2.0), (1.1, 1.0)], 0),
+        ([(1.0, 2.0), (0.9, 1.0), (0.5, 1.9)], 1),  # 1.4 against 1.45
+        ([(1.0, 2.0), (0.5, 1.5), (0.5, 1.5)], 1),  # the earlier of two
+        ([(0.0, 0.0), (0.0, 0.0)], 0),
+        ([(1.0, 2.0), (float("nan"), 1.0), (float("inf"), 1.0)], 0),
+    ],
+)
+def test_the_best_is_better_on_both_texts(pairs: list[tuple[float, float]], best: int) -> None:
+    assert best_check(curve(*pairs)) == best
+
+
+def test_it_is_over_once_nothing_is_learned_for_long() -> None:
+    rising = [(1.0, 2.0), (0.5, 1.0), *[(0.6, 1.0)] * PATIENCE]
+    assert is_over(curve(*rising)) and not is_over(curve(*rising[:-1]))
+    assert not is_over(curve(*rising[:-1], (0.4, 3.0)))
+    assert not is_over(curve(*[(1.0 - 0.1 * number, 3.0 + number) for number in range(9)]))
