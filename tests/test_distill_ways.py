@@ -1,10 +1,13 @@
 """A step with all layers at once, and with one at a time, are the same step."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.memory import write_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.distill.adapter import Adapter
 from mkaq.distill.learner import Learner
@@ -13,6 +16,7 @@ from mkaq.distill.teacher import Teacher, write_predictions
 from mkaq.progress import Progress
 from mkaq.walk.activations import Activations
 from mkaq.walk.walk import LayerWalk
+from tests.runs import ROOT
 from tests.tiny import FAMILIES, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,5 +75,17 @@ def test_both_ways_agree(family: str, tmp_path: Path) -> None:
 
 
 def test_both_ways_agree_with_an_adapter(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     same(tmp_path, "llama", Adapter(4, 8, 0))
+
+
+def test_one_layer_at_a_time_is_flat_in_depth(tmp_path: Path) -> None:
+    """The peak of the process; all layers' weights, their optimizer and inputs are in files."""
+    peaks = []
+    for layers in (8, 16, 32):
+        write_model(tmp_path / str(layers), layers, 512)
+        line = [sys.executable, "-m", "tests.distill_worker", tmp_path / str(layers), tmp_path, 8, 64]
+        done = subprocess.run([*map(str, line)], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    print(peaks)
+    assert max(peaks) < 1.1 * min(peaks), peaks

@@ -37,6 +37,7 @@ class Learner:
         first, second = (_room(walk, like, torch.float32, stay=resident) for _ in range(2))
         self._moments = {name: (first[name].zero_(), second[name].zero_()) for name in like}
         self._weights = like if resident else copied(walk, like)
+        walk.activations.release()
 
     @contextmanager
     def placed(self) -> Iterator[nn.Module]:
@@ -117,6 +118,7 @@ def copied(walk: LayerWalk, tensors: Mapping[str, torch.Tensor]) -> dict[str, to
     copies = _room(walk, tensors, next(iter(tensors.values())).dtype)
     for name, copy in copies.items():
         copy.copy_(tensors[name])
+    walk.activations.release()
     return copies
 
 
