@@ -112,7 +112,7 @@ RECIPES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "recovery without method": (
         HEAD + "merge: {layers: 1}\nrecover: {steps: 5}\n",
         2,
-        ("line 5, recover.method: is required",),
+        ("line 5, recover: method is required: distill or layerwise",),
     ),
     "no learning rate": (
         HEAD + "merge: {layers: 1}\nrecover: {method: layerwise, learning_rate: fast}\n",
