@@ -1,5 +1,6 @@
 """A step with all layers at once, and with one at a time, are the same step."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -83,9 +84,10 @@ def test_one_layer_at_a_time_is_flat_in_depth(tmp_path: Path) -> None:
     peaks = []
     for layers in (8, 16, 32):
         write_model(tmp_path / str(layers), layers, 512)
-        line = [sys.executable, "-m", "tests.distill_worker", tmp_path / str(layers), tmp_path, 8, 64]
-        done = subprocess.run([*map(str, line)], capture_output=True, text=True, cwd=ROOT)
+        line = ["-m", "benchmarks.distill_step", tmp_path / str(layers), "--samples=8", "--length=64"]
+        line = [sys.executable, *map(str, line), "--steps=2", "--threads=1"]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout))
+        peaks.append(json.loads(done.stdout)["peak_bytes"])
     print(peaks)
     assert max(peaks) < 1.1 * min(peaks), peaks
