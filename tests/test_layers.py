@@ -11,7 +11,7 @@ import mkaq
 ROOT = Path(mkaq.__file__).parent
 BASE = {"mkaq", "errors", "units", "paths", "files", "digests", "dtypes", "console"}
 BASE |= {"heap", "peak", "progress", "ranks"}
-WORK = ("merge", "quantize", "recover", "distill", "calibrate", "evaluate")
+WORK = ("merge", "quantize", "recover", "calibrate", "evaluate")
 TOP = {"recipe", "recipe_keys", "recipe_file", "recipe_yaml", "pipeline", "manifest", "budget"}
 TOP |= {"plan", "result", "report", "card", "session", "verification", "shipped"}
 LEVELS: tuple[tuple[str, ...], ...] = (
@@ -22,6 +22,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("walk",),
     ("fit",),
     WORK,
+    ("distill",),
     ("verify", "export", "generate"),
     ("run", "bench"),
     ("stages",),
