@@ -14,7 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from mkaq.digests import digest_of
 from mkaq.errors import UsageError
@@ -157,24 +157,27 @@ def _text(path: Path, split: Split) -> list[str]:
     return [read_text(file) for file in _files(path, _TEXT_SUFFIXES)]
 
 
-def jsonl_files(path: Path) -> list[Path]:
-    """The files of the data set `jsonl` at a path."""
-    return _files(path, (".jsonl", ".ndjson"))
+def jsonl_values(path: Path, key: str) -> Iterator[tuple[Path, int, Any]]:
+    """A key of each line of the data set `jsonl` at a path: file, number and value; None where it is missing.
+
+    Raises:
+        UsageError: If a file cannot be read.
+    """
+    for file in _files(path, (".jsonl", ".ndjson")):
+        for number, line in enumerate(read_text(file).split("\n"), 1):
+            if line.strip():
+                try:
+                    yield file, number, json.loads(line)[key]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    yield file, number, None
 
 
 def _jsonl(path: Path, split: Split) -> list[str]:
     result = []
-    for file in jsonl_files(path):
-        for number, line in enumerate(read_text(file).split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise UsageError(f'line {number} is not a JSON object with a "text" string', where=file)
-            result.append(text)
+    for file, number, text in jsonl_values(path, "text"):
+        if not isinstance(text, str):
+            raise UsageError(f'line {number} is not a JSON object with a "text" string', where=file)
+        result.append(text)
     return result
 
 

@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint; if it cannot be loaded, what is missing and what to do."""
 
 import re
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +10,7 @@ from typing import Any
 from mkaq.checkpoint.remote_code import remote_code_keys, without_remote_code
 from mkaq.checkpoint.side_files import copy_side_files, side_files
 from mkaq.checkpoint.validate import read_json
-from mkaq.errors import CheckpointError
+from mkaq.errors import CheckpointError, UsageError
 from mkaq.files import write_json
 
 _CONFIG = "tokenizer_config.json"
@@ -33,6 +34,27 @@ def load_tokenizer(path: Path) -> Any:
         copy_side_files(path, Path(scratch))
         write_json(Path(scratch) / "config.json", without_remote_code(configs.get("config.json", {})))
         return _load(Path(scratch), path)
+
+
+def chat_tokens(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], where: object, *, ask: bool = True
+) -> list[int]:
+    """The tokens of a conversation, written by the tokenizer's chat template.
+
+    Args:
+        tokenizer: It has a chat template.
+        messages: Roles and texts.
+        where: What an error names.
+        ask: Whether the beginning of an answer follows.
+
+    Raises:
+        UsageError: If the template fails.
+    """
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
+    except Exception as error:  # a template is a program of the model's author
+        raise UsageError(f"the chat template fails: {str(error)[:200]}", where=where) from None
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _load(folder: Path, path: Path) -> Any:

@@ -1,6 +1,5 @@
 """Conversations as text to learn: through the model's chat template, and only the answers count."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mkaq.calibrate.text import jsonl_files, read_text
+from mkaq.calibrate.text import jsonl_values
+from mkaq.calibrate.tokenizer import chat_tokens
 from mkaq.errors import UsageError
 from mkaq.paths import user_path
 
@@ -22,11 +22,8 @@ def has_conversations(path: str) -> bool:
     Raises:
         UsageError: If it cannot be read.
     """
-    for file in jsonl_files(user_path(path)):
-        for line in read_text(file).split("\n"):
-            if line.strip():
-                return '"messages"' in line and "messages" in _object(line)
-    return False
+    first = next(jsonl_values(user_path(path), "messages"), None)
+    return first is not None and first[-1] is not None
 
 
 def conversations(path: str, seed: int) -> list[list[Message]]:
@@ -35,11 +32,9 @@ def conversations(path: str, seed: int) -> list[list[Message]]:
     Raises:
         UsageError: If a line has none, or they are not of roles and texts.
     """
-    found: list[list[Message]] = []
-    for file in jsonl_files(user_path(path)):
-        for number, line in enumerate(read_text(file).split("\n"), 1):
-            if line.strip():
-                found.append(_answered(_object(line).get("messages"), number, file))
+    found = [
+        _answered(given, number, file) for file, number, given in jsonl_values(user_path(path), "messages")
+    ]
     return [found[at] for at in np.random.default_rng(seed).permutation(len(found))]
 
 
@@ -63,7 +58,8 @@ def chat_rows(
     stream, answers = list[int](), list[bool]()
     for talk in talks:
         ids, spoken = encoded(talk, tokenizer)
-        stream, answers = stream + ids, answers + spoken
+        stream += ids
+        answers += spoken
         if len(stream) > count * length:
             break
     else:
@@ -109,19 +105,7 @@ def templated(talk: Sequence[Message], tokenizer: Any, *, ask: bool) -> list[int
     if not getattr(tokenizer, "chat_template", None):
         fix = "give text, or a tokenizer with a chat template"
         raise UsageError("the model has no chat template for `messages`", where="recover.text", fix=fix)
-    try:
-        text = tokenizer.apply_chat_template(list(talk), add_generation_prompt=ask, tokenize=False)
-    except Exception as error:  # a template is a program of the model's author
-        raise UsageError(f"the chat template fails: {str(error)[:200]}", where="recover.text") from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _object(line: str) -> dict[str, Any]:
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
+    return chat_tokens(tokenizer, talk, "recover.text", ask=ask)
 
 
 def _answered(messages: Any, number: int, file: Path) -> list[Message]:

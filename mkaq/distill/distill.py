@@ -146,13 +146,13 @@ class _Course:
             self._checks.append(Check(0, None, *self._measured()))
             self._keep()
         done, every = self._checks[-1].step, -(-steps // CHECKS)
-        if is_over(self._checks):
-            return self._checks, best_check(self._checks)
         orders = shuffled(self._text.train, self._training.batch_size, self._training.seed)
         numbered = zip(range(1, steps + 1), orders, strict=False)
         for step, chosen in self._output.progress.track(numbered, "recover (distill)", steps):
             if step <= done:
                 continue
+            if is_over(self._checks):
+                break
             own = chosen[self._walk.ranks.slice_of(len(chosen))].tolist()
             rate = self._training.learning_rate * schedule(step - 1, steps)
             loss, taken = loss + self._learn(self._lesson(own), step, rate), taken + 1
@@ -166,8 +166,6 @@ class _Course:
                 self._take_best()
                 self._keep()
                 self._output.progress.say(_line(self._checks))
-                if is_over(self._checks):
-                    break
         return self._checks, best_check(self._checks)
 
     def _lesson(self, rows: Sequence[int]) -> Lesson:

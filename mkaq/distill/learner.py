@@ -12,10 +12,8 @@ from torch import nn
 
 from mkaq.distill.adapter import Adapter, attach, deltas
 from mkaq.heap import return_freed_memory
+from mkaq.recover.steps import BETAS, share_gradients
 from mkaq.walk.walk import LayerWalk
-
-BETAS = (0.9, 0.95)
-CLIP = 1.0  # norm of a layer's gradients
 
 
 class Learner:
@@ -56,11 +54,7 @@ class Learner:
             tokens: The tokens of this process, over which its gradients are a mean.
         """
         trained = _trained(layer)
-        for parameter in trained.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self._walk.ranks.average(tokens, *(p.grad for p in trained.values() if p.grad is not None))
-        nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        share_gradients(list(trained.values()), tokens, self._walk.ranks)
         optimizer = torch.optim.AdamW(trained.values(), rate, BETAS, weight_decay=0.0, fused=True)
         for name, parameter in trained.items():
             first, second = (moment.to(parameter.device) for moment in self._moments[name])

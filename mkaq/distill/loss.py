@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+LOGITS = 1 << 24  # numbers at once
+
 
 class Predictions(NamedTuple):
     """What a model predicts: its likeliest tokens, and the rest as one.

@@ -14,11 +14,9 @@ import torch
 from torch import nn
 
 from mkaq.distill.learner import Learner
-from mkaq.distill.loss import Predictions, divergence, next_token_loss
+from mkaq.distill.loss import LOGITS, Predictions, divergence, next_token_loss
 from mkaq.walk.batches import spans
 from mkaq.walk.walk import LayerWalk
-
-LOGITS = 1 << 24  # numbers at once
 
 
 class Lesson(NamedTuple):
@@ -166,15 +164,11 @@ class Student:
         for start in range(0, len(flat), size):
             piece = flat[start : start + size]
             at = slice(first + start, first + start + len(piece))
-            with self._autocast():
+            with self._walk.autocast():
                 logits = self._logits(self._norm(piece[None]).float())[0]
             told = Predictions(*(tensor[at] for tensor in lesson.told)).to(logits.device)
             yield at, logits, told
 
     def _run(self, layer: nn.Module, index: int, states: torch.Tensor) -> torch.Tensor:
-        with self._autocast():
+        with self._walk.autocast():
             return self._walk.run(layer, index, states).float()
-
-    def _autocast(self) -> torch.autocast:
-        device, ranks = self._walk.device, self._walk.ranks
-        return torch.autocast(device.type, torch.bfloat16, enabled=ranks.has_fast_bfloat16(device))

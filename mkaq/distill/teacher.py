@@ -10,12 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mkaq.distill.loss import Predictions, likeliest
+from mkaq.distill.loss import LOGITS, Predictions, likeliest
 from mkaq.progress import Progress
 from mkaq.walk.walk import LayerWalk
 
 FILE = 1 << 28  # bytes of a file, about
-LOGITS = 1 << 24  # numbers at once
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from mkaq.calibrate.tokenizer import load_tokenizer
+from mkaq.calibrate.tokenizer import chat_tokens, load_tokenizer
 from mkaq.checkpoint.end_tokens import end_tokens
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
@@ -65,12 +65,7 @@ class TorchWriter:
 
     def answer(self, messages: Sequence[Message], max_new_tokens: int, show: Show) -> Reply:
         """Answers in a conversation; see `Writer`."""
-        try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program of the model's author
-            raise UsageError(f"its chat template fails: {str(error)[:200]}", where=self.where) from None
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._say(ids, max_new_tokens, show)
+        return self._say(chat_tokens(self.tokenizer, messages, self.where), max_new_tokens, show)
 
     def _say(self, ids: list[int], limit: int, show: Show) -> Reply:
         room = self.positions - len(ids)

@@ -95,7 +95,7 @@ class _Model:
         """Adds the gradients of the mean KL(source || model) of some samples; a process may have none."""
         tokens = len(rows) * self.inputs.shape[1]
         for part in torch.split(rows, batch_size(self.inputs)) if len(rows) else ():
-            with self._autocast():
+            with self.walk.autocast():
                 output = self.walk.run(layer, self.walk.num_layers - 1, self.inputs[part])
             leaf = output.detach().requires_grad_()  # so that the logits of few tokens are kept at a time
             for divergence in self._divergences(part, leaf):
@@ -118,7 +118,7 @@ class _Model:
         piece = max(1, LOGITS // self.walk.checkpoint.sizes.vocabulary)
         pair = (self.walk.to_device(self.original[rows]).flatten(0, 1), output.flatten(0, 1))
         for target, own in zip(*(torch.split(x, piece) for x in pair), strict=True):
-            with self._autocast():
+            with self.walk.autocast():
                 with torch.no_grad():
                     wanted = self._predictions(source_norm, target)
                 told = self._predictions(own_norm, own)
@@ -127,7 +127,3 @@ class _Model:
     def _predictions(self, norm: nn.Module, states: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the next token after last hidden states, shape (1, tokens, vocabulary)."""
         return self.logits(norm(states[None]).float()).float().log_softmax(-1)
-
-    def _autocast(self) -> torch.autocast:
-        device = self.walk.device
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.walk.ranks.has_fast_bfloat16(device))

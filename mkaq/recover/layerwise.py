@@ -165,12 +165,11 @@ def tune(
         tuning: How layers are tuned.
         dtype: Type of the saved weights.
     """
-    fast = walk.ranks.has_fast_bfloat16(walk.device)
     orders = shuffled(samples.num_train, math.ceil(tuning.batch_size / walk.ranks.size), tuning.seed)
 
     def backward(chosen: torch.Tensor) -> None:
         for part in torch.split(chosen, batch_size(inputs)) if len(chosen) else ():
-            with torch.autocast(walk.device.type, torch.bfloat16, enabled=fast):
+            with walk.autocast():
                 output = walk.run(layer, new, inputs[part])
             target = walk.to_device(targets[part]).float()
             loss = ((output.float() - target).square().mean(-1) * token_weights(target)).mean()

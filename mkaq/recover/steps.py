@@ -2,14 +2,17 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from mkaq.ranks import Ranks
 from mkaq.walk.walk import LayerWalk
+
+BETAS = (0.9, 0.95)  # of AdamW
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,11 @@ def descend(
         return Descent(0.0, 0.0, 0)
     best, best_step = rounded_weights(layer, dtype, walk.dtype), 0
     layer.float().requires_grad_(True)
-    optimizer = torch.optim.AdamW(layer.parameters(), learning_rate, (0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(layer.parameters(), learning_rate, BETAS, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
     for step, chosen in zip(range(1, steps + 1), orders, strict=False):
         backward(chosen)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters()]
-        walk.ranks.average(len(chosen), *gradients)
-        for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        share_gradients(list(layer.parameters()), len(chosen), walk.ranks)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -101,6 +100,21 @@ def descend(
     layer.load_state_dict(best, strict=False, assign=True)
     layer.requires_grad_(False)
     return Descent(before, lowest, best_step)
+
+
+def share_gradients(parameters: Sequence[nn.Parameter], count: int, ranks: Ranks) -> None:
+    """Replaces gradients by those of all processes, clipped to a norm of 1; one that is missing is 0.
+
+    Args:
+        parameters: They have the gradients.
+        count: The items of this process, over which its gradients are a mean.
+        ranks: The processes.
+    """
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    ranks.average(count, *gradients)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    nn.utils.clip_grad_norm_(parameters, 1.0)
 
 
 def schedule(step: int, steps: int) -> float:

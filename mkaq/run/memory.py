@@ -7,7 +7,7 @@ to measured peaks: benchmarks/memory.py prints both.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mkaq.distill.student import LOGITS as DISTILLED_LOGITS
+from mkaq.distill.loss import LOGITS as DISTILLED_LOGITS
 from mkaq.distill.teacher import FILE, bytes_per_token
 from mkaq.formats.packing import ROWS
 from mkaq.merge.cost import LOGITS

@@ -77,10 +77,9 @@ class Rehearsal:
         walk, layer = self._placed(tuned=True)
         layer.float().requires_grad_(True)
         target = torch.zeros_like(self._states)
-        fast = ALONE.has_fast_bfloat16(self._device)
 
         def run() -> None:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=fast):
+            with walk.autocast():
                 output = walk.run(layer, self._index, self._states)
             (output.float() - target).square().mean().backward()  # type: ignore[no-untyped-call]
 

@@ -61,6 +61,19 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 """A number of layers, weights or bytes."""
 
 
+def check_length(length: int, source: Checkpoint, where: str) -> None:
+    """Checks that sequences fit into a model's context.
+
+    Raises:
+        UsageError: If they are longer than its positions.
+    """
+    from mkaq.errors import UsageError
+
+    longest = source.sizes.positions
+    if length > longest:
+        raise UsageError(f"{length} is longer than the model's {longest} positions", where=where)
+
+
 class Part(BaseModel):
     """A part of the manifest."""
 

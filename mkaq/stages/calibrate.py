@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from mkaq.run.estimate import Estimate, ModelSize, Need, Task
-from mkaq.stages.base import Made, Mode, TextSection
+from mkaq.stages.base import Made, Mode, TextSection, check_length
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint
@@ -56,15 +56,9 @@ def estimate(section: CalibrationSection, before: ModelSize, task: Task) -> Esti
         UsageError: If sequences are longer than the model's positions.
     """
     from mkaq.calibrate.text import check_exists
-    from mkaq.errors import UsageError
 
     check_exists(section.dataset, section.path)
-    longest = task.source.sizes.positions
-    if section.max_seq_length > longest:
-        raise UsageError(
-            f"{section.max_seq_length} is longer than the model's {longest} positions",
-            where="calibration.max_seq_length",
-        )
+    check_length(section.max_seq_length, task.source, "calibration.max_seq_length")
     return Estimate(Need(0))
 
 

@@ -177,22 +177,22 @@ def run(section: DistillSection, job: Job, folder: Path) -> Made:
     from mkaq.distill.text import Text
 
     text = Text.load(job.path(teacher.NAME) / teacher.TEXT)
+    asked = json.loads((job.path(teacher.NAME) / teacher.ASKED).read_bytes())
     walk = job.walk(job.model, dtype=torch.float32)
-    sizes, asked = walk.checkpoint.sizes, section.adapter
+    given = section.adapter
     training = Training(
         _steps(section, text.train),
         section.batch_size,
-        section.rate(sizes.hidden),
+        section.rate(walk.checkpoint.sizes.hidden),
         section.cross_entropy,
-        None if asked is None else Adapter(asked.r, asked.alpha, job.seed),
+        None if given is None else Adapter(given.r, given.alpha, job.seed),
         job.seed,
         together=job.fits,
     )
-    top_k = min(section.top_k, sizes.vocabulary)
-    told = Teacher(job.path(teacher.NAME), text.tokens.shape[1], top_k)
+    told = Teacher(job.path(teacher.NAME), text.tokens.shape[1], asked["top_k"])
     done = distill(walk, told, text, training, folder, job.output, job.finished(NAME, folder))
     facts = {
-        "text": json.loads((job.path(teacher.NAME) / teacher.ASKED).read_bytes()),
+        "text": asked,
         "tokens_sha256": tokens_digest(text.tokens),
         "learned": int(text.learned[: text.train].sum()),
         "steps": training.steps,

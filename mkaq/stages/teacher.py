@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from mkaq.run.estimate import Estimate, ModelSize, Task
-from mkaq.stages.base import Made, Mode, TextSection
+from mkaq.stages.base import Made, Mode, TextSection, check_length
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint
@@ -75,19 +75,13 @@ def estimate(section: TeacherSection, before: ModelSize, task: Task) -> Estimate
     """
     from mkaq.calibrate.text import check_exists
     from mkaq.distill.teacher import bytes_per_token
-    from mkaq.errors import UsageError
     from mkaq.run import work
     from mkaq.run.memory import teaching
 
     check_exists(section.dataset, section.path)
     if section.gate:
         check_exists("text", section.gate)
-    longest = task.source.sizes.positions
-    if section.max_seq_length > longest:
-        raise UsageError(
-            f"{section.max_seq_length} is longer than the model's {longest} positions",
-            where="recover.text.max_seq_length",
-        )
+    check_length(section.max_seq_length, task.source, "recover.text.max_seq_length")
     wanted, length = wanted_of(section), section.max_seq_length
     samples = wanted.num_samples + wanted.held_out
     written = samples * length * bytes_per_token(section.top_k)

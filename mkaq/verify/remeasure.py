@@ -94,16 +94,13 @@ def divergences_again(
         learned: Which predictions count, of the same shape.
         k: The likeliest tokens.
     """
-    states = []
-    for each in (source, walk):
-        states.append(each.embed(tokens))
-        for index in range(each.num_layers):
-            each.pass_layer(index, states[-1])
+    *_, (_, original) = source.hidden_states(tokens)
+    *_, (_, states) = walk.hidden_states(tokens)
     with source.head() as head:
-        told = Predictions(*(part.flatten(0, 1) for part in predictions_of(source, head, states[0], k)))
+        told = Predictions(*(part.flatten(0, 1) for part in predictions_of(source, head, original, k)))
     found, length = torch.empty(learned.shape), tokens.shape[1]
     with walk.head() as head:
-        for row, state in enumerate(states[1]):
+        for row, state in enumerate(states):
             part = Predictions(*(each[row * length : (row + 1) * length] for each in told)).to(walk.device)
             found[row] = divergence(head(walk.to_device(state)[None])[0], part)[0].cpu()
     return float(found[learned].double().mean())
