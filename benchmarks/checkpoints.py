@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import baselines
+from benchmarks.distilled import DISTILL, Lessons
 from benchmarks.stages import merged
 from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.reader import Checkpoint
@@ -53,12 +54,17 @@ class Job:
         return f"{self.method}-{self.removed}" + f"-{self.bits}bit" * bool(self.bits) + "-joint" * self.joint
 
     @property
+    def distils(self) -> bool:
+        """Whether its own step is distillation."""
+        return self.method.endswith(DISTILL) and not self.bits
+
+    @property
     def base(self) -> "Job | None":
         """The job whose checkpoint this one starts from, if that is not the source."""
         if self.bits:
             return replace(self, bits=None, joint=False)
-        method = self.method.removesuffix(LAYERWISE)
-        return replace(self, method=method) if method != self.method else None
+        method, step, _ = self.method.rpartition("+")
+        return replace(self, method=method) if step else None
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class Settings:
         gptq_samples: The calibration sequences for GPTQ.
         recover_steps: Optimizer steps of layerwise recovery, for each layer.
         group_size: Weights per scale of GPTQ; None for 128, or 32 where a width is no multiple of 128.
+        lessons: What distillation teaches; None if there is none.
     """
 
     removals: Sequence[int]
@@ -97,6 +104,7 @@ class Settings:
     gptq_samples: int
     recover_steps: int
     group_size: int | None = None
+    lessons: Lessons | None = None
 
 
 class Maker:
@@ -134,7 +142,9 @@ class Maker:
 
     def name(self, job: Job) -> str:
         """A job's name, with the settings that are its own."""
-        return job.name.replace(LAYERWISE, f"{LAYERWISE}{self.recovery.steps}")
+        name = job.name.replace(LAYERWISE, f"{LAYERWISE}{self.recovery.steps}")
+        lessons = self.settings.lessons
+        return name.replace(DISTILL, f"{DISTILL}{lessons.name}") if lessons else name
 
     def made(self, job: Job) -> Made:
         """The checkpoint of a job, found or made."""
@@ -144,6 +154,8 @@ class Maker:
         if not folder.exists():
             base = self.made(job.base) if job.base else None  # its time is its own
             before = base.seconds if base else self.sleb(job.removed)[1] if job.method == "sleb" else 0.0
+            if job.distils and self.settings.lessons:
+                before += self.settings.lessons.teach(self.walk, self._teacher)
             scratch = folder.with_name(f".{folder.name}")
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
@@ -166,7 +178,7 @@ class Maker:
     def _make(self, job: Job, base: Made | None, folder: Path) -> list[list[int]] | None:
         """Writes a checkpoint; returns the runs of old layers that its layers stand for, if they do."""
         if base:
-            step = self._quantize if job.bits else self._recover
+            step = self._quantize if job.bits else self._distill if job.distils else self._recover
             step(job, base, folder)
             return base.groups
         if job.method in MERGES:
@@ -201,6 +213,17 @@ class Maker:
         walk = self.walk_over(open_checkpoint(base.path))
         samples = calibration_samples(ALONE, self.tokens, 0)
         recover(self.walk_over(self.source), walk, base.groups, samples, self.recovery, folder, self.output)
+
+    @property
+    def _teacher(self) -> Path:
+        assert self.settings.lessons
+        return self.folder / f"teacher-{self.settings.lessons.name}"
+
+    def _distill(self, job: Job, base: Made, folder: Path) -> None:
+        assert self.settings.lessons
+        model = LayerWalk(open_checkpoint(base.path), self.device)
+        checks = self.settings.lessons.learn(model, self._teacher, folder, self.output)
+        write_json(folder / "checks.json", checks)
 
     def _quantize(self, job: Job, base: Made, folder: Path) -> None:
         model, tokens, target = open_checkpoint(base.path), self.tokens[: self.gptq_samples], None

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoints import Job, Maker, Settings, rows_of
+from benchmarks.distilled import CONTROL, LEARNED, Lessons, add_arguments, lessons_of
 from benchmarks.quality_report import describe, write_report
 from benchmarks.quality_text import Text, calibration_of, load_text, measure, windows
 from mkaq.calibrate.tokenizer import load_tokenizer
@@ -49,16 +50,23 @@ class Bench(Maker):
         source: The model.
         tokens: Calibration tokens, shape (samples, length).
         texts: What is evaluated, by name.
+        lessons: What distillation teaches; None if there is none.
     """
 
     def __init__(
-        self, options: argparse.Namespace, source: Checkpoint, tokens: torch.Tensor, texts: dict[str, Text]
+        self,
+        options: argparse.Namespace,
+        source: Checkpoint,
+        tokens: torch.Tensor,
+        texts: dict[str, Text],
+        lessons: Lessons | None,
     ) -> None:
         settings = Settings(
             [layers_to_remove(source.num_layers, ratio, None, (1, 1)) for ratio in options.ratios],
             options.search_sequences,
             options.gptq_samples,
             options.recover_steps,
+            lessons=lessons,
         )
         super().__init__(
             source, tokens, settings, Path(options.work, options.name), pick_device(options.device)
@@ -94,11 +102,12 @@ def main() -> None:
     tokenizer, count, length = load_tokenizer(source.path), options.num_samples, options.max_seq_length
     given = [options.calibration] if options.calibration else []
     tokens = calibration_of(given, tokenizer, count, length)
-    seen = windows(tokens.tolist())
-    evaluated = {}
+    lessons, seen, evaluated = lessons_of(options, tokenizer), windows(tokens.tolist()), dict[str, Text]()
+    if lessons:
+        seen |= windows(lessons.text.tokens.tolist())
     for name, path in {"python": None, **dict(options.text)}.items():
         evaluated[name] = load_text(path, tokenizer, seen, options.eval_length, options.eval_sequences)
-    bench = Bench(options, source, tokens, evaluated)
+    bench = Bench(options, source, tokens, evaluated, lessons)
     record = describe_run(options, bench, evaluated, "quality")
     chosen, finished = jobs(options.methods, bench.removals, options.bits), bench.finished()
     if options.finished:
@@ -114,9 +123,11 @@ def main() -> None:
 def jobs(methods: Sequence[str], removals: Sequence[int], bits: int) -> list[Job]:
     """All jobs, those first of which an interrupted benchmark must have the rows."""
     result = []
-    for names in (KEY, REST):
-        plain = [Job(name, removed) for removed in removals for name in names if name in methods]
+    for names in (KEY, LEARNED, REST):
+        wanted = [name for name in names if name in methods]
+        plain = [Job(name, removed) for removed in removals for name in wanted if name != CONTROL]
         plain = [Job(), *plain] if names is KEY else plain
+        plain += [Job(name) for name in wanted if name == CONTROL]
         small = [replace(job, bits=bits) for job in plain if bits]
         result += plain + small + [replace(job, joint=True) for job in small if job.method in JOINT]
     return result
@@ -182,7 +193,8 @@ def parse() -> argparse.Namespace:
     add("--eval-sequences", type=int, help="at most so many of each text, spread over it")
     add("--eval-length", type=int, default=128, help="tokens of each")
     add("--recover-steps", type=int, default=100, help="of layerwise recovery, for each layer")
-    add("--methods", nargs="+", choices=(*KEY, *REST), default=(*KEY, *REST))
+    add("--methods", nargs="+", choices=(*KEY, *LEARNED, *REST), default=(*KEY, *LEARNED, *REST))
+    add_arguments(add)
     add("--bits", type=int, choices=(0, 2, 3, 4, 8), default=4, help="of GPTQ; 0 leaves it out")
     add("--device", default="cpu")
     add("--threads", type=int)

@@ -13,8 +13,11 @@ from mkaq.report import with_error
 RESULTS = Path(__file__).parent / "results"
 LABELS = {
     "dense": "dense",
+    "dense+distill": "dense + distill",
+    "channels+layerwise+distill": "channels + layerwise + distill",
     "channels+layerwise": "channels + layerwise",
     "channels": "channels",
+    "sleb+distill": "SLEB + distill",
     "sleb+layerwise": "SLEB + layerwise",
     "sleb": "SLEB",
     "average": "average (MKA)",
@@ -28,7 +31,23 @@ LABELS = {
 COLOURS = dict(
     zip(
         LABELS,
-        ("black", "C0", "C9", "C1", "C3", "C2", "C8", "C4", "C5", "C6", "navy", "tan"),
+        (
+            "black",
+            "grey",
+            "blue",
+            "C0",
+            "C9",
+            "orange",
+            "C1",
+            "C3",
+            "C2",
+            "C8",
+            "C4",
+            "C5",
+            "C6",
+            "navy",
+            "tan",
+        ),
         strict=True,
     )
 )

@@ -36,6 +36,7 @@ import torch
 
 from benchmarks import smollm2
 from benchmarks.checkpoints import Job, Maker, Settings, rows_of
+from benchmarks.distilled import CONTROL, LEARNED, Lessons, add_arguments, lessons_of
 from benchmarks.machine import machine, processor
 from benchmarks.process_tree import CommandError, run_measured
 from benchmarks.quality import describe_run
@@ -75,6 +76,7 @@ class Bench(Maker):
         texts: What perplexity is measured on, by name.
         tasks: The tasks that can be run, with digests of their items.
         task_files: Where their files are.
+        lessons: What distillation teaches; None if there is none.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Bench(Maker):
         texts: dict[str, Text],
         tasks: dict[str, str],
         task_files: Path,
+        lessons: Lessons | None,
     ) -> None:
         settings = Settings(
             options.removed,
@@ -92,6 +95,7 @@ class Bench(Maker):
             options.gptq_samples,
             options.recover_steps,
             options.group_size,
+            lessons,
         )
         device = pick_device(options.device)
         super().__init__(source, tokens, settings, Path(options.work, options.name), device)
@@ -232,11 +236,13 @@ def main() -> None:
     tokenizer = load_tokenizer(source.path)
     sizes = options.num_samples, options.max_seq_length
     tokens = calibration_of(options.calibration, tokenizer, *sizes)
-    seen, evaluated = windows(tokens.tolist()), {}
+    lessons, seen, evaluated = lessons_of(options, tokenizer), windows(tokens.tolist()), dict[str, Text]()
+    if lessons:
+        seen |= windows(lessons.text.tokens.tolist())
     for name, path in (dict(options.text) or {"python": None}).items():
         evaluated[name] = load_text(path, tokenizer, seen, options.eval_length, options.eval_sequences)
     tasks, task_files, absent = prepared_tasks(options, work)
-    bench = Bench(options, source, tokens, evaluated, tasks, task_files)
+    bench = Bench(options, source, tokens, evaluated, tasks, task_files, lessons)
     options.model = options.model or smollm2.NAME
     record = describe_run(options, bench, evaluated, "real_model")
     record |= {"machine": machine(options.threads), "absent": absent}
@@ -281,12 +287,12 @@ def jobs(methods: Sequence[str], removals: Sequence[int]) -> list[Job]:
     ordered = sorted(set(removals))
     middle = ordered.pop(len(ordered) // 2) if ordered else None
     result = [Job(), *(Job(bits=bits) for bits in BITS if ALONE in methods)]
-    for names in (KEY, REST):
+    for names in (KEY, LEARNED, REST):
         for removed in ordered if middle is None else (middle, *ordered):
-            plain = [Job(name, removed) for name in names if name in methods]
+            plain = [Job(name, removed) for name in names if name in methods and name != CONTROL]
             small = [replace(job, bits=AFTER) for job in plain]
             result += [*plain[:1], *small[:1], *plain[1:], *small[1:]]
-    return result
+    return result + [Job(CONTROL)] * (CONTROL in methods)
 
 
 def weight_bytes(folder: Path) -> int:
@@ -314,7 +320,7 @@ def parse() -> argparse.Namespace:
         "English that Python carries if absent")  # fmt: skip
     add("--eval-data", metavar="FOLDER", help="files of the tasks; no tasks if absent")
     add("--removed", type=int, nargs="+", default=[4, 8, 13], help="numbers of layers to remove")
-    methods = (ALONE, *KEY, *REST)
+    methods = (ALONE, *KEY, *LEARNED, *REST)
     add("--methods", nargs="+", choices=methods, default=methods)
     add("--group-size", type=int, choices=(16, 32, 64, 128), default=64, help="weights per scale of GPTQ")
     add("--num-samples", type=int, default=512, help="calibration sequences")
@@ -322,6 +328,7 @@ def parse() -> argparse.Namespace:
     add("--search-sequences", type=int, default=32, help="of these, on which SLEB searches")
     add("--gptq-samples", type=int, default=128, help="of these, for GPTQ")
     add("--recover-steps", type=int, default=100, help="of layerwise recovery, for each layer")
+    add_arguments(add)
     add("--eval-sequences", type=int, default=64, help="at most so many of each text, spread over it")
     add("--eval-length", type=int, default=512, help="tokens of each")
     add("--items", type=int, default=500, help="of each zero-shot task, spread over it")

@@ -17,6 +17,7 @@ from mkaq.stages.teacher import LearnedText, TeacherSection
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint
+    from mkaq.distill.distill import Training
     from mkaq.fit.hold_out import Samples
     from mkaq.recipe import Recipe
     from mkaq.run.job import Job
@@ -74,6 +75,26 @@ class DistillSection(Section):
         if self.learning_rate != "auto":
             return self.learning_rate
         return (0.25 if self.adapter else 0.05) / hidden
+
+    def training(self, samples: int, hidden: int, seed: int, *, together: bool) -> Training:
+        """How a model of a width learns from so many sequences."""
+        from mkaq.distill.adapter import Adapter
+        from mkaq.distill.distill import Training
+
+        low = self.adapter
+        return Training(
+            self.steps(samples),
+            self.batch_size,
+            self.rate(hidden),
+            self.cross_entropy,
+            None if low is None else Adapter(low.r, low.alpha, seed),
+            seed,
+            together,
+        )
+
+    def steps(self, samples: int) -> int:
+        """Steps of the whole course: a last batch that is not full is left out."""
+        return self.epochs * max(1, samples // self.batch_size)
 
 
 class DistillCheck(Part):
@@ -145,7 +166,7 @@ def estimate(section: DistillSection, before: ModelSize, task: Task) -> Estimate
 
     asked = section.text or LearnedText()
     wanted, length, trained = teacher.wanted_of(asked), asked.max_seq_length, _trained(section, task.source)
-    steps = _steps(section, wanted.num_samples - wanted.held_out)
+    steps = section.steps(wanted.num_samples - wanted.held_out)
     size = before.parameters * task.dtype.itemsize
     after = ModelSize(NAME, before.layers, before.parameters, size, section.how())
     need = distilling(task, before.layers, section.batch_size, length, trained)
@@ -161,34 +182,20 @@ def _trained(section: DistillSection, source: Checkpoint) -> int:
     return section.adapter.r * sum(sum(source.linear_shape(name)) for name in source.arch.linear_names)
 
 
-def _steps(section: DistillSection, samples: int) -> int:
-    """Steps of the whole course: a last batch that is not full is left out."""
-    return section.epochs * max(1, samples // section.batch_size)
-
-
 def run(section: DistillSection, job: Job, folder: Path) -> Made:
     """Writes the trained checkpoint."""
     import torch
 
     from mkaq.calibrate.tokens import tokens_digest
-    from mkaq.distill.adapter import Adapter
-    from mkaq.distill.distill import Training, distill
+    from mkaq.distill.distill import distill
     from mkaq.distill.teacher import Teacher
     from mkaq.distill.text import Text
 
     text = Text.load(job.path(teacher.NAME) / teacher.TEXT)
     asked = json.loads((job.path(teacher.NAME) / teacher.ASKED).read_bytes())
     walk = job.walk(job.model, dtype=torch.float32)
-    given = section.adapter
-    training = Training(
-        _steps(section, text.train),
-        section.batch_size,
-        section.rate(walk.checkpoint.sizes.hidden),
-        section.cross_entropy,
-        None if given is None else Adapter(given.r, given.alpha, job.seed),
-        job.seed,
-        together=job.fits,
-    )
+    hidden = walk.checkpoint.sizes.hidden
+    training = section.training(text.train, hidden, job.seed, together=job.fits)
     told = Teacher(job.path(teacher.NAME), text.tokens.shape[1], asked["top_k"])
     done = distill(walk, told, text, training, folder, job.output, job.finished(NAME, folder))
     facts = {

@@ -1,0 +1,87 @@
+"""Distillation in the benchmarks of quality: every model learns from the same text and the same source."""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality_text import calibration_of
+from mkaq.checkpoint.output import Output
+from mkaq.digests import digest_of
+from mkaq.distill.distill import distill
+from mkaq.distill.teacher import Teacher, write_predictions
+from mkaq.distill.text import Text, Wanted
+from mkaq.files import write_json
+from mkaq.fit.shuffle import probing_tokens
+from mkaq.progress import Progress
+from mkaq.stages.distill import DistillSection
+from mkaq.walk.walk import LayerWalk
+
+DISTILL = "+distill"
+CONTROL = "dense+distill"
+LEARNED = ("channels+layerwise+distill", "sleb+distill", CONTROL)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What is learned, and how.
+
+    Attributes:
+        text: The sequences.
+        section: The recipe's keys; those of its text are not read.
+    """
+
+    text: Text
+    section: DistillSection
+
+    @property
+    def name(self) -> str:
+        """The tokens that are learned from, and a digest of all that the result depends on."""
+        size = self.text.train * self.text.tokens.shape[1]
+        return f"{size}-{digest_of([self.text.tokens.tolist(), self.section.model_dump()])[:8]}"
+
+    def teach(self, source: LayerWalk, folder: Path) -> float:
+        """Writes the source's predictions, unless they are there; returns the seconds that it took."""
+        if not folder.exists():
+            scratch = folder.with_name(f".{folder.name}")
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            began = time.perf_counter()
+            write_predictions(source, self.text.tokens, self.section.top_k, scratch, Progress())
+            write_json(scratch / "made.json", {"seconds": time.perf_counter() - began})
+            scratch.rename(folder)
+        return float(json.loads((folder / "made.json").read_text())["seconds"])
+
+    def learn(self, model: LayerWalk, teacher: Path, folder: Path, output: Output) -> list[dict[str, Any]]:
+        """Writes a model, a walk in float32 over it, that has learned; returns the measurements."""
+        length, hidden = self.text.tokens.shape[1], model.checkpoint.sizes.hidden
+        training = self.section.training(self.text.train, hidden, 0, together=True)
+        told = Teacher(teacher, length, self.section.top_k)
+        done = distill(model, told, self.text, training, folder, output)
+        return [check._asdict() for check in done.checks]
+
+
+def add_arguments(add: Callable[..., Any]) -> None:
+    """Adds the options of `lessons_of` to a command line."""
+    add("--distill-text", metavar="FILE", action="append", default=[], help="what distillation learns, '' for "
+        "English that Python carries; of several as much from each; without it no row learns")  # fmt: skip
+    add("--distill-samples", type=int, default=8192, help="sequences of it, as long as those of calibration")
+
+
+def lessons_of(options: argparse.Namespace, tokenizer: Any) -> Lessons | None:
+    """What the options of `add_arguments` say; without it, the methods that learn are left out of them."""
+    if not options.distill_text:
+        options.methods = [name for name in options.methods if name not in LEARNED]
+        return None
+    wanted = Wanted("text", None, options.distill_samples, options.max_seq_length, 0)
+    held = wanted.held_out
+    tokens = calibration_of(options.distill_text, tokenizer, wanted.num_samples, wanted.max_seq_length)
+    every = torch.cat([tokens, probing_tokens(tokens[-held:], 0)[held:]])
+    text = Text(every, torch.ones_like(every, dtype=torch.bool), wanted.num_samples - held)
+    return Lessons(text, DistillSection(method="distill"))
