@@ -69,8 +69,8 @@ class Lessons:
 
 def add_arguments(add: Callable[..., Any]) -> None:
     """Adds the options of `lessons_of` to a command line."""
-    add("--distill-text", metavar="FILE", action="append", default=[], help="what distillation learns ('': what "
-        "Python carries); of several as much from each; without it no row learns")  # fmt: skip
+    what = "what distillation learns ('': what Python carries), of several as much from each; none if absent"
+    add("--distill-text", metavar="FILE", action="append", default=[], help=what)
     add("--distill-samples", type=int, default=8192, help="sequences of it, as long as those of calibration")
 
 
