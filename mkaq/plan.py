@@ -141,12 +141,12 @@ def plan_run(
     task = Task(source, device, dtype, samples, length, processes)
     sizes = [ModelSize("source", source.num_layers, source.parameters, source.nbytes)]
     needs: dict[str, Need] = {}
-    works: dict[str, Work] = {}
+    works, apart = dict[str, Work](), dict[str, Work]()
     published = disk = 0
     for stage in (*STAGES, evaluate):
         section = stage.section(recipe, source)
         if section is not None:
-            need, after, work, kept, files = stage.estimate(section, sizes[-1], task)
+            need, after, work, kept, files, apart[stage.NAME] = stage.estimate(section, sizes[-1], task)
             written = files + (after.bytes if after else 0)
             needs[stage.NAME] = need
             works[stage.NAME] = work + Work(written=written)
@@ -166,6 +166,7 @@ def plan_run(
     if max(need.at("device") for need in needs.values()) > allowed:
         fits_host = device.type != "cpu" and states <= _HOST_FRACTION * memory_of(_CPU, processes)
         place = "host" if fits_host else "files"
+        works = {stage: work + apart[stage] for stage, work in works.items()}
     shard = min(parse_size(recipe.export.shard_size), max(size.bytes for size in sizes[1:]))
     copies = 1 + len(recipe.export.others) * (_WIDEST if config and config.get("bits") in (2, 3) else 1.2)
     disk = max(disk, published + int(copies * sizes[-1].bytes))

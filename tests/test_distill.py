@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.distill.gate import PATIENCE
 from mkaq.distill.student import Student
 from mkaq.manifest import MANIFEST
+from mkaq.plan import plan_recipe
 from mkaq.recipe import Recipe
+from mkaq.recipe_file import load_recipe
 from mkaq.run.job import Job
 from tests.runs import Mkaq, forge, one_message, tree
 from tests.tiny import CHANNELS, make_model, write_recipe
@@ -68,6 +71,8 @@ def test_a_run_is_recorded_and_verified(
     step = step_of(tmp_path / "run")
     assert [check["step"] for check in step["checks"]] == list(range(17)) and step["steps"] == 16
     assert step["learned"] == 257 * 32 and step["best"] > 0
+    ran_on = json.loads((tmp_path / "run" / "artifact" / MANIFEST).read_text())["ran_on"]
+    assert ran_on["distill"]["compute_dtype"] == "float32"
     first, best = step["checks"][0], step["checks"][step["best"]]
     assert best["own"] < first["own"] and best["other"] <= first["other"]
     assert apart(tmp_path / "run", "distill", "recover") > 0
@@ -206,3 +211,13 @@ def test_plan_knows_its_stages(recipe: Callable[..., Path], distill: dict[str, A
     planned = json.loads(mkaq("plan", recipe(recover=distill), "--json").out)
     assert {"teacher", "distill"} <= planned["memory"].keys() - {"recover"}
     assert torch.tensor(planned["disk_bytes"]) > 293 * 32 * 386
+
+
+def test_plan_counts_a_second_pass_where_layers_go_one_by_one(
+    recipe: Callable[..., Path], distill: dict[str, Any], source: Path
+) -> None:
+    asked, model = load_recipe(recipe(recover=distill)), open_checkpoint(source)
+    whole, in_turn = (plan_recipe(asked, model, torch.device("cpu"), limit) for limit in (None, 1))
+    assert (whole.place, in_turn.place) == ("device", "files")
+    added = in_turn.work["distill"].exact - whole.work["distill"].exact
+    assert added == whole.sizes[-1].layers * 16 * 16 * 32

@@ -97,6 +97,7 @@ class Estimate(NamedTuple):
         work: What it computes.
         kept: Bytes on disk of the parts that it has finished, which a long stage keeps until it is published.
         files: Bytes that it writes beside a model.
+        apart: What it computes too, if the device does not hold what `need` says.
     """
 
     need: Need
@@ -104,6 +105,7 @@ class Estimate(NamedTuple):
     work: Work = Work()
     kept: int = 0
     files: int = 0
+    apart: Work = Work()
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,8 @@ class Job:
     def runs_on(self, mode: "Mode") -> dict[str, Any]:
         """The environment of a computation: everything that changes its last bits."""
         cuda = self.device.type == "cuda"
-        dtype = compute_dtype(self.source.dtype, self.device, fast=mode.fast, ranks=self.ranks)
+        usual = compute_dtype(self.source.dtype, self.device, fast=mode.fast, ranks=self.ranks)
+        dtype = torch.float32 if mode.float32 else usual
         return {
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "compute_dtype": str(dtype).removeprefix("torch."),

@@ -104,11 +104,13 @@ class Mode(NamedTuple):
         fast: The result may differ from the model's own forward pass in the last digits.
         alone: Only the first process runs it.
         plain: No floating-point computation: the result depends only on section and inputs.
+        float32: Weights and hidden states are in float32, whatever the model's type.
     """
 
     fast: bool = False
     alone: bool = False
     plain: bool = False
+    float32: bool = False
 
 
 class Step(Part):

@@ -150,8 +150,8 @@ def section(recipe: Recipe, source: Checkpoint) -> DistillSection | None:
 
 
 def mode(section: DistillSection) -> Mode:
-    """Exact, and shared."""
-    return Mode()
+    """Exact, shared, and in float32."""
+    return Mode(float32=True)
 
 
 def inputs(section: DistillSection, job: Job) -> Mapping[str, str]:
@@ -172,7 +172,9 @@ def estimate(section: DistillSection, before: ModelSize, task: Task) -> Estimate
     need = distilling(task, before.layers, section.batch_size, length, trained)
     tokens = section.batch_size * length
     done = work.distilling(task, before.layers, steps, tokens, 2 * wanted.held_out * length, trained)
-    return Estimate(need, after, done, kept=2 * (12 * trained * before.layers + size))
+    forward = work.walking(task, before.layers, steps * tokens / task.processes)
+    kept = 2 * (12 * trained * before.layers + size)
+    return Estimate(need, after, done, kept, apart=forward)
 
 
 def _trained(section: DistillSection, source: Checkpoint) -> int:
