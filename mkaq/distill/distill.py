@@ -1,8 +1,6 @@
 """A compressed model learns, all layers at once, what the source predicts on a text."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,41 +11,14 @@ from mkaq.checkpoint.layout import layout_like
 from mkaq.checkpoint.output import Output
 from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.checkpoint.writer import writer_of
-from mkaq.distill.adapter import Adapter
-from mkaq.distill.gate import Check, best_check, is_over
-from mkaq.distill.learner import Learner, copied
-from mkaq.distill.student import Lesson, Student
+from mkaq.distill.course import Course, Training
+from mkaq.distill.gate import Check
+from mkaq.distill.learner import Learner
+from mkaq.distill.student import Student
 from mkaq.distill.teacher import Teacher
 from mkaq.distill.text import Text
 from mkaq.files import write_json
-from mkaq.recover.steps import schedule, shuffled
-from mkaq.walk.batches import batch_size
 from mkaq.walk.walk import LayerWalk
-
-CHECKS = 16  # measurements on held-out tokens
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a model learns.
-
-    Attributes:
-        steps: Optimizer steps at most.
-        batch_size: Sequences per step, of all processes.
-        learning_rate: AdamW's peak learning rate; it follows `schedule`.
-        cross_entropy: The weight of the loss on the text itself.
-        adapter: Train a low-rank change of the weights; None: the weights.
-        seed: Seed of the order of the sequences.
-        together: Whether all layers are on the device at once, or one at a time.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    cross_entropy: float
-    adapter: Adapter | None
-    seed: int
-    together: bool
 
 
 class Distilled(NamedTuple):
@@ -94,7 +65,7 @@ def distill(
             for index in range(walk.num_layers)
         ]
         student = Student(walk, learners, norm, logits, training.cross_entropy)
-        course = _Course(student, learners, teacher, text, training, output, walk, finished)
+        course = Course(student, learners, teacher, text, training, output, walk, finished)
         checks, best = course.run()
     return Distilled(checks, best, _write(walk, course.kept, folder, output))
 
@@ -114,118 +85,3 @@ def _write(
     write_json(folder / "config.json", model.config)
     copy_side_files(model.path, folder)
     return writer.digests
-
-
-class _Course:
-    """The steps of a distillation, its measurements, and the best weights so far."""
-
-    def __init__(
-        self,
-        student: Student,
-        learners: Sequence[Learner],
-        teacher: Teacher,
-        text: Text,
-        training: Training,
-        output: Output,
-        walk: LayerWalk,
-        finished: Finished | None,
-    ) -> None:
-        self._student, self._learners, self._teacher, self._text = student, learners, teacher, text
-        self._training, self._output, self._walk = training, output, walk
-        self._finished = finished or Finished(None, walk.ranks)
-        self._checks: list[Check] = []
-        self._learn: Callable[[Lesson, int, float], float] = (
-            student.together if training.together else student.in_turn
-        )
-        self.kept = [copied(walk, learner.saved(output.dtype)) for learner in learners]
-
-    def run(self) -> tuple[list[Check], int]:
-        """Takes the steps; afterwards `kept` has the best weights of every layer."""
-        steps, loss, taken = self._training.steps, 0.0, 0
-        if not self._resume():
-            self._checks.append(Check(0, None, *self._measured()))
-            self._keep()
-        done, every = self._checks[-1].step, -(-steps // CHECKS)
-        orders = shuffled(self._text.train, self._training.batch_size, self._training.seed)
-        numbered = zip(range(1, steps + 1), orders, strict=False)
-        for step, chosen in self._output.progress.track(numbered, "recover (distill)", steps):
-            if step <= done:
-                continue
-            if is_over(self._checks):
-                break
-            own = chosen[self._walk.ranks.slice_of(len(chosen))].tolist()
-            rate = self._training.learning_rate * schedule(step - 1, steps)
-            loss, taken = loss + self._learn(self._lesson(own), step, rate), taken + 1
-            if step % every == 0 or step == steps:
-                check = Check(step, self._walk.ranks.mean(loss / taken, taken), *self._measured())
-                if not math.isfinite(check.own + check.other + (check.loss or 0.0)):
-                    self._output.progress.say(f"  step {step}: not finite; the learning rate is too high")
-                    break
-                self._checks.append(check)
-                loss, taken = 0.0, 0
-                self._take_best()
-                self._keep()
-                self._output.progress.say(_line(self._checks))
-        return self._checks, best_check(self._checks)
-
-    def _lesson(self, rows: Sequence[int]) -> Lesson:
-        told = self._teacher.predictions(rows)
-        return Lesson(self._text.tokens[list(rows)], self._text.learned[list(rows)], told)
-
-    def _measured(self) -> tuple[float, float]:
-        """The mean divergences on the held-out sequences and on those of other text."""
-        return self._mean(self._text.own), self._mean(self._text.other)
-
-    def _mean(self, rows: range) -> float:
-        own, total, count = rows[self._walk.ranks.slice_of(len(rows))], 0.0, 0
-        size = batch_size(self._text.tokens)
-        for start in range(0, len(own), size):
-            lesson = self._lesson(own[start : start + size])
-            found = self._student.divergences(lesson, self._output.dtype)[lesson.learned].double()
-            total, count = total + float(found.sum()), count + found.numel()
-        return self._walk.ranks.mean(total / max(1, count), count)
-
-    def _take_best(self) -> None:
-        if best_check(self._checks) == len(self._checks) - 1:
-            for kept, learner in zip(self.kept, self._learners, strict=True):
-                for name, tensor in learner.saved(self._output.dtype).items():
-                    kept[name].copy_(tensor)
-                self._walk.activations.release()
-
-    def _keep(self) -> None:
-        """Keeps what to go on from, in the place of the state before the last one."""
-        if not self._finished.keeps:
-            return
-        first, step = self._place(len(self._checks) - 1), self._checks[-1].step
-        for index, (learner, kept) in enumerate(zip(self._learners, self.kept, strict=True)):
-            best = {f"kept.{name}": tensor.cpu() for name, tensor in kept.items()}
-            self._finished.keep(first + index, {**learner.state(), **best}, step)
-        self._finished.keep(first + len(self._learners), {}, [list(check) for check in self._checks])
-
-    def _resume(self) -> bool:
-        """Goes on from the last state that is there whole, if there is one."""
-        states = [self._finished.find(self._place(slot) + len(self._learners)) for slot in range(2)]
-        found = sorted((state[1] for state in states if state), key=len, reverse=True)
-        return any(self._restored([Check(*check) for check in checks]) for checks in found)
-
-    def _restored(self, checks: list[Check]) -> bool:
-        first, step = self._place(len(checks) - 1), checks[-1].step
-        for index, (learner, kept) in enumerate(zip(self._learners, self.kept, strict=True)):
-            part = self._finished.find(first + index)
-            if part is None or part[1] != step:
-                return False
-            learner.restore(part[0])
-            for name, tensor in kept.items():
-                tensor.copy_(part[0][f"kept.{name}"])
-        self._checks = checks
-        return True
-
-    def _place(self, number: int) -> int:
-        """The number of the first part of a state: two states are kept in turn."""
-        return number % 2 * (len(self._learners) + 1)
-
-
-def _line(checks: Sequence[Check]) -> str:
-    now, first = checks[-1], checks[0]
-    own, other = f"{first.own:.4f} -> {now.own:.4f}", f"{first.other:.4f} -> {now.other:.4f}"
-    return f"  step {now.step}: loss {now.loss:.4f}, held-out divergence {own}, on other text {other}"

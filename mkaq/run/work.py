@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from mkaq.distill.distill import CHECKS as DISTILL_CHECKS
+from mkaq.distill.course import CHECKS as DISTILL_CHECKS
 from mkaq.fit.hold_out import HELD_OUT, held_out_samples
 from mkaq.fit.ridge import RIDGES, TARGETS
 from mkaq.merge.cost import COEFFICIENTS, built_on, probe_count

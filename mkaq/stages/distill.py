@@ -17,7 +17,7 @@ from mkaq.stages.teacher import LearnedText, TeacherSection
 
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint
-    from mkaq.distill.distill import Training
+    from mkaq.distill.course import Training
     from mkaq.fit.hold_out import Samples
     from mkaq.recipe import Recipe
     from mkaq.run.job import Job
@@ -79,7 +79,7 @@ class DistillSection(Section):
     def training(self, samples: int, hidden: int, seed: int, *, together: bool) -> Training:
         """How a model of a width learns from so many sequences."""
         from mkaq.distill.adapter import Adapter
-        from mkaq.distill.distill import Training
+        from mkaq.distill.course import Training
 
         low = self.adapter
         return Training(
