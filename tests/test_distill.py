@@ -122,7 +122,7 @@ def test_a_stopped_distillation_goes_on_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Job, "fits", fits)
-    monkeypatch.setattr("mkaq.distill.distill.is_over", lambda checks: False)
+    monkeypatch.setattr("mkaq.distill.course.is_over", lambda checks: False)
     written = recipe(recover={**distill, "adapter": adapter})
     assert mkaq("run", written, "--output", tmp_path / "whole").code == 0
     way = "together" if fits else "in_turn"
