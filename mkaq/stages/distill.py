@@ -57,7 +57,7 @@ class DistillSection(Section):
     batch_size: int = Field(default=16, ge=1, le=65536)
     """Sequences per step."""
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
-    """AdamW's peak learning rate, falling to 0 along a cosine; `auto` is 0.05 / hidden_size, with an adapter
+    """AdamW's peak learning rate, falling to 0 along a cosine; `auto` is 0.2 / hidden_size, with an adapter
     0.25 / hidden_size."""
     top_k: int = Field(default=64, ge=1, le=4096)
     """Of each prediction of the source the so many likeliest tokens are learned, and the rest as one."""
@@ -74,7 +74,7 @@ class DistillSection(Section):
         """The learning rate for layers of a width."""
         if self.learning_rate != "auto":
             return self.learning_rate
-        return (0.25 if self.adapter else 0.05) / hidden
+        return (0.25 if self.adapter else 0.2) / hidden
 
     def training(self, samples: int, hidden: int, seed: int, *, together: bool) -> Training:
         """How a model of a width learns from so many sequences."""
