@@ -58,12 +58,14 @@ Sections = dict[str, dict[str, Any]]
 def small_recipes(tune: dict[str, Any], group: int) -> dict[str, Sections]:
     """Every kind of merging, recovery and quantization, by name."""
     gptq = {"method": "gptq", "bits": 4, "group_size": group}
+    text = {"dataset": "builtin", "num_samples": 32, "max_seq_length": 32}
+    distill = {"method": "distill", "text": text, "batch_size": 8}
     three = gptq | {"bits": 3, "sym": False, "desc_act": True, "static_groups": True}
     return {
         "average_gptq4": {"merge": AVERAGE, "quantize": gptq},
         "channels_recover_gptq4_source": {
             "merge": CHANNELS,
-            "recover": tune,
+            "recover": [tune, distill],
             "quantize": gptq | {"target": "source"},
         },
         "channels_gptq3_asym": {"merge": CHANNELS, "quantize": three},

@@ -1,6 +1,6 @@
 """A run that is stopped or meets a failing disk, at every change on it: see `worker`.
 
-Every 25th point here; `MKAQ_EVERY=1 make test-reliability` takes all of them.
+Every 50th point here; `MKAQ_EVERY=1 make test-reliability` takes all of them.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 from tests.counts import KILLS, WRITES
 from tests.runs import ROOT
 
-EVERY = int(os.environ.get("MKAQ_EVERY", 25))
+EVERY = int(os.environ.get("MKAQ_EVERY", 50))
 
 
 @pytest.mark.parametrize("fault", ["kill", "power", "full", "error"])
