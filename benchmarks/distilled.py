@@ -14,6 +14,7 @@ import torch
 from benchmarks.quality_text import calibration_of
 from mkaq.checkpoint.output import Output
 from mkaq.digests import digest_of
+from mkaq.distill.course import Training
 from mkaq.distill.distill import distill
 from mkaq.distill.teacher import Teacher, write_predictions
 from mkaq.distill.text import Text, Wanted
@@ -35,16 +36,23 @@ class Lessons:
     Attributes:
         text: The sequences.
         section: The recipe's keys; those of its text are not read.
+        hidden: The width of the models.
     """
 
     text: Text
     section: DistillSection
+    hidden: int
 
     @property
     def name(self) -> str:
         """The tokens that are learned from, and a digest of all that the result depends on."""
         size = self.text.train * self.text.tokens.shape[1]
-        return f"{size}-{digest_of([self.text.tokens.tolist(), self.section.model_dump()])[:8]}"
+        depends = [self.text.tokens.tolist(), repr(self._training), self.section.top_k]
+        return f"{size}-{digest_of(depends)[:8]}"
+
+    @property
+    def _training(self) -> Training:
+        return self.section.training(self.text.train, self.hidden, 0, together=True)
 
     def teach(self, source: LayerWalk, folder: Path) -> float:
         """Writes the source's predictions, unless they are there; returns the seconds that it took."""
@@ -60,10 +68,8 @@ class Lessons:
 
     def learn(self, model: LayerWalk, teacher: Path, folder: Path, output: Output) -> list[dict[str, Any]]:
         """Writes a model, a walk in float32 over it, that has learned; returns the measurements."""
-        length, hidden = self.text.tokens.shape[1], model.checkpoint.sizes.hidden
-        training = self.section.training(self.text.train, hidden, 0, together=True)
-        told = Teacher(teacher, length, self.section.top_k)
-        done = distill(model, told, self.text, training, folder, output)
+        told = Teacher(teacher, self.text.tokens.shape[1], self.section.top_k)
+        done = distill(model, told, self.text, self._training, folder, output)
         return [check._asdict() for check in done.checks]
 
 
@@ -74,7 +80,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
     add("--distill-samples", type=int, default=8192, help="sequences of it, as long as those of calibration")
 
 
-def lessons_of(options: argparse.Namespace, tokenizer: Any) -> Lessons | None:
+def lessons_of(options: argparse.Namespace, tokenizer: Any, hidden: int) -> Lessons | None:
     """What the options of `add_arguments` say; without it, the methods that learn are left out of them."""
     if not options.distill_text:
         options.methods = [name for name in options.methods if name not in LEARNED]
@@ -84,4 +90,4 @@ def lessons_of(options: argparse.Namespace, tokenizer: Any) -> Lessons | None:
     tokens = calibration_of(options.distill_text, tokenizer, wanted.num_samples, wanted.max_seq_length)
     every = torch.cat([tokens, probing_tokens(tokens[-held:], 0)[held:]])
     text = Text(every, torch.ones_like(every, dtype=torch.bool), wanted.num_samples - held)
-    return Lessons(text, DistillSection(method="distill"))
+    return Lessons(text, DistillSection(method="distill"), hidden)

@@ -102,7 +102,8 @@ def main() -> None:
     tokenizer, count, length = load_tokenizer(source.path), options.num_samples, options.max_seq_length
     given = [options.calibration] if options.calibration else []
     tokens = calibration_of(given, tokenizer, count, length)
-    lessons, seen, evaluated = lessons_of(options, tokenizer), windows(tokens.tolist()), dict[str, Text]()
+    lessons = lessons_of(options, tokenizer, source.sizes.hidden)
+    seen, evaluated = windows(tokens.tolist()), dict[str, Text]()
     if lessons:
         seen |= windows(lessons.text.tokens.tolist())
     for name, path in {"python": None, **dict(options.text)}.items():

@@ -236,7 +236,8 @@ def main() -> None:
     tokenizer = load_tokenizer(source.path)
     sizes = options.num_samples, options.max_seq_length
     tokens = calibration_of(options.calibration, tokenizer, *sizes)
-    lessons, seen, evaluated = lessons_of(options, tokenizer), windows(tokens.tolist()), dict[str, Text]()
+    lessons = lessons_of(options, tokenizer, source.sizes.hidden)
+    seen, evaluated = windows(tokens.tolist()), dict[str, Text]()
     if lessons:
         seen |= windows(lessons.text.tokens.tolist())
     for name, path in (dict(options.text) or {"python": None}).items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mkaq.run.job import Job
     from mkaq.session import Session
 
-STAGES: tuple[Stage, ...] = (calibrate, analyze, merge, recover, teacher, distill, quantize)
+STAGES: tuple[Stage, ...] = (calibrate, teacher, analyze, merge, recover, distill, quantize)
 LAST = "export"
 NAMES = tuple(stage.NAME for stage in (*STAGES, evaluate))
 """What a run links in its folder, beside the artifact."""

@@ -25,7 +25,7 @@ from mkaq.stages.base import Stage
 from mkaq.stages.export import check_formats
 from mkaq.stages.quantize import BitsandbytesSection
 from mkaq.units import human, parse_size
-from mkaq.walk.activations import Place
+from mkaq.walk.activations import PLACES, Place
 
 _CPU = torch.device("cpu")
 _HOST_FRACTION = 0.8  # of the host's memory that hidden states may take
@@ -122,7 +122,7 @@ def plan_recipe(
         largest,
         memory={stage: max(plan.memory.get(stage, 0) for plan in plans) for stage in stages},
         disk_bytes=most_trials(recipe, options) * max(plan.disk_bytes for plan in plans),
-        place=max((plan.place for plan in plans), key=("device", "host", "files").index),
+        place=max((plan.place for plan in plans), key=PLACES.index),
         host_bytes=max(plan.host_bytes for plan in plans),
         options=tuple(options),
         work={stage: Work.largest(plan.work.get(stage, Work()) for plan in plans) for stage in stages},

@@ -66,11 +66,12 @@ class Ranks:
                 dist.all_reduce(tensor)
 
     def average(self, count: int, *tensors: torch.Tensor) -> None:
-        """Replaces means over this process's `count` items by means over all items, in place."""
+        """Replaces means over this process's `count` items by means over all items, in place; 0 of none."""
         if self.size > 1:
             total = torch.tensor(count, dtype=torch.float64, device=_device())
             dist.all_reduce(total)
-            self.all_reduce(*(tensor.mul_(count / float(total)) for tensor in tensors))
+            share = count / max(1.0, float(total))
+            self.all_reduce(*(tensor.mul_(share) for tensor in tensors))
 
     def mean(self, value: float, count: int) -> float:
         """The mean over the tokens of all processes, from each one's mean `value` over `count` tokens."""
@@ -101,10 +102,10 @@ class Ranks:
         """
         if self.size == 1:
             return part
-        whole = part.new_zeros(count, *part.shape[1:])
-        whole[self.slice_of(count)] = part
+        whole = torch.zeros(count, *part.shape[1:], dtype=part.dtype, device=_device())
+        whole[self.slice_of(count)] = part.to(whole.device)
         dist.all_reduce(whole)
-        return whole
+        return whole.to(part.device)
 
     def broadcast_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replaces a tensor by the first process's, in place, and returns it."""

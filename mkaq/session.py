@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mkaq.run.quality import fallbacks_of
 from mkaq.run.schedule import Schedule
 from mkaq.stages import analyze
 from mkaq.units import duration
+from mkaq.walk.activations import PLACES
 
 LONG = 600.0  # seconds of a stage that keeps each layer that it finishes
 
@@ -111,6 +112,7 @@ def session(
         progress.say(line)
     plan = plan_recipe(recipe, source, device, max_memory, ranks.size)
     check_resources(plan, folder, device, max_memory, ranks.local_size)
+    plan = replace(plan, place=PLACES[int(ranks.maximum(PLACES.index(plan.place)))])  # one for all processes
     arrange_heap(sparing=max_memory is not None)
     with locked(folder, NAMES) if ranks.is_main else nullcontext():
         progress.say(f"reading {recipe.model.path}")

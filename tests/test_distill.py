@@ -103,6 +103,8 @@ def test_a_run_is_recorded_and_verified(
     ("edit", "words"),
     [
         (lambda step: step.update(best=3), "choose number"),
+        (lambda step: step.update(best=99), "best is number 99 of 17 measurements"),
+        (lambda step: step["text"].update(top_k=8), "other text leaves an error"),
         (lambda step: step["checks"][1].update(step=7), "rising steps"),
         (lambda step: step["checks"][step["best"]].update(own=1e-9), "the text that was learned leaves"),
         (lambda step: step["checks"][0].update(own=-1.0), "choose number"),

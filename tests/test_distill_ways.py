@@ -75,6 +75,23 @@ def test_both_ways_agree(family: str, tmp_path: Path) -> None:
     same(tmp_path, family)
 
 
+def test_the_text_itself_is_learned_where_the_next_token_is_known(tmp_path: Path) -> None:
+    """With all the weight on cross-entropy the loss is that of every token but the first of a row; after the
+    last one the divergence counts."""
+    taught, model = lessons(tmp_path, "llama")[1], make_model(tmp_path / "model", layers=3)
+    walk = LayerWalk(open_checkpoint(model), CPU)
+    with walk.final_norm() as norm, walk.unembedding() as logits:
+        learners = [Learner(walk, index, None, resident=True) for index in range(3)]
+        student = Student(walk, learners, norm, logits, cross_entropy=1.0)
+        apart = student.divergences(taught, torch.float32)[:, -1]
+        loss = student.together(taught, 1, 0.0)
+    *_, (_, states) = walk.hidden_states(taught.tokens)
+    with walk.head() as head:
+        scores = head(states).float()[:, :-1].flatten(0, 1)
+    text = torch.nn.functional.cross_entropy(scores, taught.tokens[:, 1:].flatten(), reduction="none")
+    assert loss == pytest.approx(float(torch.cat([text, apart]).mean()), rel=1e-4)
+
+
 def test_both_ways_agree_with_an_adapter(tmp_path: Path) -> None:
     same(tmp_path, "llama", Adapter(4, 8, 0))
 

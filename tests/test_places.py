@@ -13,10 +13,13 @@ import torch
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.fit.targets import advance
 from mkaq.plan import plan_run
+from mkaq.progress import Progress
+from mkaq.ranks import ALONE, Ranks
 from mkaq.recipe_file import load_recipe
 from mkaq.run.estimate import Estimate, Need
+from mkaq.session import session
 from mkaq.stages import merge
-from mkaq.walk.activations import Activations
+from mkaq.walk.activations import PLACES, Activations
 from mkaq.walk.walk import LayerWalk
 from tests.runs import Mkaq
 from tests.tiny import CHANNELS, PROTECT, write_recipe
@@ -141,6 +144,20 @@ def test_plan_of_a_gpu_says_where_hidden_states_go(
     assert planned.place == place
     assert planned.memory_bytes == (6 * 10**9 if place == "device" else 10**9)
     assert planned.host_bytes == (5 * 10**9 if place == "host" else 0)
+
+
+def test_processes_of_unequal_memory_agree_on_a_place(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """The way in which a model learns depends on it, and all processes must learn in the same order."""
+
+    class WithSmallerOne(Ranks):
+        def maximum(self, value: float) -> float:
+            return max(value, float(PLACES.index("files")))
+
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, text))
+    for ranks, place in ((ALONE, "device"), (WithSmallerOne(), "files")):
+        quiet = Progress(quiet=True)
+        with session(recipe, tmp_path / place, CPU, quiet, False, None, ranks, False) as found:
+            assert found.plan.place == place
 
 
 def test_lines_of_plan(recipe: Callable[..., Path], mkaq: Mkaq) -> None:

@@ -41,6 +41,29 @@ def launch(*program: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_distillation_in_more_processes_than_a_batch_has_rows(
+    recipe: Callable[..., Path], text: Path, mkaq: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """One of two processes has no sequence in a step; the measurements are those of one process."""
+    learned = {"dataset": "text", "path": str(text), "num_samples": 24, "max_seq_length": 32}
+    written = recipe(
+        merge=CHANNELS,
+        recover={"method": "distill", "text": learned, "batch_size": 1, "learning_rate": 3e-4},
+        quantize=None,
+        calibration={"dataset": "builtin", "num_samples": 64, "max_seq_length": 32},
+    )
+    one, two = tmp_path / "one", tmp_path / "two"
+    torch.set_num_threads(1)
+    assert mkaq("run", written, "--output", one).code == 0
+    done = torchrun("run", written, "--output", two)
+    assert done.returncode == 0, done.stderr
+    checks = [json.loads((run / "distill" / "record.json").read_text())["checks"] for run in (one, two)]
+    assert len(checks[0]) == len(checks[1]) > 5
+    for key in ("own", "other"):
+        mine, others = ([check[key] for check in found] for found in checks)
+        assert mine == pytest.approx(others, rel=1e-2)
+
+
 def codes(folder: Path) -> torch.Tensor:
     tensors = load_file(folder / "quantize" / "model.safetensors")
     return torch.cat([unpack(t, 4).flatten() for n, t in sorted(tensors.items()) if n.endswith(".qweight")])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mkaq.result import RunResult
 
 
-_UNTIL = ("calibrate", "analyze", "merge", "recover", "teacher", "distill", "quantize", "export")
+_UNTIL = ("calibrate", "teacher", "analyze", "merge", "recover", "distill", "quantize", "export")
 """The names of the pipeline's stages, written out: to import them would take most of the time of --help."""
 
 

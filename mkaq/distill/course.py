@@ -13,7 +13,6 @@ from mkaq.distill.student import Lesson, Student
 from mkaq.distill.teacher import Teacher
 from mkaq.distill.text import Text
 from mkaq.recover.steps import schedule, shuffled
-from mkaq.walk.batches import batch_size
 from mkaq.walk.walk import LayerWalk
 
 CHECKS = 16  # measurements on held-out tokens
@@ -67,7 +66,7 @@ class Course:
 
     def run(self) -> tuple[list[Check], int]:
         """Takes the steps; afterwards `kept` has the best weights of every layer."""
-        steps, loss, taken = self._training.steps, 0.0, 0
+        steps, loss, learned = self._training.steps, 0.0, 0
         if not self._resume():
             self._checks.append(Check(0, None, *self._measured()))
             self._keep()
@@ -81,14 +80,15 @@ class Course:
                 break
             own = chosen[self._walk.ranks.slice_of(len(chosen))].tolist()
             rate = self._training.learning_rate * schedule(step - 1, steps)
-            loss, taken = loss + self._learn(self._lesson(own), step, rate), taken + 1
+            lesson = self._lesson(own)
+            loss, learned = loss + self._learn(lesson, step, rate) * lesson.learns, learned + lesson.learns
             if step % every == 0 or step == steps:
-                check = Check(step, self._walk.ranks.mean(loss / taken, taken), *self._measured())
+                check = Check(step, self._walk.ranks.mean(loss / max(1, learned), learned), *self._measured())
                 if not math.isfinite(check.own + check.other + (check.loss or 0.0)):
                     self._output.progress.say(f"  step {step}: not finite; the learning rate is too high")
                     break
                 self._checks.append(check)
-                loss, taken = 0.0, 0
+                loss, learned = 0.0, 0
                 self._take_best()
                 self._keep()
                 self._output.progress.say(_line(self._checks))
@@ -100,16 +100,15 @@ class Course:
 
     def _measured(self) -> tuple[float, float]:
         """The mean divergences on the held-out sequences and on those of other text."""
-        return self._mean(self._text.own), self._mean(self._text.other)
-
-    def _mean(self, rows: range) -> float:
-        own, total, count = rows[self._walk.ranks.slice_of(len(rows))], 0.0, 0
-        size = batch_size(self._text.tokens)
-        for start in range(0, len(own), size):
-            lesson = self._lesson(own[start : start + size])
-            found = self._student.divergences(lesson, self._output.dtype)[lesson.learned].double()
-            total, count = total + float(found.sum()), count + found.numel()
-        return self._walk.ranks.mean(total / max(1, count), count)
+        ranks, text = self._walk.ranks, self._text
+        rows = [rows[ranks.slice_of(len(rows))] for rows in (text.own, text.other)]
+        lesson = self._lesson([*rows[0], *rows[1]])
+        found = self._student.divergences(lesson, self._output.dtype)
+        cut = len(rows[0])
+        parts = (found[:cut], lesson.learned[:cut]), (found[cut:], lesson.learned[cut:])
+        counted = (part[learned].double() for part, learned in parts)
+        own, other = (ranks.mean(float(part.sum()) / max(1, len(part)), len(part)) for part in counted)
+        return own, other
 
     def _take_best(self) -> None:
         if best_check(self._checks) == len(self._checks) - 1:
@@ -120,12 +119,13 @@ class Course:
 
     def _keep(self) -> None:
         """Keeps what to go on from, in the place of the state before the last one."""
-        if not self._finished.keeps:
+        if not (self._finished.keeps and self._walk.ranks.is_main):
             return
         first, step = self._place(len(self._checks) - 1), self._checks[-1].step
         for index, (learner, kept) in enumerate(zip(self._learners, self.kept, strict=True)):
             best = {f"kept.{name}": tensor.cpu() for name, tensor in kept.items()}
             self._finished.keep(first + index, {**learner.state(), **best}, step)
+            self._walk.activations.release()
         self._finished.keep(first + len(self._learners), {}, [list(check) for check in self._checks])
 
     def _resume(self) -> bool:
@@ -143,6 +143,7 @@ class Course:
             learner.restore(part[0])
             for name, tensor in kept.items():
                 tensor.copy_(part[0][f"kept.{name}"])
+            self._walk.activations.release()
         self._checks = checks
         return True
 

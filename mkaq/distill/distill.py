@@ -82,6 +82,7 @@ def _write(
         for index, tensors in enumerate(kept):
             for name, tensor in tensors.items():
                 writer.add(model.arch.in_layer(index, name), tensor.cpu())
+            walk.activations.release()
     write_json(folder / "config.json", model.config)
     copy_side_files(model.path, folder)
     return writer.digests

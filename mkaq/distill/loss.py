@@ -35,7 +35,7 @@ def likeliest(logits: torch.Tensor, k: int) -> Predictions:
     """
     log_probs = logits.float().log_softmax(-1)
     top = log_probs.topk(k, sorted=True)
-    rest = log_probs.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+    rest = log_probs.exp_().scatter_(-1, top.indices, 0.0).sum(-1).log_()
     return Predictions(top.indices.int(), top.values.half(), rest.half())
 
 
@@ -56,14 +56,13 @@ def divergence(logits: torch.Tensor, told: Predictions) -> tuple[torch.Tensor, t
     ids = told.ids.long()
     log_p = torch.cat([told.log_probs, told.rest[:, None]], -1).float().log_softmax(-1)
     log_q = logits.float().log_softmax(-1)
-    rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    p, own = log_p.exp(), torch.cat([log_q.gather(-1, ids), rest], -1)
+    own, q = log_q.gather(-1, ids), log_q.exp_()
+    likely = q.gather(-1, ids)
+    rest = q.scatter_(-1, ids, 0.0).sum(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+    p, own = log_p.exp(), torch.cat([own, rest.log()], -1)
     apart = torch.where(p > 0, p * (log_p - own), 0.0).sum(-1)
     # by a logit among the likeliest: q - p; by another: q - p_rest q / q_rest
-    missing = (p[:, -1:] * (-rest).exp()).nan_to_num(0.0, 0.0, 0.0)
-    q = log_q.exp_()
-    likely = q.gather(-1, ids) - p[:, :-1]
-    return apart, q.mul_(1 - missing).scatter_(-1, ids, likely)
+    return apart, q.mul_(1 - p[:, -1:] / rest).scatter_(-1, ids, likely - p[:, :-1])
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

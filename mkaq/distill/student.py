@@ -146,12 +146,15 @@ class Student:
     def _loss(
         self, logits: torch.Tensor, told: Predictions, lesson: Lesson, at: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each prediction; what follows a sample's last token is unknown: there the divergence counts."""
         loss, slope = divergence(logits, told)
         if self._cross_entropy:
-            following = lesson.tokens.roll(-1, 1).view(-1)[at].long().to(logits.device)
-            text_loss, text_slope = next_token_loss(logits, following)
-            loss = loss.lerp(text_loss, self._cross_entropy)
-            slope = slope.lerp_(text_slope, self._cross_entropy)
+            following = lesson.tokens.roll(-1, 1)
+            weight = torch.full(following.shape, self._cross_entropy)
+            weight[:, -1] = 0.0
+            following, weight = (each.view(-1)[at].to(logits.device) for each in (following, weight))
+            text_loss, text_slope = next_token_loss(logits, following.long())
+            loss, slope = loss.lerp(text_loss, weight), slope.lerp_(text_slope, weight[:, None])
         return loss, slope
 
     def _pieces(

@@ -55,12 +55,8 @@ def predictions_of(walk: LayerWalk, head: Head, states: torch.Tensor, k: int) ->
         k: How many of the likeliest tokens are kept.
     """
     samples, length = states.shape[:2]
-    told = Predictions(
-        torch.empty(samples, length, k, dtype=torch.int32),
-        torch.empty(samples, length, k, dtype=torch.float16),
-        torch.empty(samples, length, dtype=torch.float16),
-    )
-    flat = Predictions(*(tensor.flatten(0, 1) for tensor in told))
+    flat = _empty(samples * length, k)
+    told = Predictions(*(tensor.view(samples, length, *tensor.shape[1:]) for tensor in flat))
     size = max(1, LOGITS // walk.checkpoint.sizes.vocabulary)
     for row, state in enumerate(states):
         for start in range(0, length, size):
@@ -81,11 +77,11 @@ class Teacher:
     """
 
     def __init__(self, folder: Path, length: int, k: int) -> None:
-        self._folder, self._samples = folder, samples_per_file(length, k)
+        self._folder, self._k, self._samples = folder, k, samples_per_file(length, k)
 
     def predictions(self, rows: Sequence[int]) -> Predictions:
         """Those of some samples, one after another: the tensors have shape (tokens, ...)."""
-        parts: list[Predictions] = []
+        parts = [_empty(0, self._k)]
         for row in rows:
             number, at = divmod(row, self._samples)
             with safe_open(self._folder / _name(number), "pt") as file:
@@ -101,6 +97,15 @@ def samples_per_file(length: int, k: int) -> int:
 def bytes_per_token(k: int) -> int:
     """The bytes of one prediction."""
     return 6 * k + 2
+
+
+def _empty(tokens: int, k: int) -> Predictions:
+    """Predictions that are not there yet."""
+    return Predictions(
+        torch.empty(tokens, k, dtype=torch.int32),
+        torch.empty(tokens, k, dtype=torch.float16),
+        torch.empty(tokens, dtype=torch.float16),
+    )
 
 
 def _name(number: int) -> str:

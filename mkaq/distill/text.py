@@ -101,9 +101,10 @@ def build_text(wanted: Wanted, gate: str | None, tokenizer: Any, author: Author 
     """
     held, length, seed = wanted.held_out, wanted.max_seq_length, wanted.seed
     own, learned = _sequences(wanted, tokenizer, author)
-    if not bool(learned[-held:].any()):
-        fix = "give more text, or set recover.text.num_samples higher"
-        raise UsageError("no answer is in the held-out sequences", where="recover.text", fix=fix)
+    for what, part in {"held-out sequences": learned[-held:], "sequences to learn": learned[:-held]}.items():
+        if not bool(part.any()):
+            fix = "give more text, or set recover.text.num_samples higher"
+            raise UsageError(f"no answer is in the {what}", where="recover.text", fix=fix)
     if gate is None:
         other = probing_tokens(own[-held:], seed)[held:]
     else:

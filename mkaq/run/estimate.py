@@ -31,14 +31,16 @@ class Need:
     Attributes:
         device: Bytes in the process, or on the GPU, without the hidden states of all samples.
         states: Bytes of the hidden states of all samples, wherever they are stored.
+        beside: Bytes more, if they are on the device: what else is then kept there.
     """
 
     device: int
     states: int = 0
+    beside: int = 0
 
     def at(self, place: Place) -> int:
         """Bytes on the device if hidden states are stored at `place`."""
-        return self.device + (self.states if place == "device" else 0)
+        return self.device + (self.states + self.beside if place == "device" else 0)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mkaq.distill.loss import LOGITS as DISTILLED_LOGITS
+from mkaq.distill.own_words import BATCH
 from mkaq.distill.teacher import FILE, bytes_per_token
 from mkaq.formats.packing import ROWS
 from mkaq.merge.cost import LOGITS
@@ -124,21 +125,23 @@ def teaching(task: Task, samples: int, length: int, top_k: int, *, whole: bool) 
     """Perplexity's walk, and the predictions of one file; before it perhaps the source, whole."""
     walking, source = measuring(task, samples, length), task.source
     device = walking.device + min(samples * length * bytes_per_token(top_k), 2 * FILE)
-    exact = compute_dtype(source.dtype, task.device).itemsize
-    return replace(walking, device=max(device, whole * source.parameters * exact))
+    sizes, exact = source.sizes, compute_dtype(source.dtype, task.device).itemsize
+    cached = 2 * BATCH * length * sizes.kv_heads * sizes.head_dim * source.num_layers
+    return replace(walking, device=max(device, whole * (source.parameters + cached) * exact))
 
 
-def distilling(task: Task, layers: int, batch_size: int, length: int, trained: float) -> Need:
+def distilling(task: Task, layers: int, batch_size: int, length: int, held_out: int, trained: float) -> Need:
     """Of one layer float32 weights, gradients and activations for backward, and the head. Beside hidden
     states: the trained weights of all layers, two moments of each, and the best so far.
 
-    Where all of it fits on the device, all layers' activations of a batch are there at once.
+    Where all of it fits on the device, all layers are there at once, with their activations of a batch.
 
     Args:
         task: The task.
         layers: Layers of the model.
         batch_size: Sequences of a step.
         length: Tokens per sequence.
+        held_out: Held-out tokens of all processes.
         trained: Trained weights of a layer.
     """
     shape, eager = _Shape.of(task), task.device.type == "cpu"
@@ -147,9 +150,11 @@ def distilling(task: Task, layers: int, batch_size: int, length: int, trained: f
     kept = 24 * shape.intermediate + 80 * shape.hidden + (32 * length * shape.heads if eager else 0)
     head = shape.vocabulary * shape.hidden * (shape.fast + shape.stored)
     logits = 6 * 4 * min(DISTILLED_LOGITS, shape.vocabulary * batch)
-    states = layers * (int(12 * trained) + 2 * 4 * shape.layer + own * shape.hidden * 4)
+    streams = max(layers * own, held_out // task.processes) * shape.hidden * 4
+    states = layers * (int(12 * trained) + task.dtype.itemsize * shape.layer) + streams
+    beside = layers * (8 - task.dtype.itemsize) * shape.layer + (layers - 1) * batch * kept
     weights = shape.walked(4) + int(8 * trained) + 4 * shape.layer
-    return Need(weights + batch * kept + head + logits, states + (layers - 1) * batch * kept)
+    return Need(weights + batch * kept + head + logits, states, beside)
 
 
 def gptq(task: Task, *, desc_act: bool, joint: bool, head: bool) -> Need:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mkaq.run.estimate import Estimate, ModelSize, Task
 from mkaq.stages import teacher
@@ -132,6 +132,12 @@ class DistillRecord(Step):
     best: Count
     """The number of the measurement whose weights are kept."""
 
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> DistillRecord:
+        if self.best >= len(self.checks):
+            raise ValueError(f"best is number {self.best} of {len(self.checks)} measurements")
+        return self
+
     def follows(self) -> bool:
         """Trained weights do not follow from the record."""
         return False
@@ -166,12 +172,13 @@ def estimate(section: DistillSection, before: ModelSize, task: Task) -> Estimate
 
     asked = section.text or LearnedText()
     wanted, length, trained = teacher.wanted_of(asked), asked.max_seq_length, _trained(section, task.source)
-    steps = section.steps(wanted.num_samples - wanted.held_out)
+    held, learned = 2 * wanted.held_out * length, wanted.num_samples - wanted.held_out
+    steps, batch_size = section.steps(learned), min(section.batch_size, learned)
     size = before.parameters * task.dtype.itemsize
     after = ModelSize(NAME, before.layers, before.parameters, size, section.how())
-    need = distilling(task, before.layers, section.batch_size, length, trained)
-    tokens = section.batch_size * length
-    done = work.distilling(task, before.layers, steps, tokens, 2 * wanted.held_out * length, trained)
+    need = distilling(task, before.layers, batch_size, length, held, trained)
+    tokens = batch_size * length
+    done = work.distilling(task, before.layers, steps, tokens, held, trained)
     forward = work.walking(task, before.layers, steps * tokens / task.processes)
     kept = 2 * (12 * trained * before.layers + size)
     return Estimate(need, after, done, kept, apart=forward)
@@ -219,9 +226,8 @@ def describe(record: DistillRecord) -> Description:
         f"distill: {record.learned:,} predictions learned; divergence {first.own:.4f} to {best.own:.4f}, on "
         f"other text {first.other:.4f} to {best.other:.4f}; step {best.step} of {record.steps} is kept"
     )
-    ended = [f"distill: ended after step {last.step}, since nothing was better any more"] * (
-        last.step < record.steps
-    )
+    why = "nothing was better any more, or what came next was not finite"
+    ended = [f"distill: ended after step {last.step}: {why}"] * (last.step < record.steps)
     rows = [
         (str(x.step), "-" if x.loss is None else f"{x.loss:.4f}", f"{x.own:.4f}", f"{x.other:.4f}")
         for x in record.checks
@@ -248,6 +254,7 @@ def _measured_again(
     from mkaq.calibrate.tokens import tokens_digest
     from mkaq.errors import MkaqError
     from mkaq.verify.remeasure import ROUNDED, divergences_again
+    from mkaq.walk.walk import LayerWalk
 
     case.said = "divergences not measured again: the text of the distillation is not here"
     try:
@@ -257,10 +264,13 @@ def _measured_again(
         return
     if asked.answers == "source" or tokens_digest(text.tokens) != record.tokens_sha256:
         return
-    kept = record.checks[record.best]
+    if asked.top_k > source.checkpoint.sizes.vocabulary:
+        yield f"the distillation says to learn {asked.top_k} tokens of a smaller vocabulary"
+        return
+    kept, learner = record.checks[record.best], LayerWalk(walk.checkpoint, walk.device)
     recorded = {"the text that was learned": (text.own, kept.own), "other text": (text.other, kept.other)}
     for what, (rows, value) in recorded.items():
         chosen = slice(rows.start, rows.stop)
-        again = divergences_again(source, walk, text.tokens[chosen], text.learned[chosen], asked.top_k)
+        again = divergences_again(source, learner, text.tokens[chosen], text.learned[chosen], asked.top_k)
         yield from ROUNDED.faults(f"the distillation on {what}", again, value)
     case.said = f"the weights leave the divergences that the manifest says ({NAME}; {ROUNDED})"

@@ -32,15 +32,15 @@ class LearnedText(TextSection):
     """Tokens per sequence."""
     answers: Literal["text", "source"] = "text"
     """What is learned: the text, and of the `messages` of a jsonl file the answers; or what the source writes
-    in their place, from the first quarter of each sequence, or from the questions."""
+    after the first quarter of each sequence, or in the place of each conversation's last answer."""
 
 
 class TeacherSection(LearnedText):
     """What the source is asked for."""
 
-    top_k: int
+    top_k: int = Field(ge=1, le=4096)
     gate: str | None
-    seed: int
+    seed: int = Field(ge=0, lt=2**63)
 
 
 def section(recipe: Recipe, source: Checkpoint) -> TeacherSection | None:

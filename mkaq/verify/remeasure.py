@@ -89,13 +89,14 @@ def divergences_again(
 
     Args:
         source: A walk over the source.
-        walk: A walk over the artifact.
+        walk: A walk over the artifact, in float32; its products are those of the distillation.
         tokens: Token ids, shape (samples, length).
         learned: Which predictions count, of the same shape.
         k: The likeliest tokens.
     """
     *_, (_, original) = source.hidden_states(tokens)
-    *_, (_, states) = walk.hidden_states(tokens)
+    with walk.autocast():
+        *_, (_, states) = walk.hidden_states(tokens)
     with source.head() as head:
         told = Predictions(*(part.flatten(0, 1) for part in predictions_of(source, head, original, k)))
     found, length = torch.empty(learned.shape), tokens.shape[1]

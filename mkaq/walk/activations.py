@@ -4,11 +4,12 @@ import mmap
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 Place = Literal["device", "host", "files"]
+PLACES: tuple[Place, ...] = get_args(Place)
 
 
 class Activations:
