@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Lessons:
     section: DistillSection
     hidden: int
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The tokens that are learned from, and a digest of all that the result depends on."""
         size = self.text.train * self.text.tokens.shape[1]

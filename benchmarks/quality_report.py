@@ -28,29 +28,8 @@ LABELS = {
     "shortgpt": "ShortGPT",
     "reverse": "reverse order",
 }
-COLOURS = dict(
-    zip(
-        LABELS,
-        (
-            "black",
-            "grey",
-            "blue",
-            "C0",
-            "C9",
-            "orange",
-            "C1",
-            "C3",
-            "C2",
-            "C8",
-            "C4",
-            "C5",
-            "C6",
-            "navy",
-            "tan",
-        ),
-        strict=True,
-    )
-)
+_COLOURS = "black grey blue C0 C9 orange C1 C3 C2 C8 C4 C5 C6 navy tan"
+COLOURS = dict(zip(LABELS, _COLOURS.split(), strict=True))
 WIDE = 4  # what has more than so many times the least perplexity lies above the plot
 Row = dict[str, Any]
 
