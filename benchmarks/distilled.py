@@ -18,7 +18,7 @@ from mkaq.digests import digest_of
 from mkaq.distill.course import Training
 from mkaq.distill.distill import distill
 from mkaq.distill.teacher import Teacher, write_predictions
-from mkaq.distill.text import Text, Wanted
+from mkaq.distill.text import Text, Wanted, with_other
 from mkaq.files import write_json
 from mkaq.fit.shuffle import probing_tokens
 from mkaq.progress import Progress
@@ -89,6 +89,6 @@ def lessons_of(options: argparse.Namespace, tokenizer: Any, hidden: int) -> Less
     wanted = Wanted("text", None, options.distill_samples, options.max_seq_length, 0)
     held = wanted.held_out
     tokens = calibration_of(options.distill_text, tokenizer, wanted.num_samples, wanted.max_seq_length)
-    every = torch.cat([tokens, probing_tokens(tokens[-held:], 0)[held:]])
-    text = Text(every, torch.ones_like(every, dtype=torch.bool), wanted.num_samples - held)
+    other = probing_tokens(tokens[-held:], 0)[held:]
+    text = with_other(tokens, torch.ones_like(tokens, dtype=torch.bool), other)
     return Lessons(text, DistillSection(method="distill"), hidden)

@@ -45,7 +45,7 @@ def tuned(
     return done, tensors, after
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_what_the_head_needs_is_found_again(tmp_path: Path, family: str) -> None:
     done, tensors, layer = tuned(tmp_path, family, 0.5)
     assert 0 < done.error < 0.5 * done.before

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mkaq.digests import library_versions
 from mkaq.run import provenance
 from mkaq.run.provenance import Provenance, differences, reason
 from tests.runs import STAGES, Mkaq, Outcome, told, tree
@@ -155,7 +156,7 @@ def test_changed_source(copy: Path, model: Path, text: Path, mkaq: Mkaq, tmp_pat
 def test_other_version_and_threads(
     plain: Path, copy: Path, mkaq: Mkaq, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    versions = provenance.library_versions()
+    versions = library_versions()
     monkeypatch.setattr(provenance, "library_versions", lambda: versions | {"torch": "99"})
     torch.set_num_threads(2)
     try:

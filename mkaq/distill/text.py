@@ -112,8 +112,14 @@ def build_text(wanted: Wanted, gate: str | None, tokenizer: Any, author: Author 
             other = calibration_tokens(documents("text", gate, "calibrate"), tokenizer, held, length, seed)
         except UsageError as error:
             raise UsageError(error.what, where="recover.gate", fix="give a longer text") from None
+    return with_other(own, learned, other)
+
+
+def with_other(own: torch.Tensor, learned: torch.Tensor, other: torch.Tensor) -> Text:
+    """Sequences of which the last ones are held out, and as many of other text, in which every prediction
+    counts."""
     every = torch.ones_like(other, dtype=torch.bool)
-    return Text(torch.cat([own, other]), torch.cat([learned, every]), wanted.num_samples - held)
+    return Text(torch.cat([own, other]), torch.cat([learned, every]), len(own) - len(other))
 
 
 def _sequences(wanted: Wanted, tokenizer: Any, author: Author | None) -> tuple[torch.Tensor, torch.Tensor]:
