@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mkaq.checkpoint.finished import Finished
 from mkaq.checkpoint.output import Output
 from mkaq.distill.adapter import Adapter
-from mkaq.distill.gate import Check, best_check, is_over
+from mkaq.distill.gate import Check, best_check, is_over, length_of_steps
 from mkaq.distill.learner import Learner, copied
 from mkaq.distill.student import Lesson, Student
 from mkaq.distill.teacher import Teacher
@@ -25,7 +25,8 @@ class Training:
     Attributes:
         steps: Optimizer steps at most.
         batch_size: Sequences per step, of all processes.
-        learning_rate: AdamW's peak learning rate; it follows `schedule`.
+        learning_rate: AdamW's peak learning rate; it follows `schedule` and `length_of_steps`.
+        eased: Whether a model that has lost little starts with less of it.
         cross_entropy: The weight of the loss on the text itself.
         adapter: Train a low-rank change of the weights; None: the weights.
         seed: Seed of the order of the sequences.
@@ -35,6 +36,7 @@ class Training:
     steps: int
     batch_size: int
     learning_rate: float
+    eased: bool
     cross_entropy: float
     adapter: Adapter | None
     seed: int
@@ -66,7 +68,7 @@ class Course:
 
     def run(self) -> tuple[list[Check], int]:
         """Takes the steps; afterwards `kept` has the best weights of every layer."""
-        steps, loss, learned = self._training.steps, 0.0, 0
+        steps, rate, loss, learned = self._training.steps, self._training.learning_rate, 0.0, 0
         if not self._resume():
             self._checks.append(Check(0, None, *self._measured()))
             self._keep()
@@ -79,9 +81,12 @@ class Course:
             if is_over(self._checks):
                 break
             own = chosen[self._walk.ranks.slice_of(len(chosen))].tolist()
-            rate = self._training.learning_rate * schedule(step - 1, steps)
+            share = schedule(step - 1, steps) * length_of_steps(self._checks, eased=self._training.eased)
             lesson = self._lesson(own)
-            loss, learned = loss + self._learn(lesson, step, rate) * lesson.learns, learned + lesson.learns
+            loss, learned = (
+                loss + self._learn(lesson, step, rate * share) * lesson.learns,
+                learned + lesson.learns,
+            )
             if step % every == 0 or step == steps:
                 check = Check(step, self._walk.ranks.mean(loss / max(1, learned), learned), *self._measured())
                 if not math.isfinite(check.own + check.other + (check.loss or 0.0)):

@@ -57,8 +57,9 @@ class DistillSection(Section):
     batch_size: int = Field(default=16, ge=1, le=65536)
     """Sequences per step."""
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
-    """AdamW's peak learning rate, falling to 0 along a cosine; `auto` is 0.2 / hidden_size, with an adapter
-    0.25 / hidden_size."""
+    """AdamW's peak learning rate, falling to 0 along a cosine and halved by a measurement that is worse than
+    the best one; `auto` is 0.2 / hidden_size, with an adapter 0.25 / hidden_size, and in proportion less for a
+    model that has lost less than 0.15 nats per token."""
     top_k: int = Field(default=64, ge=1, le=4096)
     """Of each prediction of the source the so many likeliest tokens are learned, and the rest as one."""
     cross_entropy: float = Field(default=0.0, ge=0, le=1)
@@ -86,6 +87,7 @@ class DistillSection(Section):
             self.steps(samples),
             self.batch_size,
             self.rate(hidden),
+            self.learning_rate == "auto",
             self.cross_entropy,
             None if low is None else Adapter(low.r, low.alpha, seed),
             seed,
