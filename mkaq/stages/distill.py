@@ -58,8 +58,8 @@ class DistillSection(Section):
     """Sequences per step."""
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
     """AdamW's peak learning rate, falling to 0 along a cosine and halved by a measurement that is worse than
-    the best one; `auto` is 0.2 / hidden_size, with an adapter 0.25 / hidden_size, and in proportion less for a
-    model that has lost less than 0.15 nats per token."""
+    the best one; `auto` is 0.2 / hidden_size, with an adapter 0.25 / hidden_size, and less in proportion for
+    a model that has lost less than 0.15 nats per token."""
     top_k: int = Field(default=64, ge=1, le=4096)
     """Of each prediction of the source the so many likeliest tokens are learned, and the rest as one."""
     cross_entropy: float = Field(default=0.0, ge=0, le=1)
