@@ -217,7 +217,7 @@ class Maker:
     @property
     def _teacher(self) -> Path:
         assert self.settings.lessons
-        return self.folder / f"teacher-{self.settings.lessons.name}"
+        return self.folder / f"teacher-{self.settings.lessons.said}"
 
     def _distill(self, job: Job, base: Made, folder: Path) -> None:
         assert self.settings.lessons

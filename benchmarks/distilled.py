@@ -46,10 +46,14 @@ class Lessons:
 
     @cached_property
     def name(self) -> str:
-        """The tokens that are learned from, and a digest of all that the result depends on."""
+        """What the source says, and a digest of how it is learned."""
+        return f"{self.said}-{digest_of(repr(self._training))[:8]}"
+
+    @cached_property
+    def said(self) -> str:
+        """The tokens that are learned from, and a digest of all that the source's predictions depend on."""
         size = self.text.train * self.text.tokens.shape[1]
-        depends = [self.text.tokens.tolist(), repr(self._training), self.section.top_k]
-        return f"{size}-{digest_of(depends)[:8]}"
+        return f"{size}-{digest_of([self.text.tokens.tolist(), self.section.top_k])[:8]}"
 
     @property
     def _training(self) -> Training:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mkaq.distill.gate import PATIENCE, Check, best_check, is_over
+from mkaq.distill.gate import MUCH, PATIENCE, Check, best_check, is_over, length_of_steps
 
 
 def curve(*pairs: tuple[float, float]) -> list[Check]:
@@ -31,3 +31,22 @@ def test_it_is_over_once_nothing_is_learned_for_long() -> None:
     assert is_over(curve(*rising)) and not is_over(curve(*rising[:-1]))
     assert not is_over(curve(*rising[:-1], (0.4, 3.0)))
     assert not is_over(curve(*[(1.0 - 0.1 * number, 3.0 + number) for number in range(9)]))
+
+
+@pytest.mark.parametrize(
+    ("own", "plain", "eased"),
+    [
+        ([0.5], 1.0, 1.0),
+        ([0.5, 0.4, 0.3], 1.0, 1.0),
+        ([0.5, 0.6], 0.5, 0.5),
+        ([0.5, 0.6, 0.55], 0.25, 0.25),  # better than the one before it, not than the best
+        ([0.5, 0.6, 0.4, 0.5], 0.25, 0.25),
+        ([MUCH / 4], 1.0, 0.25),
+        ([MUCH / 4, MUCH], 0.5, 0.125),
+        ([0.0], 1.0, 0.0),
+    ],
+)
+def test_steps_are_shorter_where_longer_ones_harm(own: list[float], plain: float, eased: float) -> None:
+    checks = curve(*[(value, 1.0) for value in own])
+    assert length_of_steps(checks, eased=False) == plain
+    assert length_of_steps(checks, eased=True) == pytest.approx(eased)
