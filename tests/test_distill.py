@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.distill.gate import PATIENCE
+from mkaq.distill import gate
+from mkaq.distill.gate import PATIENCE, Check, length_of_steps
 from mkaq.distill.student import Student
 from mkaq.manifest import MANIFEST
 from mkaq.plan import plan_recipe
 from mkaq.recipe import Recipe
 from mkaq.recipe_file import load_recipe
+from mkaq.recover.steps import schedule
 from mkaq.run.job import Job
 from tests.runs import Mkaq, forge, one_message, run_quietly, tree
 from tests.tiny import CHANNELS, make_model, write_recipe
@@ -167,6 +169,33 @@ def test_what_only_harms_is_not_kept(
     assert "fallbacks: " in outcome.out and "no weights were better on both texts" in outcome.out
     assert "ended after step" in mkaq("inspect", tmp_path / "run" / "artifact").out
     one_message(mkaq("run", written, "--output", tmp_path / "run", "--strict"), 5, "no weights were better")
+
+
+@pytest.mark.parametrize("rate", [0.05, "auto"])
+def test_the_rate_follows_the_measurements(
+    recipe: Callable[..., Path],
+    distill: dict[str, Any],
+    mkaq: Mkaq,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rate: float | str,
+) -> None:
+    used, learn = [], Student.together
+
+    def noted(student: Any, lesson: Any, number: int, rate: float) -> float:
+        used.append(rate)
+        found: float = learn(student, lesson, number, rate)
+        return found
+
+    monkeypatch.setattr(Student, "together", noted)
+    monkeypatch.setattr(gate, "MUCH", 100.0)
+    written = recipe(recover={**distill, "learning_rate": rate})
+    assert mkaq("run", written, "--output", tmp_path / "run").code == 0
+    checks = [Check(**check) for check in step_of(tmp_path / "run")["checks"]]
+    peak = 0.2 / 64 if rate == "auto" else rate
+    shares = [length_of_steps(checks[: number + 1], eased=rate == "auto") for number in range(len(used))]
+    assert used == [peak * (schedule(step, 16) * share) for step, share in enumerate(shares)]
+    assert shares[0] < 0.1 if rate == "auto" else shares[:4] == [1, 1 / 2, 1 / 4, 1 / 8]
 
 
 def test_an_infinite_loss_ends_it(
