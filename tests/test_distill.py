@@ -160,7 +160,7 @@ def test_what_only_harms_is_not_kept(
     recipe: Callable[..., Path], distill: dict[str, Any], mkaq: Mkaq, tmp_path: Path
 ) -> None:
     """A learning rate at which all is lost: the weights stay, the run says so, and --strict refuses."""
-    written = recipe(recover={**distill, "learning_rate": 0.05, "epochs": 4})
+    written = recipe(recover={**distill, "learning_rate": 0.9, "epochs": 4})
     outcome = mkaq("run", written, "--output", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     step = step_of(tmp_path / "run")
