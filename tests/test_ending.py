@@ -31,7 +31,7 @@ def tuned(
     tensors = load_file(model / SINGLE)
     tensors[UP] = tensors[UP] * up
     save_file(tensors, model / SINGLE, metadata={"format": "pt"})
-    tokens = torch.randint(2, 500, (64, 32), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(2, 500, (64, 8), generator=torch.Generator().manual_seed(0))
     samples = hold_out(tokens)
     walks = [LayerWalk(c, CPU) for c in (source, open_checkpoint(model))]
     original, inputs = (walk.embed(samples.tokens) for walk in walks)
