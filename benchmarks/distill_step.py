@@ -9,6 +9,8 @@ not depend on it.
 
 import argparse
 import json
+import shlex
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -53,7 +55,9 @@ def main() -> None:
             torch.device("cpu"),
             activations=Activations(torch.device("cpu"), "files", Path(scratch)),
         )
-        print(json.dumps(measured(walk, options.samples, options.length, options.steps)))
+        found = measured(walk, options.samples, options.length, options.steps)
+        command = shlex.join(["python", "-m", "benchmarks.distill_step", *sys.argv[1:]])
+        print(json.dumps({"command": command} | found, indent=2))
 
 
 def measured(walk: LayerWalk, samples: int, length: int, steps: int) -> dict[str, object]:

@@ -49,7 +49,7 @@ TINY = SMALL | {
 }
 AVERAGE = {"layers": 1, "fuse": "average", "order": "similarity"}
 MEASURED = AVERAGE | {"order": "measured", "coefficient": "measured"}
-NOT_TUNED: dict[str, Any] = {"recover": None}
+UNTUNED: dict[str, Any] = {"recover": None}
 CHANNELS = {"layers": 1, "fuse": "channels", "order": "measured"}
 FEW = CHANNELS | {"protect": {"first": 2, "last": 1}}  # few groups are left to be measured
 INT8, NF4 = ({"quantize": {"method": "bitsandbytes", "bits": bits}} for bits in (8, 4))
@@ -63,17 +63,17 @@ def small_recipes(tune: dict[str, Any], group: int) -> dict[str, Sections]:
     distill = {"method": "distill", "text": text, "batch_size": 8}
     three = gptq | {"bits": 3, "sym": False, "desc_act": True, "static_groups": True}
     return {
-        "average_gptq4": {"merge": AVERAGE, "quantize": gptq} | NOT_TUNED,
+        "average_gptq4": {"merge": AVERAGE, "quantize": gptq} | UNTUNED,
         "channels_recover_gptq4_source": {
             "merge": CHANNELS,
             "recover": [tune, distill],
             "quantize": gptq | {"target": "source"},
         },
-        "channels_gptq3_asym": {"merge": CHANNELS, "quantize": three} | NOT_TUNED,
-        "merge_only": {"merge": MEASURED} | NOT_TUNED,
+        "channels_gptq3_asym": {"merge": CHANNELS, "quantize": three} | UNTUNED,
+        "merge_only": {"merge": MEASURED} | UNTUNED,
         "bitsandbytes_int8": INT8,
         "bitsandbytes_nf4": NF4,
-        "float32_channels_gptq4": {"merge": CHANNELS, "quantize": gptq | {"group_size": -1}} | NOT_TUNED,
+        "float32_channels_gptq4": {"merge": CHANNELS, "quantize": gptq | {"group_size": -1}} | UNTUNED,
     }
 
 
@@ -81,7 +81,7 @@ def large_recipes(tune: dict[str, Any], group: int, evaluate: dict[str, Any]) ->
     """What is timed on a real model's shape, by name."""
     gptq = {"method": "gptq", "bits": 4, "group_size": group}
     return {
-        "average_gptq4": {"merge": AVERAGE | {"layers": 2}, "quantize": gptq, "evaluate": evaluate} | NOT_TUNED,
+        "average_gptq4": UNTUNED | {"merge": AVERAGE | {"layers": 2}, "quantize": gptq, "evaluate": evaluate},
         "channels_recover_gptq4": {"merge": FEW, "recover": tune, "quantize": gptq},
         "bitsandbytes_nf4": NF4,
         "bitsandbytes_int8": INT8,
