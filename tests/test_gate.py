@@ -30,7 +30,13 @@ def test_it_is_over_once_nothing_is_learned_for_long() -> None:
     rising = [(1.0, 2.0), (0.5, 1.0), *[(0.6, 1.0)] * PATIENCE]
     assert is_over(curve(*rising)) and not is_over(curve(*rising[:-1]))
     assert not is_over(curve(*rising[:-1], (0.4, 3.0)))
+    assert not is_over(curve((1e-3, 1.0)))
     assert not is_over(curve(*[(1.0 - 0.1 * number, 3.0 + number) for number in range(9)]))
+
+
+@pytest.mark.parametrize("rounded", [0.0, -5e-9, 3e-8])
+def test_it_is_over_at_once_where_nothing_was_lost(rounded: float) -> None:
+    assert is_over(curve((rounded, rounded)))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MUCH = 0.15  # nats per token that a model has lost which takes the whole learning rate
+NOTHING = 1e-6  # nats per token: what rounding leaves of a model that has lost nothing
 PATIENCE = 6  # measurements in a row that were no better on the text that is learned
 
 
@@ -53,13 +54,13 @@ def length_of_steps(checks: Sequence[Check], *, eased: bool) -> float:
 
 
 def is_over(checks: Sequence[Check]) -> bool:
-    """Whether nothing is learned any more: held-out text of the same kind was best long ago.
+    """Whether there is nothing to learn, or no more: held-out text of the same kind was best long ago.
 
     Other text does not end it: it often gets worse at first and better than before at the end, when steps
     are short.
     """
     lowest = min(range(len(checks)), key=lambda number: checks[number].own)
-    return len(checks) - 1 - lowest >= PATIENCE
+    return checks[0].own < NOTHING or len(checks) - 1 - lowest >= PATIENCE
 
 
 def _score(check: Check, first: Check) -> float:

@@ -228,7 +228,8 @@ def describe(record: DistillRecord) -> Description:
         f"distill: {record.learned:,} predictions learned; divergence {first.own:.4f} to {best.own:.4f}, on "
         f"other text {first.other:.4f} to {best.other:.4f}; step {best.step} of {record.steps} is kept"
     )
-    why = "nothing was better any more, or what came next was not finite"
+    lost = "nothing was better any more" if last.step else "nothing was lost"
+    why = f"{lost}, or what came next was not finite"
     ended = [f"distill: ended after step {last.step}: {why}"] * (last.step < record.steps)
     rows = [
         (str(x.step), "-" if x.loss is None else f"{x.loss:.4f}", f"{x.own:.4f}", f"{x.other:.4f}")
