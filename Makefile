@@ -4,6 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 SECONDS_EACH ?= 600
 BIN := .venv/bin
+BESIDE := loader llamacpp compressed  # environments in which tests load what mkaq wrote; loader needs a C compiler
 
 .PHONY: run quick test test-long test-reliability fuzz runtimes real-model lint audit lock clean
 
@@ -14,10 +15,7 @@ quick: .venv/ready-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m quick
 
 test: .venv/ready-dev lint
-	@$(MAKE) --no-print-directory .venv-loader/ready || echo "no GPTQModel here (it needs a C compiler): its tests skip"
-	@for name in llamacpp compressed; do \
-		$(MAKE) --no-print-directory .venv-$$name/ready || echo "no .venv-$$name: its tests skip"; \
-	done
+	@$(MAKE) --no-print-directory --keep-going -j 2 $(BESIDE:%=.venv-%/ready) .venv-audit/ready || echo "tests skip that need these"
 	@$(MAKE) --no-print-directory audit || echo "audit: the lines above; tests go on, since that depends on the day"
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
