@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from mkaq.arch.arch import Arch
 from mkaq.checkpoint.hub_id import is_hub_id
@@ -85,6 +86,11 @@ Recovery = Annotated[
 ]
 
 
+def fault_at(key: str, message: str) -> PydanticCustomError:
+    """A fault of several keys, shown where one of them is."""
+    return PydanticCustomError("fault_at", "{message}", {"key": key, "message": message})
+
+
 class Recipe(Section):
     """A whole run: the model, what is done to it, and the output.
 
@@ -158,9 +164,22 @@ class Recipe(Section):
         return data
 
     @model_validator(mode="after")
+    def _recovers_a_merge(self) -> "Recipe":
+        if self.recover is not None and self.merge is None:
+            raise fault_at(
+                "recover", "recover mends what merge did; with merge: null there is nothing to recover"
+            )
+        methods = [each.method for each in self._recoveries]
+        if methods not in ([], ["layerwise"], ["distill"], ["layerwise", "distill"]):
+            raise fault_at("recover", "recover takes each method once, layerwise before distill")
+        return self
+
+    @model_validator(mode="after")
     def _calibrates_something(self) -> "Recipe":
         if "calibration" in self.model_fields_set and not self.needs_calibration:
-            raise ValueError("nothing reads calibration: it is for merge and for GPTQ; leave it out")
+            raise fault_at(
+                "calibration", "nothing reads calibration: it is for merge and for GPTQ; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -168,18 +187,11 @@ class Recipe(Section):
         if self.budget is None or self.budget.bits is None:
             return self
         if not isinstance(self.quantize, GptqSection):
-            raise ValueError("budget.bits is read with quantize.method: gptq only; leave it out")
+            raise fault_at("budget.bits", "budget.bits is read with quantize.method: gptq only; leave it out")
         if "bits" in self.quantize.model_fields_set:
-            raise ValueError("quantize.bits fixes what budget.bits leaves open: leave one of them out")
-        return self
-
-    @model_validator(mode="after")
-    def _recovers_a_merge(self) -> "Recipe":
-        if self.recover is not None and self.merge is None:
-            raise ValueError("recover mends what merge did; with merge: null there is nothing to recover")
-        methods = [each.method for each in self._recoveries]
-        if methods not in ([], ["layerwise"], ["distill"], ["layerwise", "distill"]):
-            raise ValueError("recover takes each method once, layerwise before distill")
+            raise fault_at(
+                "quantize.bits", "quantize.bits fixes what budget.bits leaves open: leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -187,11 +199,13 @@ class Recipe(Section):
         given = self.merge is not None and (self.merge.ratio is not None or self.merge.layers is not None)
         if self.budget is None:
             if self.merge is not None and not given:
-                raise ValueError("merge needs ratio or layers, or the recipe a budget")
+                raise fault_at("merge", "merge needs ratio or layers, or the recipe a budget")
         elif given:
-            raise ValueError("the budget says how much is merged: leave out merge.ratio and merge.layers")
+            raise fault_at(
+                "budget", "the budget says how much is merged: leave out merge.ratio and merge.layers"
+            )
         elif self.evaluate is None or self.evaluate.perplexity is None:
-            raise ValueError("a budget is met by measuring: it needs evaluate.perplexity")
+            raise fault_at("budget", "a budget is met by measuring: it needs evaluate.perplexity")
         return self
 
     def fitted(self, arch: Arch) -> "Recipe":

@@ -152,6 +152,8 @@ def _faults(data: dict[str, Any]) -> tuple[dict[tuple[str, ...], str], dict[tupl
     except ValidationError as error:
         for item in error.errors(include_url=False):
             keys = _key_path(item["loc"], data, item["type"] in ("missing", "extra_forbidden"))
+            if item["type"] == "fault_at":
+                keys = tuple(item["ctx"]["key"].split("."))
             if any(keys[: len(prefix)] == prefix for prefix in unsupported):
                 continue
             message = _message(item, keys)
@@ -192,6 +194,8 @@ def _message(item: Any, keys: tuple[str, ...]) -> str:
         return f"must be {expected}, not {given!r}" + (f" (did you mean {matches[0]!r}?)" if matches else "")
     if kind == "value_error":
         return str(item["ctx"]["error"])
+    if kind == "fault_at":
+        return str(item["ctx"]["message"])
     if kind == "union_tag_invalid":
         return f"method must be one of {item['ctx']['expected_tags']}, not {item['ctx']['tag']!r}"
     if kind == "union_tag_not_found":

@@ -296,11 +296,11 @@ def test_increase_is_a_share(budget: str | None, share: float, recipe: Write) ->
         ({"budget": {"bytes": "1GB", "bits": []}}, "budget.bits", "at least 1 item"),
         ({"budget": {"bytes": "1GB", "bits": [5]}}, "budget.bits.0", "must be 2, 3, 4 or 8, not 5"),
         ({"budget": {"size": "1GB"}}, "budget.size", "unknown key"),
-        ({"merge": {"ratio": 0.25}}, "recipe", "leave out merge.ratio and merge.layers"),
-        ({"merge": {"layers": 1}}, "recipe", "leave out merge.ratio and merge.layers"),
-        ({"evaluate": None}, "recipe", "it needs evaluate.perplexity"),
-        ({"evaluate": {"perplexity": None}}, "recipe", "it needs evaluate.perplexity"),
-        ({"budget": None}, "recipe", "merge needs ratio or layers, or the recipe a budget"),
+        ({"merge": {"ratio": 0.25}}, "budget", "leave out merge.ratio and merge.layers"),
+        ({"merge": {"layers": 1}}, "budget", "leave out merge.ratio and merge.layers"),
+        ({"evaluate": None}, "budget", "it needs evaluate.perplexity"),
+        ({"evaluate": {"perplexity": None}}, "budget", "it needs evaluate.perplexity"),
+        ({"budget": None}, "merge", "merge needs ratio or layers, or the recipe a budget"),
     ],
 )
 def test_contradictions_are_refused(sections: dict[str, Any], key: str, message: str, recipe: Write) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.distill import gate
+from mkaq.distill.course import WARM_UP
 from mkaq.distill.gate import PATIENCE, Check, length_of_steps
 from mkaq.distill.student import Student
 from mkaq.manifest import MANIFEST
@@ -26,6 +27,7 @@ from tests.tiny import CHANNELS, make_model, write_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = "model.safetensors"
+TALKS = "talks.jsonl"
 LAYERWISE = {"method": "layerwise", "steps": 3, "batch_size": 4}
 
 
@@ -167,7 +169,8 @@ def test_what_only_harms_is_not_kept(
     assert step["best"] == 0 and len(step["checks"]) == 1 + PATIENCE and step["steps"] == 64
     assert apart(tmp_path / "run", "distill", "merge") == 0
     assert "fallbacks: " in outcome.out and "no weights were better on both texts" in outcome.out
-    assert "ended after step" in mkaq("inspect", tmp_path / "run" / "artifact").out
+    ended = f"ended after step {step['checks'][-1]['step']}: nothing was better any more"
+    assert ended in outcome.err and ended in mkaq("inspect", tmp_path / "run" / "artifact").out
     one_message(mkaq("run", written, "--output", tmp_path / "run", "--strict"), 5, "no weights were better")
 
 
@@ -194,7 +197,7 @@ def test_the_rate_follows_the_measurements(
     checks = [Check(**check) for check in step_of(tmp_path / "run")["checks"]]
     peak = 0.2 / 64 if rate == "auto" else rate
     shares = [length_of_steps(checks[: number + 1], eased=rate == "auto") for number in range(len(used))]
-    assert used == [peak * (schedule(step, 16) * share) for step, share in enumerate(shares)]
+    assert used == [peak * (share * schedule(step, 16, WARM_UP)) for step, share in enumerate(shares)]
     assert shares[0] < 0.1 if rate == "auto" else shares[:4] == [1, 1 / 2, 1 / 4, 1 / 8]
 
 
@@ -228,11 +231,25 @@ def test_an_infinite_loss_ends_it(
         ([{"method": "distill", "epoch": 2}], "did you mean 'epochs'?"),
         ({"method": "distill", "text": {"dataset": "text"}}, "dataset text needs a path"),
         ({"method": "distill", "text": {"max_seq_length": 4096}}, "longer than the model's"),
-        ({"method": "distill", "text": {"dataset": "text", "path": "nowhere.txt"}}, "no such file or folder"),
-        ({"method": "distill", "gate": "nowhere.txt"}, "no such file or folder"),
+        (
+            {"method": "distill", "text": {"dataset": "text", "path": "nowhere.txt"}},
+            "give recover.text.path",
+        ),
+        ({"method": "distill", "gate": "nowhere.txt"}, "give recover.gate an existing path"),
+        ({"method": "distill", "text": {"dataset": "jsonl", "path": TALKS}}, "has no chat template"),
     ],
 )
-def test_recipes_that_are_refused(recover: Any, words: str, recipe: Callable[..., Path], mkaq: Mkaq) -> None:
+def test_recipes_that_are_refused(
+    recover: Any,
+    words: str,
+    recipe: Callable[..., Path],
+    mkaq: Mkaq,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    Path(TALKS).write_text(json.dumps({"messages": talk}))
     one_message(mkaq("plan", recipe(recover=recover)), 2, words)
 
 

@@ -121,6 +121,8 @@ def test_schedule_rises_and_falls() -> None:
     assert schedule(24, 43) == pytest.approx(0.5 * (1 + math.cos(math.pi * 22 / 41)))
     assert (schedule(0, 1), schedule(0, 2), schedule(1, 2)) == (1.0, 1.0, 1.0)
     assert schedule(2, 2) == pytest.approx(0)
+    assert [schedule(step, 21, 20) for step in (0, 9, 10)] == [0.1, 1.0, 1.0]  # half of the steps at most
+    assert schedule(0, 600, 20) == schedule(0, 600) == 1 / 30
 
 
 def test_samples_come_in_whole_rounds() -> None:

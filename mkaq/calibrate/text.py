@@ -216,15 +216,21 @@ def _mmlu(path: Path, split: Split) -> list[str]:
     return result
 
 
-def check_exists(dataset: str, where: str | None) -> None:
+def check_exists(dataset: str, where: str | None, key: str = "") -> None:
     """Checks that a data set's path exists.
+
+    Args:
+        dataset: The data set's name.
+        where: Its file or folder.
+        key: The key of the recipe that has it.
 
     Raises:
         UsageError: If it does not.
     """
     path = user_path(where or "")
     if dataset != "builtin" and not path.exists():
-        raise UsageError("no such file or folder", where=path, fix=f"give dataset {dataset} an existing path")
+        fix = f"give {key or f'dataset {dataset}'} an existing path"
+        raise UsageError("no such file or folder", where=path, fix=fix)
 
 
 def text_digest(dataset: str, where: str | None) -> str:

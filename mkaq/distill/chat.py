@@ -102,10 +102,19 @@ def templated(talk: Sequence[Message], tokenizer: Any, *, ask: bool) -> list[int
     Raises:
         UsageError: If the chat template is missing, or fails.
     """
+    check_template(tokenizer)
+    return chat_tokens(tokenizer, talk, "recover.text", ask=ask)
+
+
+def check_template(tokenizer: Any) -> None:
+    """Checks that there is a chat template.
+
+    Raises:
+        UsageError: If there is none.
+    """
     if not getattr(tokenizer, "chat_template", None):
         fix = "give text, or a tokenizer with a chat template"
         raise UsageError("the model has no chat template for `messages`", where="recover.text", fix=fix)
-    return chat_tokens(tokenizer, talk, "recover.text", ask=ask)
 
 
 def _answered(messages: Any, number: int, file: Path) -> list[Message]:

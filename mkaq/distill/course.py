@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mkaq.checkpoint.finished import Finished
 from mkaq.checkpoint.output import Output
 from mkaq.distill.adapter import Adapter
-from mkaq.distill.gate import Check, best_check, is_over, length_of_steps
+from mkaq.distill.gate import Check, best_check, ending, is_over, length_of_steps
 from mkaq.distill.learner import Learner, copied
 from mkaq.distill.student import Lesson, Student
 from mkaq.distill.teacher import Teacher
@@ -16,6 +16,7 @@ from mkaq.recover.steps import schedule, shuffled
 from mkaq.walk.walk import LayerWalk
 
 CHECKS = 16  # measurements on held-out tokens
+WARM_UP = 20  # steps at least, since AdamW's first ones are as long on a weight that matters little as on any
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,12 @@ class Course:
             if step <= done:
                 continue
             if is_over(self._checks):
+                last = self._checks[-1].step
+                self._output.progress.say(f"  ended after step {last}: {ending(self._checks)}")
                 break
             own = chosen[self._walk.ranks.slice_of(len(chosen))].tolist()
-            share = schedule(step - 1, steps) * length_of_steps(self._checks, eased=self._training.eased)
+            share = length_of_steps(self._checks, eased=self._training.eased)
+            share *= schedule(step - 1, steps, WARM_UP)
             lesson = self._lesson(own)
             loss, learned = (
                 loss + self._learn(lesson, step, rate * share) * lesson.learns,

@@ -63,6 +63,13 @@ def is_over(checks: Sequence[Check]) -> bool:
     return checks[0].own < NOTHING or len(checks) - 1 - lowest >= PATIENCE
 
 
+def ending(checks: Sequence[Check]) -> str:
+    """Why a distillation ended before its last step."""
+    if checks[0].own < NOTHING:
+        return "nothing was lost"
+    return "nothing was better any more" if is_over(checks) else "what came next was not finite"
+
+
 def _score(check: Check, first: Check) -> float:
     pairs = (check.own, first.own), (check.other, first.other)
     return sum(now / before if before else 1.0 for now, before in pairs)

@@ -117,9 +117,15 @@ def share_gradients(parameters: Sequence[nn.Parameter], count: int, ranks: Ranks
     nn.utils.clip_grad_norm_(parameters, 1.0)
 
 
-def schedule(step: int, steps: int) -> float:
-    """The fraction of the learning rate at a step: linear warm-up over the first 1/20, then a cosine to 0."""
-    warmup = max(1, steps // 20)
+def schedule(step: int, steps: int, least: int = 1) -> float:
+    """The fraction of the learning rate at a step: linear warm-up over the first 1/20, then a cosine to 0.
+
+    Args:
+        step: The step, from 0.
+        steps: The number of steps.
+        least: Steps of the warm-up at least, if that is not more than half of all.
+    """
+    warmup = max(1, steps // 20, min(least, steps // 2))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

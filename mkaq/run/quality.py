@@ -40,7 +40,7 @@ class Bounds:
             raise VerificationError(
                 f"--strict refuses {fallback_line(found)}",
                 where=job.path(job.last),
-                fix="more, or more varied, calibration text; without --strict the same command goes on",
+                fix="more, or more varied, text; without --strict the same command goes on",
             )
 
     def check_perplexity(self, job: "Job") -> None:

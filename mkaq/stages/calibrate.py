@@ -57,7 +57,7 @@ def estimate(section: CalibrationSection, before: ModelSize, task: Task) -> Esti
     """
     from mkaq.calibrate.text import check_exists
 
-    check_exists(section.dataset, section.path)
+    check_exists(section.dataset, section.path, "calibration.path")
     check_length(section.max_seq_length, task.source, "calibration.max_seq_length")
     return Estimate(Need(0))
 

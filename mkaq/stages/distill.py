@@ -18,6 +18,7 @@ from mkaq.stages.teacher import LearnedText, TeacherSection
 if TYPE_CHECKING:
     from mkaq.checkpoint.reader import Checkpoint
     from mkaq.distill.course import Training
+    from mkaq.distill.gate import Check
     from mkaq.fit.hold_out import Samples
     from mkaq.recipe import Recipe
     from mkaq.run.job import Job
@@ -140,6 +141,12 @@ class DistillRecord(Step):
             raise ValueError(f"best is number {self.best} of {len(self.checks)} measurements")
         return self
 
+    def curve(self) -> list[Check]:
+        """The measurements, as they were made."""
+        from mkaq.distill.gate import Check
+
+        return [Check(*(getattr(check, name) for name in Check._fields)) for check in self.checks]
+
     def follows(self) -> bool:
         """Trained weights do not follow from the record."""
         return False
@@ -222,15 +229,15 @@ def run(section: DistillSection, job: Job, folder: Path) -> Made:
 
 def describe(record: DistillRecord) -> Description:
     """How much was learned, and the divergence before and after."""
+    from mkaq.distill.gate import ending
+
     first, best, last = record.checks[0], record.checks[record.best], record.checks[-1]
     sentence = f"All layers tuned toward the predictions of the original ({best.step} steps)."
     line = (
         f"distill: {record.learned:,} predictions learned; divergence {first.own:.4f} to {best.own:.4f}, on "
         f"other text {first.other:.4f} to {best.other:.4f}; step {best.step} of {record.steps} is kept"
     )
-    lost = "nothing was better any more" if last.step else "nothing was lost"
-    why = f"{lost}, or what came next was not finite"
-    ended = [f"distill: ended after step {last.step}: {why}"] * (last.step < record.steps)
+    ended = [f"distill: ended after step {last.step}: {ending(record.curve())}"] * (last.step < record.steps)
     rows = [
         (str(x.step), "-" if x.loss is None else f"{x.loss:.4f}", f"{x.own:.4f}", f"{x.other:.4f}")
         for x in record.checks
@@ -259,11 +266,15 @@ def _measured_again(
     from mkaq.verify.remeasure import ROUNDED, divergences_again
     from mkaq.walk.walk import LayerWalk
 
-    case.said = "divergences not measured again: the text of the distillation is not here"
+    unmeasured = "divergences not measured again: the text of the distillation is not here"
+    case.said = unmeasured
     try:
         asked = TeacherSection.model_validate(record.text)
         text = teacher.text_of(asked, source.checkpoint)
-    except (MkaqError, ValidationError):
+    except MkaqError as error:
+        case.said = f"{unmeasured} ({error.where}: {error.what})"
+        return
+    except ValidationError:
         return
     if asked.answers == "source" or tokens_digest(text.tokens) != record.tokens_sha256:
         return

@@ -71,7 +71,7 @@ def estimate(section: PerplexitySection, before: ModelSize, task: Task) -> Estim
     from mkaq.run import work
     from mkaq.run.memory import measuring
 
-    check_exists(section.dataset, section.path)
+    check_exists(section.dataset, section.path, "evaluate.perplexity.path")
     size = section.num_samples, section.max_seq_length
     return Estimate(measuring(task, *size), work=work.measuring(task, before.layers, *size))
 

@@ -71,16 +71,21 @@ def estimate(section: TeacherSection, before: ModelSize, task: Task) -> Estimate
     """The hidden states of all sequences, and a file of predictions.
 
     Raises:
-        UsageError: If there is no such text, or sequences are longer than the model's positions.
+        UsageError: If there is no such text, or sequences are longer than the model's positions, or it has
+            conversations and the model no chat template.
     """
     from mkaq.calibrate.text import check_exists
+    from mkaq.calibrate.tokenizer import load_tokenizer
+    from mkaq.distill.chat import check_template, has_conversations
     from mkaq.distill.teacher import bytes_per_token
     from mkaq.run import work
     from mkaq.run.memory import teaching
 
-    check_exists(section.dataset, section.path)
+    check_exists(section.dataset, section.path, "recover.text.path")
     if section.gate:
-        check_exists("text", section.gate)
+        check_exists("text", section.gate, "recover.gate")
+    if section.dataset == "jsonl" and section.path and has_conversations(section.path):
+        check_template(load_tokenizer(task.source.path))
     check_length(section.max_seq_length, task.source, "recover.text.max_seq_length")
     wanted, length = wanted_of(section), section.max_seq_length
     samples = wanted.num_samples + wanted.held_out

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.digests import digest_of
-from mkaq.distill.gate import Check, best_check
+from mkaq.distill.gate import best_check
 from mkaq.fit.ridge import RIDGES
 from mkaq.merge.origins import ORIGINS, Origins, as_tensor
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def distillation_faults(step: "DistillRecord") -> Iterator[str]:
     """Yields measurements out of order, and a choice that they do not give."""
-    checks = [Check(*(getattr(check, name) for name in Check._fields)) for check in step.checks]
+    checks = step.curve()
     numbers = [check.step for check in checks]
     if numbers[0] != 0 or sorted(set(numbers)) != numbers or numbers[-1] > step.steps:
         yield f"the measurements of the distillation are not of rising steps, from 0 to at most {step.steps}"
