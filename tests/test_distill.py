@@ -95,7 +95,8 @@ def test_a_run_is_recorded_and_verified(
     assert verified.code == 0 and "the divergences that the manifest says (distill;" in verified.out
     inspected = mkaq("inspect", learned / "artifact")
     assert "distill: 8,224 predictions learned; divergence" in inspected.out
-    assert "Distillation" in (learned / "report.html").read_text()
+    report = (learned / "report.html").read_text()
+    assert "Distillation" in report and f"{best['step']}, kept" in report
     run = shutil.copytree(learned, tmp_path / "run", symlinks=True)
     other = write(tmp_path, source, text, recover=[LAYERWISE, {**course(text), "epochs": 2}])
     again = mkaq("run", other, "--output", run)

@@ -239,10 +239,16 @@ def describe(record: DistillRecord) -> Description:
     )
     ended = [f"distill: ended after step {last.step}: {ending(record.curve())}"] * (last.step < record.steps)
     rows = [
-        (str(x.step), "-" if x.loss is None else f"{x.loss:.4f}", f"{x.own:.4f}", f"{x.other:.4f}")
+        (
+            f"{x.step}, kept" if x is best else str(x.step),
+            "-" if x.loss is None else f"{x.loss:.4f}",
+            f"{x.own:.4f}",
+            f"{x.other:.4f}",
+        )
         for x in record.checks
     ]
-    table = Table("Distillation", ("step", "loss", "divergence", "on other text"), rows)
+    title = "Distillation: divergence from the source in nats per held-out token"
+    table = Table(title, ("step", "loss", "on the text learned", "on other text"), rows)
     return Description(sentence, [line, *ended], [table])
 
 
