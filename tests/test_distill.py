@@ -123,6 +123,16 @@ def test_forged_curves_are_found(
     one_message(mkaq("verify", artifact, "--source", source), 5, words)
 
 
+def test_verify_names_the_text_that_is_not_here(
+    learned: Path, source: Path, mkaq: Mkaq, tmp_path: Path
+) -> None:
+    artifact = shutil.copytree(learned / "artifact", tmp_path / "artifact")
+    forge(artifact, lambda data: data["steps"][-1]["text"].update(path="moved.txt"))
+    verified = mkaq("verify", artifact, "--source", source)
+    assert verified.code == 0
+    assert "not measured again: the text of the distillation is not here (moved.txt: no such" in verified.out
+
+
 @pytest.mark.parametrize(
     ("fits", "adapter"), [(True, None), (False, {"r": 8, "alpha": 16})], ids=["weights", "adapter in turn"]
 )
