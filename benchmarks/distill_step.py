@@ -9,15 +9,13 @@ not depend on it.
 
 import argparse
 import json
-import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.machine import machine
+from benchmarks.machine import command_line, machine
 from benchmarks.shapes import CONFIGS, write_checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.distill.learner import Learner
@@ -56,8 +54,7 @@ def main() -> None:
             activations=Activations(torch.device("cpu"), "files", Path(scratch)),
         )
         found = measured(walk, options.samples, options.length, options.steps)
-        command = shlex.join(["python", "-m", "benchmarks.distill_step", *sys.argv[1:]])
-        print(json.dumps({"command": command} | found, indent=2))
+        print(json.dumps({"command": command_line("distill_step")} | found, indent=2))
 
 
 def measured(walk: LayerWalk, samples: int, length: int, steps: int) -> dict[str, object]:

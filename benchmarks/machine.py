@@ -3,6 +3,8 @@
 import os
 import platform
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +31,16 @@ def processor(device: torch.device) -> str:
     path = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.*)", path.read_text()) if path.exists() else None
     return named[1] if named else platform.processor() or platform.machine()
+
+
+def command_line(module: str) -> str:
+    """What this process was started with, a module here, without this machine's paths."""
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *map(without_folder, sys.argv[1:])])
+
+
+def without_folder(value: Any) -> Any:
+    """An argument with the name instead of an absolute path."""
+    if isinstance(value, list):
+        return [without_folder(item) for item in value]
+    before, equals, path = value.rpartition("=") if isinstance(value, str) else ("", "", "")
+    return f"{before}{equals}{Path(path).name}" if Path(path).is_absolute() else value

@@ -15,8 +15,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +24,7 @@ import torch
 
 from benchmarks.checkpoints import Job, Maker, Settings, rows_of
 from benchmarks.distilled import CONTROL, LEARNED, Lessons, add_arguments, lessons_of
+from benchmarks.machine import command_line, without_folder
 from benchmarks.quality_report import describe, write_report
 from benchmarks.quality_text import Text, calibration_of, load_text, measure, windows
 from mkaq.calibrate.tokenizer import load_tokenizer
@@ -141,7 +140,7 @@ def describe_run(
     shown = {**vars(options), "text": [f"{name}={path}" for name, path in options.text]}
     config = bench.source.hf_config
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *map(without_folder, sys.argv[1:])]),
+        "command": command_line(module),
         "machine": {
             "processor": platform.machine(),
             "cores": os.cpu_count(),
@@ -160,14 +159,6 @@ def describe_run(
         "options": {key: without_folder(value) for key, value in shown.items()},
         "libraries": library_versions(),
     }
-
-
-def without_folder(value: Any) -> Any:
-    """An argument with the name instead of an absolute path."""
-    if isinstance(value, list):
-        return [without_folder(item) for item in value]
-    before, equals, path = value.rpartition("=") if isinstance(value, str) else ("", "", "")
-    return f"{before}{equals}{Path(path).name}" if Path(path).is_absolute() else value
 
 
 def parse() -> argparse.Namespace:

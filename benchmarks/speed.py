@@ -22,7 +22,6 @@ bitsandbytes runs in mkaq's own environment. Results go to benchmarks/results/NA
 import argparse
 import json
 import os
-import shlex
 import shutil
 import statistics
 import sys
@@ -37,11 +36,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import mkaq
-from benchmarks.machine import machine
+from benchmarks.machine import command_line, machine, without_folder
 from benchmarks.memory import RESULTS
 from benchmarks.packed import write_dense
 from benchmarks.process_tree import CommandError, Measured, run_measured
-from benchmarks.quality import without_folder
 from benchmarks.quality_text import Text, load_text, measure, windows
 from benchmarks.speed_report import describe, table
 from mkaq.calibrate.text import documents
@@ -127,7 +125,7 @@ def main() -> None:
         "texts": perplexities(source.path, texts),
     }
     record = {
-        "command": shlex.join(["python", "-m", "benchmarks.speed", *map(without_folder, sys.argv[1:])]),
+        "command": command_line("speed"),
         "machine": machine(options.threads),
         "model": {"name": without_folder(options.model), "parameters": source.parameters},
         "settings": {"bits": 4, "group_size": options.group_size, "act_order": options.act_order},

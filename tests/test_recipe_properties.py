@@ -24,7 +24,9 @@ few = settings(
 )
 paths = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 numbers = st.integers(1, 500)
-BETWEEN = re.compile(r"line \d+, (calibration|merge|budget|budget.bits|quantize.bits|recover): ")  # sections
+BETWEEN = re.compile(
+    r"line \d+, (calibration|merge|budget|budget\.bits|quantize\.bits|recover): "
+)  # sections
 
 
 def maybe(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Data]:
