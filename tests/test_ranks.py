@@ -18,6 +18,7 @@ from mkaq.quantize.gptq import gptq
 from mkaq.quantize.gptq_cpu import NUMBA
 from mkaq.quantize.solved import _shared
 from mkaq.ranks import Ranks
+from tests.group import in_two
 from tests.runs import Outcome
 from tests.tiny import SIMILAR
 
@@ -27,12 +28,7 @@ RECOVER = {"method": "layerwise", "steps": 5, "batch_size": 4}
 EVALUATE = {"perplexity": {"dataset": "builtin", "num_samples": 4, "max_seq_length": 32}}
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """`torchrun --standalone --nproc-per-node 2 -m mkaq ...`, with one thread each."""
-    return launch("-m", "mkaq", *arguments)
-
-
-def launch(*program: object) -> subprocess.CompletedProcess[str]:
+def torchrun(*program: object) -> subprocess.CompletedProcess[str]:
     """`torchrun --standalone --nproc-per-node 2 ...`, with one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += map(str, program)
@@ -55,8 +51,8 @@ def test_distillation_in_more_processes_than_a_batch_has_rows(
     one, two = tmp_path / "one", tmp_path / "two"
     torch.set_num_threads(1)
     assert mkaq("run", written, "--output", one).code == 0
-    done = torchrun("run", written, "--output", two)
-    assert done.returncode == 0, done.stderr
+    done = in_two(tmp_path / "told", "mkaq", "run", written, "--output", two)
+    assert done.code == 0, done.err
     checks = [json.loads((run / "distill" / "record.json").read_text())["checks"] for run in (one, two)]
     assert len(checks[0]) == len(checks[1]) > 5
     for key in ("own", "other"):
@@ -96,9 +92,9 @@ def test_two_processes_do_what_one_does(
     one, two = tmp_path / "one", tmp_path / "two"
     torch.set_num_threads(1)
     assert mkaq("run", written, "--output", one).code == 0
-    done = torchrun("run", written, "--output", two, "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)  # printed once
+    done = in_two(tmp_path / "told", "mkaq", "run", written, "--output", two, "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)  # printed once
     assert told["artifact"] == str(two / "artifact")
 
     plans = [json.loads((folder / "merge" / "record.json").read_text()) for folder in (one, two)]
@@ -129,8 +125,8 @@ def test_what_is_chosen_is_the_choice_of_the_first_process(
     written = recipe(merge=merge, recover=RECOVER, quantize=None, calibration=calibration)
     made = []
     for name, program in (("alike", "mkaq"), ("contrary", "tests.choices_worker")):
-        done = launch("-m", program, "run", written, "--output", tmp_path / name)
-        assert done.returncode == 0, done.stderr
+        done = in_two(tmp_path / "told", program, "run", written, "--output", tmp_path / name)
+        assert done.code == 0, done.err
         made.append((tmp_path / name / "artifact" / "mkaq-manifest.json").read_bytes())
     assert made[0] == made[1]
 
@@ -157,8 +153,9 @@ def test_all_rows_are_solved_with_the_damping_that_any_process_needs() -> None:
 def test_a_run_of_two_processes_is_kept_and_goes_on(recipe: Callable[..., Path], tmp_path: Path) -> None:
     calibration = {"dataset": "builtin", "num_samples": 16, "max_seq_length": 32}
     written = recipe(merge=AVERAGE, calibration=calibration)
-    assert torchrun("run", written, "--output", tmp_path / "r", "--until", "merge").returncode == 0
-    done = torchrun("run", written, "--output", tmp_path / "r")
+    line = "run", written, "--output", tmp_path / "r"
+    assert in_two(tmp_path / "told", "mkaq", *line, "--until", "merge").code == 0
+    done = torchrun("-m", "mkaq", *line)
     assert done.returncode == 0, done.stderr
     log = json.loads((tmp_path / "r" / "run.json").read_text())
     assert [row["stage"] for row in log["stages"] if row["reused"]] == ["calibrate", "analyze", "merge"]
@@ -191,7 +188,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
         "tasks = pathlib.Path('/proc/self/task').glob('*/comm')\n"
         "print(sorted({task.read_text().strip() for task in tasks}), flush=True)\n"
     )
-    done = launch(script)
+    done = torchrun(script)
     assert done.returncode == 0, done.stderr
     assert "python" in done.stdout and "gloo" not in done.stdout
 

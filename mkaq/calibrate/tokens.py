@@ -1,7 +1,7 @@
 """Token ids from documents: calibration samples and evaluation sequences."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def calibration_tokens(
     """
     prefix = _prefix(tokenizer)
     body = max_seq_length - len(prefix)
-    size = max(4000, 8 * max_seq_length)
+    size = _characters(max_seq_length)
     pieces = [text[start : start + size] for text in texts for start in range(0, len(text), size)]
     order = np.random.default_rng(seed).permutation(len(pieces))
     stream: list[int] = []
@@ -72,7 +72,8 @@ def evaluation_sequences(
     prefix = _prefix(tokenizer)
     body = max_seq_length - len(prefix)
     stream: list[int] = []
-    for piece in _pieces(texts):
+    size = 200_000 if num_samples is None else min(200_000, _characters(num_samples * body))
+    for piece in (text[start : start + size] for text in texts for start in range(0, len(text), size)):
         stream += _encode(tokenizer, piece)
         if num_samples is not None and len(stream) >= num_samples * body:
             stream = stream[: num_samples * body]
@@ -86,10 +87,9 @@ def evaluation_sequences(
     return [row for row in rows if len(row) > max(1, len(prefix))]
 
 
-def _pieces(texts: Sequence[str], size: int = 200_000) -> Iterator[str]:
-    for text in texts:
-        for start in range(0, len(text), size):
-            yield text[start : start + size]
+def _characters(tokens: int) -> int:
+    """Of text that has as many tokens, and nearly always more: no text of megabytes is read for a few."""
+    return max(4000, 8 * tokens)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -1,18 +1,14 @@
 """Two processes of which one is killed: the other ends soon and says so, and the same command resumes."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.counts import PROCESSES
+from tests.group import Group
 from tests.reliability.test_stops import EVERY
-from tests.runs import ROOT, tree
+from tests.runs import tree
 
 EXCHANGES = 100  # of the run below, at least
 POINTS = [(n % 2, 2 + n * (EXCHANGES - 2) // 19) for n in range(20)]  # who is killed, and when
@@ -21,31 +17,12 @@ SOON = 60  # seconds
 
 def both(recipe: Path, folder: Path, victim: int = 0, at: int = 0) -> list[tuple[int, str]]:
     """Runs a recipe in two processes; the exit codes, and what each said. `at` 0 kills none."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    line = [sys.executable, "-m", "tests.reliability.process", victim, at, "run", recipe, "--output", folder]
-    processes = [
-        subprocess.Popen(
-            [*map(str, line)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | group | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in ("0", "1")
-    ]
-    if at:
-        processes[victim].wait(timeout=300)
-    ended = time.monotonic()
-    result = []
-    for process in processes:
-        _, said = process.communicate(timeout=SOON if at else 300)
-        result.append((process.returncode, said))
-    assert not at or time.monotonic() - ended < SOON
-    return result
+    line = "tests.reliability.process", victim, at, "run", recipe, "--output", folder
+    group = Group(folder.with_name("told"), *line)
+    first = group.ended(victim)
+    other = group.ended(1 - victim, SOON if at else 300)
+    told = {victim: first, 1 - victim: other}
+    return [(told[rank].code, told[rank].err) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")

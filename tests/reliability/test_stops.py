@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,13 +19,23 @@ from tests.runs import ROOT
 EVERY = int(os.environ.get("MKAQ_EVERY", 50))
 
 
-@pytest.mark.parametrize("fault", ["kill", "power", "full", "error"])
-def test_nothing_is_lost_or_wrong(
-    fault: str, runs: list[Path], tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
-    command = [sys.executable, "-m", "tests.reliability.worker", fault, *runs, tmp_path, str(EVERY)]
+FAULTS = ["kill", "power", "full", "error"]
+
+
+@pytest.fixture(scope="module")
+def found(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the worker says of each fault."""
+    line = [EVERY, *runs, tmp_path_factory.mktemp("stopped"), *FAULTS]
+    command = [sys.executable, "-m", "tests.reliability.worker", *map(str, line)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["tried"] > 0 and result["bad"] == []
-    record_property(KILLS if fault in ("kill", "power") else WRITES, result["tried"])
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"fault"')]
+    return {one["fault"]: one for one in told}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nothing_is_lost_or_wrong(
+    fault: str, found: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
+    assert found[fault]["tried"] > 0 and found[fault]["bad"] == []
+    record_property(KILLS if fault in ("kill", "power") else WRITES, found[fault]["tried"])

@@ -1,11 +1,11 @@
 """Runs a recipe again and again on a disk that fails, each time at another point.
 
-usage: python -m tests.reliability.worker FAULT RECIPE BEFORE WHOLE SCRATCH STEP
+usage: python -m tests.reliability.worker STEP RECIPE BEFORE WHOLE SCRATCH FAULT...
 
 BEFORE is the folder of an earlier run, with an artifact; WHOLE is that folder after a run of RECIPE. Both
 are copied, never changed. Every STEP-th change on the disk meets the fault; then the artifact must be the
-earlier one or the whole one, and the same command must end well and with the bytes of WHOLE. Prints JSON:
-what was counted, and a sentence for each point where something was lost or wrong.
+earlier one or the whole one, and the same command must end well and with the bytes of WHOLE. Prints a line
+of JSON for each fault: what was counted, and a sentence for each point where something was lost or wrong.
 
 Processes are forked from one that has loaded everything, so that a run takes its own time alone.
 """
@@ -124,7 +124,7 @@ class Trials:
 
 
 def main_() -> None:
-    fault, *paths, step = sys.argv[1:]
+    step, *paths = sys.argv[1:6]
     torch.set_num_threads(1)
     long = {stage.NAME: 2 * LONG for stage in STAGES}  # each keeps what it finishes; and no measuring
     RunPlan.seconds = lambda *_: long  # type: ignore[method-assign]
@@ -132,13 +132,14 @@ def main_() -> None:
     warm = Path(paths[-1], "warm")
     shutil.copytree(paths[1], warm, symlinks=True)
     run_quietly(Path(paths[0]), warm)  # whatever is imported or compiled on the way is there for all
-    trials = Trials(fault, *(Path(path) for path in paths))  # type: ignore[arg-type]
-    calls = trials.points()
-    chosen = range(1, len(calls) + 1, int(step))
-    for at in chosen:
-        trials.meet(at, calls[at - 1])
-    result: dict[str, Any] = {"fault": fault, "changes": len(calls), "tried": len(chosen), "bad": trials.bad}
-    print(json.dumps(result))
+    for fault in sys.argv[6:]:
+        trials = Trials(fault, *(Path(path) for path in paths))  # type: ignore[arg-type]
+        calls = trials.points()
+        chosen = range(1, len(calls) + 1, int(step))
+        for at in chosen:
+            trials.meet(at, calls[at - 1])
+        told: dict[str, Any] = {"changes": len(calls), "tried": len(chosen), "bad": trials.bad}
+        print(json.dumps({"fault": fault, **told}), flush=True)
 
 
 if __name__ == "__main__":
