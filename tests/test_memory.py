@@ -15,7 +15,7 @@ from mkaq.walk.activations import Activations
 from tests.runs import Mkaq, command, one_message, tree
 from tests.tiny import SIMILAR
 
-DEPTHS = (6, 24)  # benchmarks/memory.py goes on to 32
+DEPTHS = (6, 14)  # benchmarks/memory.py goes on to 32
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     found = {}
     for layers in DEPTHS:
         folder = tmp_path_factory.mktemp(f"deep{layers}")
-        write_model(folder / "model", layers, 1024)
+        write_model(folder / "model", layers, 768)
         recipe = {
             "version": 1,
             "name": "deep",
@@ -32,7 +32,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
             "calibration": {"num_samples": 8, "max_seq_length": 64},
             "merge": {"ratio": 0.5, "fuse": "average", "order": "similarity", "manifold": {"points": 256}},
             "recover": None,
-            "quantize": {"method": "gptq", "bits": 4},
+            "quantize": {"method": "gptq", "bits": 4, "group_size": 64},
             "evaluate": {"perplexity": {"num_samples": 4, "max_seq_length": 64}},
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
