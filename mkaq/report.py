@@ -1,7 +1,6 @@
-"""A run's report.html, the heatmap of layer similarity, and the summary table."""
+"""A run's report.html, and the summary table."""
 
 import base64
-import io
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup
 from safetensors.numpy import load_file
 
+from mkaq.drawings import curves_png, heatmap_png
 from mkaq.files import replace_json
 from mkaq.manifest import read_manifest
 from mkaq.pipeline import stage_of
@@ -40,8 +38,9 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}code{background
 <table><tr><th>layers removed<th>bits<th>bytes<th>perplexity</tr>
 {% for x in m.budget.tried %}<tr><td>{{ x.removed }}<td>{{ x.bits or "-" }}<td>{{ x.bytes }}<td>{{ decimal(x.perplexity) }}</tr>
 {% endfor %}</table>{% endif %}
-{% if heatmap %}<h2>Layer similarity (NPIB)</h2><img alt="heatmap" src="data:image/png;base64,{{ heatmap }}">{% endif %}
+{% if heatmap %}<h2>Layer similarity (NPIB)</h2><img alt="heatmap" src="{{ heatmap }}">{% endif %}
 {% for step in steps %}{% for table in step.tables %}<h2>{{ table.title }}</h2>
+{% if draw and table.curves %}<img alt="curves" src="{{ draw(table.curves) }}">{% endif %}
 <table><tr>{% for cell in table.header %}<th>{{ cell }}{% endfor %}</tr>
 {% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
 {% endfor %}</table>{% endfor %}
@@ -85,7 +84,7 @@ def with_error(value: float | None, error: float | None, digits: int) -> str:
 def write_report(result: RunResult, log: list[dict[str, Any]], similarity: Path | None) -> None:
     """Writes report.html into the run's folder: a single file that loads nothing else.
 
-    Without matplotlib it has no heatmap.
+    Without matplotlib it has no drawings.
 
     Args:
         result: The result of the run.
@@ -93,11 +92,10 @@ def write_report(result: RunResult, log: list[dict[str, Any]], similarity: Path 
         similarity: The file with the similarity of layers, if there is one.
     """
     assert result.artifact is not None
-    folder, heatmap = result.folder, ""
+    folder, heatmap, drawn = result.folder, "", find_spec("matplotlib")
     manifest = read_manifest(result.artifact)
-    if similarity is not None and similarity.is_file() and find_spec("matplotlib"):
-        matrix = load_file(similarity)["npib"]
-        heatmap = base64.b64encode(heatmap_png(matrix)).decode()
+    if similarity is not None and similarity.is_file() and drawn:
+        heatmap = _embedded(heatmap_png(load_file(similarity)["npib"]))
     page = (
         jinja2.Environment(autoescape=True)
         .from_string(_PAGE)
@@ -108,12 +106,17 @@ def write_report(result: RunResult, log: list[dict[str, Any]], similarity: Path 
             quality=list(quality_lines(manifest.fallbacks, manifest.evaluation)),
             decimal=decimal,
             heatmap=heatmap,
+            draw=drawn and (lambda curves: _embedded(curves_png(curves))),
             speed=Markup(_speed_section(folder)),
             log=log,
             recipe=json.dumps(manifest.recipe, indent=2),
         )
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def _embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def speed_row(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -145,22 +148,3 @@ def _speed_section(folder: Path) -> str:
         rows = json.loads((folder / SPEEDS).read_text())["rows"]
         shown = [speed_row(row) for row in rows if not row["reason"]]
     return jinja2.Environment(autoescape=True).from_string(_SPEED).render(header=SPEED_HEADER, rows=shown)
-
-
-def heatmap_png(matrix: npt.NDArray[np.float64]) -> bytes:
-    """The similarity of all pairs of layers as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis", origin="lower")
-    axes.set(xlabel="layer", ylabel="layer", title="NPIB between layers")
-    figure.colorbar(image, ax=axes)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
-
-
-def save_heatmap(matrix: npt.NDArray[np.float64], path: Path) -> None:
-    """Writes the heatmap to a file."""
-    path.write_bytes(heatmap_png(matrix))

@@ -97,6 +97,7 @@ def test_a_run_is_recorded_and_verified(
     assert "distill: 8,224 predictions learned; divergence" in inspected.out
     report = (learned / "report.html").read_text()
     assert "Distillation" in report and f"{best['step']}, kept" in report
+    assert '<img alt="curves" src="data:image/png;base64,' in report
     run = shutil.copytree(learned, tmp_path / "run", symlinks=True)
     other = write(tmp_path, source, text, recover=[LAYERWISE, {**course(text), "epochs": 2}])
     again = mkaq("run", other, "--output", run)

@@ -13,7 +13,7 @@ BASE = {"mkaq", "errors", "units", "paths", "files", "digests", "dtypes", "conso
 BASE |= {"heap", "peak", "progress", "ranks"}
 WORK = ("merge", "quantize", "recover", "calibrate", "evaluate")
 TOP = {"recipe", "recipe_keys", "recipe_file", "recipe_yaml", "pipeline", "manifest", "budget"}
-TOP |= {"plan", "result", "report", "card", "session", "verification", "shipped"}
+TOP |= {"plan", "result", "report", "drawings", "card", "session", "verification", "shipped"}
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("base",),
     ("arch",),

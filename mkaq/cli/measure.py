@@ -41,9 +41,9 @@ def analyze(
     from mkaq.calibrate.tokens import calibration_tokens
     from mkaq.checkpoint.resolve import resolve_model
     from mkaq.checkpoint.validate import open_checkpoint
+    from mkaq.drawings import save_heatmap
     from mkaq.merge.compare import compare_layers
     from mkaq.progress import Progress
-    from mkaq.report import save_heatmap
     from mkaq.stages.calibrate import CalibrationSection
     from mkaq.walk.device import compute_dtype, pick_device
     from mkaq.walk.walk import LayerWalk

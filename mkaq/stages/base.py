@@ -169,12 +169,27 @@ class Made(NamedTuple):
 Row = tuple[str, ...]
 
 
+class Curves(NamedTuple):
+    """Measurements that the report draws above their table.
+
+    Attributes:
+        steps: When they were made.
+        lines: A value for each step, by what was measured.
+        kept: The step whose weights are kept.
+    """
+
+    steps: Sequence[int]
+    lines: Mapping[str, Sequence[float]]
+    kept: int
+
+
 class Table(NamedTuple):
     """A table of the report."""
 
     title: str
     header: Row
     rows: Sequence[Row]
+    curves: Curves | None = None
 
 
 class Description(NamedTuple):

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from mkaq.run.estimate import Estimate, ModelSize, Task
 from mkaq.stages import teacher
-from mkaq.stages.base import Count, Description, Made, Mode, Part, Section, Step, Table
+from mkaq.stages.base import Count, Curves, Description, Made, Mode, Part, Section, Step, Table
 from mkaq.stages.teacher import LearnedText, TeacherSection
 
 if TYPE_CHECKING:
@@ -248,7 +248,10 @@ def describe(record: DistillRecord) -> Description:
         for x in record.checks
     ]
     title = "Distillation: divergence from the source in nats per held-out token"
-    table = Table(title, ("step", "loss", "on the text learned", "on other text"), rows)
+    learned, other = "on the text learned", "on other text"
+    lines = {learned: [x.own for x in record.checks], other: [x.other for x in record.checks]}
+    curves = Curves([x.step for x in record.checks], lines, best.step)
+    table = Table(title, ("step", "loss", learned, other), rows, curves)
     return Description(sentence, [line, *ended], [table])
 
 
