@@ -62,7 +62,7 @@ class Group:
 
 
 def in_two(told: Path, program: str, *arguments: object) -> Outcome:
-    """Runs a program in two processes: the first one's code and stdout, and what both told on stderr."""
+    """Runs a program in two processes: a code that is not 0 if there is one, and what both told, in turn."""
     group = Group(told, program, *arguments)
     first, second = (group.ended(rank) for rank in range(SIZE))
     return Outcome(first.code or second.code, first.out + second.out, first.err + second.err)
