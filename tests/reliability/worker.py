@@ -132,9 +132,10 @@ def main_() -> None:
     warm = Path(paths[-1], "warm")
     shutil.copytree(paths[1], warm, symlinks=True)
     run_quietly(Path(paths[0]), warm)  # whatever is imported or compiled on the way is there for all
+    calls: list[str] = []
     for fault in sys.argv[6:]:
         trials = Trials(fault, *(Path(path) for path in paths))  # type: ignore[arg-type]
-        calls = trials.points()
+        calls = calls or trials.points()  # the same for all faults
         chosen = range(1, len(calls) + 1, int(step))
         for at in chosen:
             trials.meet(at, calls[at - 1])
