@@ -37,6 +37,7 @@ MERGES: dict[str, dict[str, Any]] = {
     "average-similarity": {"order": "similarity", "fuse": "average", "coefficient": "similarity"},
 }
 LAYERWISE = "+layerwise"
+CHECKS = "checks.json"  # of a job that distils, what was measured while it learned
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Maker:
         assert self.settings.lessons
         model = LayerWalk(open_checkpoint(base.path), self.device)
         checks = self.settings.lessons.learn(model, self._teacher, folder, self.output)
-        write_json(folder / "checks.json", checks)
+        write_json(folder / CHECKS, checks)
 
     def _quantize(self, job: Job, base: Made, folder: Path) -> None:
         model, tokens, target = open_checkpoint(base.path), self.tokens[: self.gptq_samples], None

@@ -83,6 +83,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
     what = "what distillation learns ('': what Python carries), of several as much from each; none if absent"
     add("--distill-text", metavar="FILE", action="append", default=[], help=what)
     add("--distill-samples", type=int, default=8192, help="sequences of it, as long as those of calibration")
+    add("--distill-batch", type=int, default=16, help="sequences per step")
 
 
 def lessons_of(options: argparse.Namespace, tokenizer: Any, hidden: int) -> Lessons | None:
@@ -95,4 +96,4 @@ def lessons_of(options: argparse.Namespace, tokenizer: Any, hidden: int) -> Less
     tokens = calibration_of(options.distill_text, tokenizer, wanted.num_samples, wanted.max_seq_length)
     other = probing_tokens(tokens[-held:], 0)[held:]
     text = with_other(tokens, torch.ones_like(tokens, dtype=torch.bool), other)
-    return Lessons(text, DistillSection(method="distill"), hidden)
+    return Lessons(text, DistillSection(method="distill", batch_size=options.distill_batch), hidden)

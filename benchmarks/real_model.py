@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks import smollm2
-from benchmarks.checkpoints import Job, Maker, Settings, rows_of
+from benchmarks.checkpoints import CHECKS, Job, Maker, Settings, rows_of
 from benchmarks.distilled import CONTROL, LEARNED, Lessons, add_arguments, lessons_of
 from benchmarks.machine import machine, processor
 from benchmarks.process_tree import CommandError, run_measured
@@ -116,6 +116,8 @@ class Bench(Maker):
         facts = self._facts(job, made.path)
         row = {"name": self.name(job), **asdict(job), **facts, "seconds": made.seconds}
         row["dtype"] = str(self.source.dtype).removeprefix("torch.")
+        if job.distils:
+            row["checks"] = json.loads((made.path / CHECKS).read_text())
         harness = Harness(made.path, self.tokenizer, self.device, self.dtype, self.options.batch_size)
 
         def text(name: str) -> dict[str, Any]:

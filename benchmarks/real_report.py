@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.quality_report import LABELS, RESULTS, perplexity_of, share, weights
 from benchmarks.real_plot import plot
 from benchmarks.real_tasks import IFEVAL
+from mkaq.distill.gate import Check, best_check
 from mkaq.files import write_json
 from mkaq.report import with_error
 
@@ -185,8 +186,25 @@ def markdown(record: dict[str, Any]) -> str:
         lines += table(
             ["method", "layers removed", "weights", *zero_shot], (each(r, zero_shot) for r in ordered)
         )
+    for row in rows:
+        lines += curve(row) if "checks" in row else []
     lines += [f"\n{name}: not possible, {reason}." for name, reason in record["failed"].items()]
     return "\n".join(lines) + "\n"
+
+
+def curve(row: Row) -> list[str]:
+    """What was measured while a row learned, with a mark at the weights that it has."""
+    checks = [Check(**check) for check in row["checks"]]
+    kept = best_check(checks)
+
+    def cells(number: int, check: Check) -> list[str]:
+        step = f"{check.step}" + ", kept" * (number == kept)
+        return [step, *("-" if value is None else f"{value:.4f}" for value in check[1:])]
+
+    title = f"{label(row)}, {row['removed']} layers removed: what was measured while it learned"
+    what = "KL(source || row) in nats per token, on sequences that it does not learn."
+    columns = ["step", "training loss", "the text that it learns", "other text"]
+    return ["", f"## {title}", "", what, "", *table(columns, (cells(*pair) for pair in enumerate(checks)))]
 
 
 def each(row: Row, zero_shot: Sequence[str]) -> list[str]:

@@ -31,6 +31,19 @@ FORMS: dict[str, dict[str, Any]] = {
         "recover": {"method": "layerwise", "steps": 5},
         "quantize": GPTQ | {"bits": 4},
     },
+    "channels, distill, 4 bits": {
+        "merge": CHANNELS,
+        "recover": {"method": "distill", "text": {"dataset": "builtin", "num_samples": 64}},
+        "quantize": GPTQ | {"bits": 4},
+    },
+    "channels, LoRA": {
+        "merge": CHANNELS,
+        "recover": {
+            "method": "distill",
+            "text": {"dataset": "builtin", "num_samples": 64},
+            "adapter": {"r": 16},
+        },
+    },
     "average, layerwise": {"merge": AVERAGE, "recover": {"method": "layerwise", "steps": 5}},
     "4 bits": {"quantize": GPTQ | {"bits": 4}},
     "3 bits": {"quantize": GPTQ | {"bits": 3}},

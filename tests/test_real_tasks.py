@@ -15,7 +15,7 @@ import yaml
 from benchmarks.checkpoints import Job
 from benchmarks.quality_text import Text, last_states, measure
 from benchmarks.real_model import jobs, main
-from benchmarks.real_report import able, complete, differences, mean_of, write_report
+from benchmarks.real_report import able, complete, curve, differences, mean_of, write_report
 from benchmarks.real_tasks import (
     ZERO_SHOT,
     converted,
@@ -27,6 +27,7 @@ from benchmarks.real_tasks import (
     write_task_file,
 )
 from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.distill.gate import Check
 from mkaq.errors import UsageError
 from mkaq.evaluate.perplexity import mean_per_token, perplexity
 from mkaq.progress import Progress
@@ -233,6 +234,18 @@ def test_report_has_shares_changes_and_equal_bytes(tmp_path: Path) -> None:
     assert "bfloat16" not in equal
     assert "A note." in found
     assert "Left out, for want of data: ifeval" in found
+
+
+def test_a_curve_marks_the_weights_that_are_kept() -> None:
+    checks = [Check(step, loss, own, 0.5)._asdict() for step, loss, own in ((0, None, 0.4), (8, 0.3, 0.25))]
+    row = {"method": "channels+layerwise+distill", "removed": 8, "bits": None, "checks": checks}
+    title, what, first, kept = (
+        line for line in curve(row) if line and "step" not in line and "--" not in line
+    )
+    assert "channels + layerwise + distill, 8 layers removed" in title
+    assert "KL(source || row)" in what
+    assert first == "| 0 | - | 0.4000 | 0.5000 |"
+    assert kept == "| 8, kept | 0.3000 | 0.2500 | 0.5000 |"
 
 
 def test_rows_without_all_tasks_have_no_average() -> None:
