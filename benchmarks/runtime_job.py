@@ -42,16 +42,21 @@ class Stopwatch:
         return sum(map(len, texts)) / self.seconds
 
 
+def dtype() -> str:
+    """The type to compute in, where a runtime has a choice: its name, or `auto` for the artifact's own."""
+    return sys.argv[3]
+
+
 def serve(run: Callable[[Path, list[int], list[list[int]]], Answer]) -> None:
     """Runs every folder of the command line and prints one line for each.
 
-    usage of a worker: WORKER JSON_LIST_OF_TOKEN_IDS JSON_LIST_OF_PROMPTS FOLDER...
+    usage of a worker: WORKER JSON_LIST_OF_TOKEN_IDS JSON_LIST_OF_PROMPTS DTYPE FOLDER...
 
     Args:
         run: Loads a folder; returns what it says of a text and of prompts, both token ids.
     """
     ids, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-    for folder in sys.argv[3:]:
+    for folder in sys.argv[4:]:
         try:
             row = {"folder": folder, **run(Path(folder), ids, prompts)._asdict()}
         except Exception as error:  # what a runtime raises is what is asked here

