@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mkaq.generate.sampling import Sampling, chooser, likeliest
-from mkaq.generate.stream import Pace, stream
+from mkaq.generate.choice import chooser, likeliest
+from mkaq.generate.pace import Pace
+from mkaq.generate.sampling import Sampling
+from mkaq.generate.stream import stream
 from tests.runs import Mkaq, one_message
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,6 +1,7 @@
 """generate and chat with a GGUF file, in llama.cpp; its package comes from the environment of its own."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -70,6 +71,18 @@ def test_same_greedy_text_as_torch(files: tuple[Path, Path], ask: Ask, mkaq: Mka
     assert "12 written" in done.stderr and "tokens/s" in done.stderr and "of memory" in done.stderr
     told = json.loads(ask("generate", files[0], *command, "--json").stdout)
     assert done.stdout == f"To be{told['text']}\n" and told["tokens"] == 12
+
+
+@needs_llamacpp
+def test_torch_is_not_loaded(
+    files: tuple[Path, Path], ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes longer to load than a small model to write."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not needed')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{PACKAGES}")
+    done = ask("generate", files[0], "To be", "--max-new-tokens", 2)
+    assert done.returncode == 0, done.stderr
+    assert "torch is not needed" in ask("generate", files[0], "To be", "--device", "cuda").stderr
 
 
 @needs_llamacpp

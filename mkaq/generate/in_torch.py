@@ -12,8 +12,10 @@ from mkaq.checkpoint.end_tokens import end_tokens
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.errors import UsageError
-from mkaq.generate.sampling import Sampling, chooser
-from mkaq.generate.stream import Pace, stream
+from mkaq.generate.choice import chooser
+from mkaq.generate.pace import Pace
+from mkaq.generate.sampling import Sampling
+from mkaq.generate.stream import stream
 from mkaq.generate.writer import Message, Reply, Show, no_tokens
 from mkaq.walk.device import compute_dtype, pick_device
 from mkaq.walk.whole_model import whole_model

@@ -1,20 +1,21 @@
-"""A GGUF file that writes, in llama.cpp, by the package xllamacpp."""
+"""A GGUF file that writes, in llama.cpp, by the package xllamacpp; torch, slow to load, is not needed."""
 
 import json
+import os
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
-import torch
+import psutil
 
 from mkaq.errors import CheckpointError, UsageError
+from mkaq.generate.pace import Pace
 from mkaq.generate.sampling import Sampling
-from mkaq.generate.stream import Pace
 from mkaq.generate.writer import Message, Reply, Show, no_tokens
-from mkaq.walk.device import pick_device
 
 _TEMPLATE = "tokenizer.chat_template"
 _PATIENCE = 5.0  # seconds for llama.cpp to stop
@@ -64,6 +65,13 @@ def _fields(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"is no whole GGUF file: {str(error)[:200]}", where=path, fix=fix) from None
 
 
+def _threads() -> int:
+    """OMP_NUM_THREADS, as torch has it, or as many as there are cores for this process."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return int(asked) if asked.isdigit() and int(asked) else min(psutil.cpu_count(False) or 1, allowed)
+
+
 def _missing(path: Path) -> UsageError:
     fix = "pip install 'mkaq[llamacpp]'"
     return UsageError("a GGUF file is read by the packages gguf and xllamacpp", where=path, fix=fix)
@@ -88,9 +96,12 @@ class LlamaCppWriter:
     def __init__(self, path: Path, device: str, sampling: Sampling) -> None:
         if not path.is_file():
             raise UsageError("is no file" if path.exists() else "no such file", where=path)
-        pick_device(device)  # refuses what is not there
+        if device not in ("auto", "cpu"):
+            from mkaq.walk.device import pick_device
+
+            pick_device(device)  # refuses what is not there
         self.talks = _TEMPLATE in _fields(path)
-        self._server = serve(path, torch.get_num_threads(), on_cpu=device == "cpu")
+        self._server = serve(path, _threads(), on_cpu=device == "cpu")
         self._path, self._sampling = path, sampling
 
     def complete(self, prompt: str, max_new_tokens: int, show: Show) -> Reply:

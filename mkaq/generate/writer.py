@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from mkaq.errors import UsageError
+from mkaq.generate.pace import Pace
 from mkaq.generate.sampling import Sampling
-from mkaq.generate.stream import Pace
 
 Show = Callable[[str], None]
 """Takes pieces of a text as they come."""
