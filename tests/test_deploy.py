@@ -1,13 +1,24 @@
 """What docs/deploy.md says loads an artifact, does."""
 
+import json
+import os
 import re
 import shlex
+import socket
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import pytest
 
+from benchmarks.runtimes import make
+from mkaq.checkpoint.validate import open_checkpoint
+from mkaq.export.formats import EXPORTS
+from mkaq.export.settings import Settings
 from tests.runs import python_of, run_quietly
 from tests.tiny import write_recipe
 
@@ -44,6 +55,51 @@ def test_transformers(folder: str, name: str, artifact: Path, tmp_path: Path) ->
     load = next(line for line in loads if folder in line).replace("ARTIFACT", str(artifact))
     program = f"{first}\n{load}\nassert type(model).__name__ == 'LlamaForCausalLM'"
     subprocess.run([environment(name) / "python", "-c", program], check=True, cwd=tmp_path, timeout=300)
+
+
+def test_onnx(artifact: Path, tmp_path: Path) -> None:
+    bin_folder = environment("onnx")
+    command = BLOCKS["ONNX Runtime GenAI"].replace("\\\n", "").replace("ARTIFACT", str(artifact))
+    program, *options = shlex.split(command)
+    subprocess.run([bin_folder / program, *options], check=True, cwd=tmp_path, timeout=300)
+    assert (tmp_path / "onnx" / "genai_config.json").is_file()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_vllm(number: int, tmp_path: Path) -> None:
+    bin_folder = environment("vllm")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    make({"bits": 4, "group_size": 128}, "builtin:tiny-llama", tmp_path / "run")
+    model = open_checkpoint(artifact := tmp_path / "run" / "artifact", quantized=True)
+    (artifact / "compressed-tensors").mkdir()
+    EXPORTS["compressed-tensors"].write(model, artifact / "compressed-tensors", Settings("deployed"))
+    program, *options = shlex.split(BLOCKS["vLLM"].splitlines()[number].replace("ARTIFACT", str(artifact)))
+    request = {"model": options[-1], "prompt": "To be"}
+    options += ["--host", "127.0.0.1", "--port", address.partition(":")[2], "--enforce-eager"]
+    environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen([bin_folder / program, *options], stdout=log, stderr=log, env=environ) as server,
+    ):
+        try:
+            answer = asked(f"http://{address}/v1/completions", request, server)
+        finally:
+            server.terminate()
+    assert answer["usage"]["completion_tokens"] > 0, (tmp_path / "log").read_text()[-3000:]
+
+
+def asked(url: str, request: dict[str, Any], server: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """What a server answers as soon as it is up."""
+    data, headers = json.dumps(request).encode(), {"Content-Type": "application/json"}
+    for _ in range(300):
+        assert server.poll() is None
+        with suppress(URLError), urlopen(Request(url, data, headers), timeout=60) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+        time.sleep(1)
+    raise TimeoutError(url)
 
 
 def test_mlx(artifact: Path, tmp_path: Path) -> None:
