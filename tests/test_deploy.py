@@ -1,4 +1,4 @@
-"""What docs/deploy.md says loads an artifact, does."""
+"""What docs/deploy.md says loads an artifact, does; vLLM and ONNX Runtime GenAI write what it means."""
 
 import json
 import os
@@ -15,10 +15,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from benchmarks.runtimes import make
-from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.export.formats import EXPORTS
-from mkaq.export.settings import Settings
+from benchmarks.runtimes import WORKERS, answers, inputs, row_of, truth_of
 from tests.runs import python_of, run_quietly
 from tests.tiny import write_recipe
 
@@ -37,13 +34,13 @@ def environment(name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) -> Path:
-    """An artifact in the formats that these runtimes read."""
+def artifact(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The built-in model with 4 bits, in the formats that these runtimes read."""
     folder = tmp_path_factory.mktemp("deployed")
-    quantize = {"method": "gptq", "bits": 4, "group_size": 32}
-    sections: dict[str, Any] = {"quantize": quantize, "evaluate": None}
+    quantize = {"method": "gptq", "bits": 4, "group_size": 128}
+    sections: dict[str, Any] = {"merge": None, "quantize": quantize, "evaluate": None}
     sections["export"] = {"formats": ["safetensors", "compressed-tensors", "mlx"]}
-    recipe = write_recipe(folder / "r.yaml", model, text, **sections)
+    recipe = write_recipe(folder / "r.yaml", Path("builtin:tiny-llama"), text, **sections)
     return run_quietly(recipe, folder / "run") / "artifact"
 
 
@@ -66,15 +63,11 @@ def test_onnx(artifact: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_vllm(number: int, tmp_path: Path) -> None:
+def test_vllm(number: int, artifact: Path, tmp_path: Path) -> None:
     bin_folder = environment("vllm")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    make({"bits": 4, "group_size": 128}, "builtin:tiny-llama", tmp_path / "run")
-    model = open_checkpoint(artifact := tmp_path / "run" / "artifact", quantized=True)
-    (artifact / "compressed-tensors").mkdir()
-    EXPORTS["compressed-tensors"].write(model, artifact / "compressed-tensors", Settings("deployed"))
     program, *options = shlex.split(BLOCKS["vLLM"].splitlines()[number].replace("ARTIFACT", str(artifact)))
     request = {"model": options[-1], "prompt": "To be"}
     options += ["--host", "127.0.0.1", "--port", address.partition(":")[2], "--enforce-eager"]
@@ -100,6 +93,20 @@ def asked(url: str, request: dict[str, Any], server: subprocess.Popen[bytes]) ->
             return found
         time.sleep(1)
     raise TimeoutError(url)
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "onnx"])
+def test_the_same_text(runtime: str, artifact: Path) -> None:
+    python, worker = environment(runtime) / "python", WORKERS[runtime]
+    ids, prompts = inputs(artifact)
+    truth = truth_of(artifact, ids, prompts)
+    folders = [artifact] + [artifact / "compressed-tensors"] * ("compressed-tensors" in worker.formats)
+    told = answers(str(python), worker.script, list(map(str, folders)), ids, prompts, worker.exact or "auto")
+    rows = {folder: row_of({}, runtime, answer, truth) for folder, answer in told}
+    assert len(rows) == len(folders)
+    for row in rows.values():
+        assert row["loads"] and row["agrees"], rows
+        assert row["difference"] < 0.005 and max(row["gaps"]) < 0.01, rows
 
 
 def test_mlx(artifact: Path, tmp_path: Path) -> None:
