@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from mkaq import __version__
 from mkaq.digests import digest_of, library_versions
-from mkaq.errors import VerificationError
+from mkaq.errors import UsageError, VerificationError
 from mkaq.pipeline import STAGES
 from mkaq.run.quality import fallbacks_of
 from mkaq.stages.base import Count, Part, Step
@@ -241,8 +241,12 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads the manifest of an artifact and checks its integrity.
 
     Raises:
+        UsageError: If there is no such folder.
         VerificationError: If it is missing, altered or of another schema.
     """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
+        raise UsageError(what, where=folder, fix="name the folder `artifact` of a run")
     where = folder / MANIFEST
     try:
         raw = where.read_bytes()

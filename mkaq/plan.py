@@ -181,7 +181,9 @@ def _check_targets(recipe: Recipe, config: Mapping[str, Any] | None) -> None:
     answers = {row.runtime: row.reason for row in runtimes(config, formats=recipe.export.others)}
     for target in recipe.targets:
         if reason := answers[TARGETS[target]]:
-            raise UnsupportedError(f"{target} would not run this artifact: {reason}", where="targets")
+            fix = f"leave {target} out of targets, or change quantize or export.formats"
+            what = f"{target} would not run this artifact: {reason}"
+            raise UnsupportedError(what, where="targets", fix=fix)
 
 
 def quantizations(recipe: Recipe, source: Checkpoint, plan: RunPlan) -> list[dict[str, Any] | None]:

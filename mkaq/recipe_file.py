@@ -109,6 +109,8 @@ def _apply(data: dict[str, Any], lines: dict[tuple[str, ...], str], override: st
             section[at] = {}
         section = section[at]
     section[_position(section, keys[-1], key)] = parsed
+    for inner in [path for path in lines if path[: len(keys)] == keys]:
+        del lines[inner]  # what stood in the file is no longer meant
     lines[keys] = f"--set {key}"
 
 

@@ -151,11 +151,18 @@ def _check_against(
         VerificationError: With every claim that does not hold.
     """
     case = Case(artifact, source)
+    measured = list[str]()
     for step in manifest.steps:
+        before = case.measure
         stage_of(step.step).check(step, case)
+        measured += [step.step] * (case.measure is not None and case.measure is not before)
     checks = case.compare(progress)
     if case.measure is None:
         return checks
+    *changed, _ = measured
+    if changed:
+        later = "not measured again: the weights were changed afterwards"
+        checks.append(f"errors that {' and '.join(changed)} recorded {later}")
     section = _calibration(manifest)
     tokens = _calibration_again(manifest, section, source)
     if tokens is None:

@@ -98,6 +98,16 @@ def test_chat_answers_each_line_in_the_models_template(
     assert tokenizer.decode(seen[1][0]) == f"{first}{answer}\n[user]And you?\n[assistant]"
 
 
+def test_a_message_that_fails_does_not_end_a_chat(
+    talker: Path, mkaq: Mkaq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello\n{'word ' * 9000}\n\udcff\nAnd you?\n"))
+    outcome = mkaq("chat", talker, "--max-new-tokens", 2)
+    assert outcome.code == 2 and len(outcome.out.splitlines()) == 2
+    assert "do not fit into the model's context" in outcome.err and "is not UTF-8" in outcome.err
+    assert outcome.err.count("mkaq: ") == 2
+
+
 def test_chat_needs_a_template(tiny: Path, mkaq: Mkaq) -> None:
     one_message(mkaq("chat", tiny), 2, "no chat template", "mkaq generate")
 

@@ -13,7 +13,7 @@ import torch
 
 from mkaq.checkpoint.reader import Checkpoint
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.errors import MkaqError, UnsupportedError
+from mkaq.errors import MkaqError, UnsupportedError, UsageError
 from mkaq.export import gguf
 from mkaq.export.gguf_metadata import unfit
 from mkaq.export.settings import GgufTypes, Settings
@@ -290,7 +290,8 @@ def test_without_the_package_the_refusal_says_how_to_get_it(
     small: tuple[Checkpoint, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mkaq.export.gguf.find_spec", lambda name: None)
-    assert "pip install 'mkaq[gguf]'" in gguf.refusal(small[0], None)
+    with pytest.raises(UsageError, match=r"pip install 'mkaq\[gguf\]'"):
+        gguf.refusal(small[0], None)
 
 
 def test_a_damaged_tokenizer_is_one_error(small: tuple[Checkpoint, Path], tmp_path: Path) -> None:

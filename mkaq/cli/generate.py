@@ -8,7 +8,7 @@ import typer
 
 from mkaq.cli import options
 from mkaq.cli.options import AsJson, Device
-from mkaq.console import print_json, printable
+from mkaq.console import print_json, printable, say
 from mkaq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,12 +80,19 @@ def chat(
     if not writer.talks:
         fix = "`mkaq generate` continues a text"
         raise UsageError("the model has no chat template", where=artifact, fix=fix)
-    messages = [{"role": "system", "content": _utf8(system)}] if system else []
+    messages, failed = [{"role": "system", "content": _utf8(system)}] if system else [], False
     for line in _lines():
-        messages.append({"role": "user", "content": line})
-        reply = writer.answer(messages, max_new_tokens, _show)
+        try:
+            asked = [*messages, {"role": "user", "content": _utf8(line, "a message")}]
+            reply = writer.answer(asked, max_new_tokens, _show)
+        except UsageError as error:  # the conversation goes on without this message
+            say(f"mkaq: {error}", error=True)
+            failed = True
+            continue
         _end(reply)
-        messages.append({"role": "assistant", "content": reply.text})
+        messages = [*asked, {"role": "assistant", "content": reply.text}]
+    if failed:
+        sys.exit(UsageError.exit_code)
 
 
 def _lines() -> Iterator[str]:
@@ -97,12 +104,12 @@ def _lines() -> Iterator[str]:
         except EOFError:
             return
         if line.strip():
-            yield _utf8(line)
+            yield line
 
 
-def _utf8(text: str) -> str:
+def _utf8(text: str, where: str = "PROMPT") -> str:
     if text.encode(errors="ignore").decode() != text:
-        raise UsageError("the prompt is not UTF-8", where="PROMPT")
+        raise UsageError("the text is not UTF-8", where=where)
     return text
 
 

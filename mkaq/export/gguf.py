@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mkaq.arch.config import Sizes
-from mkaq.errors import UnsupportedError
+from mkaq.errors import UnsupportedError, UsageError
 from mkaq.export.folder import refuse
 from mkaq.export.gguf_blocks import exact_type
 from mkaq.export.gguf_metadata import ARCHITECTURES, add_config, unfit
@@ -29,13 +29,18 @@ _ZERO_POINTS = "8-bit codes with zero points (sym: false) need 9 bits, which no 
 
 
 def refusal(model: Checkpoint, quantization: Mapping[str, Any] | None) -> str:
-    """Why a GGUF file cannot hold a model, or llama.cpp would compute or tokenize in another way."""
+    """Why a GGUF file cannot hold a model, or llama.cpp would compute or tokenize in another way.
+
+    Raises:
+        UsageError: If the package that writes it is missing.
+    """
     return _unfit_model(model, quantization) or _unfit_tokenizer(model)
 
 
 def _unfit_model(model: Checkpoint, quantization: Mapping[str, Any] | None) -> str:
     if find_spec("gguf") is None:
-        return "it needs the package gguf: pip install 'mkaq[gguf]'"
+        fix = "pip install 'mkaq[gguf]'; in a checkout, pip install -e '.[gguf]'"
+        raise UsageError("is written and read by the package gguf", where="export.formats: gguf", fix=fix)
     if reason := unfit(model.config["model_type"], model.hf_config):
         return reason
     return _unfit_codes(quantization, model.sizes)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ def _size(config: Config) -> str:
 REFUSALS: Mapping[str, Callable[[Config], str]] = {
     "transformers on a CPU": _transformers,
     "vLLM": _vllm,
-    "vLLM on a CPU": lambda config: _vllm(config) or _vllm(config, kernels=(4,)),
+    "vLLM on a CPU": partial(_vllm, kernels=(4,)),
     "ONNX Runtime GenAI": _onnx,
     "MLX": lambda config: "it refuses a checkpoint with g_idx, which GPTQ has; export.formats can add mlx",
     "OpenVINO": lambda config: ONLY_DENSE,

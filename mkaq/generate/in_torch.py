@@ -11,12 +11,11 @@ from mkaq.calibrate.tokenizer import chat_tokens, load_tokenizer
 from mkaq.checkpoint.end_tokens import end_tokens
 from mkaq.checkpoint.resolve import resolve_model
 from mkaq.checkpoint.validate import open_checkpoint
-from mkaq.errors import UsageError
 from mkaq.generate.choice import chooser
 from mkaq.generate.pace import Pace
 from mkaq.generate.sampling import Sampling
 from mkaq.generate.stream import stream
-from mkaq.generate.writer import Message, Reply, Show, no_tokens
+from mkaq.generate.writer import Message, Reply, Show, no_tokens, too_long
 from mkaq.walk.device import compute_dtype, pick_device
 from mkaq.walk.whole_model import whole_model
 
@@ -72,8 +71,7 @@ class TorchWriter:
     def _say(self, ids: list[int], limit: int, show: Show) -> Reply:
         room = self.positions - len(ids)
         if room < 1:
-            what = f"{len(ids)} tokens do not fit into the model's context of {self.positions}"
-            raise UsageError(what, where=self.where, fix="shorten the text")
+            raise too_long(len(ids), self.positions, self.where)
         pace, printer, new = Pace(), _Pieces(self.tokenizer, show), list[int]()
         inputs = torch.tensor([ids], device=self.device)
         for token in stream(self.model, inputs, min(limit, room), self.stop, self.choose, pace):

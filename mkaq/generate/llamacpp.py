@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import psutil
 from mkaq.errors import CheckpointError, UsageError
 from mkaq.generate.pace import Pace
 from mkaq.generate.sampling import Sampling
-from mkaq.generate.writer import Message, Reply, Show, no_tokens
+from mkaq.generate.writer import Message, Reply, Show, no_tokens, too_long
 
 _TEMPLATE = "tokenizer.chat_template"
 _PATIENCE = 5.0  # seconds for llama.cpp to stop
@@ -52,8 +53,13 @@ def serve(path: Path, threads: int, *, room: int = 0, on_cpu: bool = False) -> A
         raise CheckpointError(f"llama.cpp does not load it: {error}", where=path) from None
 
 
-def _fields(path: Path) -> Mapping[str, Any]:
-    """The metadata of a GGUF file."""
+def fields_of(path: Path) -> Mapping[str, Any]:
+    """The metadata of a GGUF file.
+
+    Raises:
+        UsageError: If the package that reads it is not installed.
+        CheckpointError: If the file is damaged.
+    """
     try:
         from mkaq.formats.gguf_types import read
     except ImportError:
@@ -100,7 +106,7 @@ class LlamaCppWriter:
             from mkaq.walk.device import pick_device
 
             pick_device(device)  # refuses what is not there
-        self.talks = _TEMPLATE in _fields(path)
+        self.talks = _TEMPLATE in fields_of(path)
         self._server = serve(path, _threads(), on_cpu=device == "cpu")
         self._path, self._sampling = path, sampling
 
@@ -149,7 +155,7 @@ class LlamaCppWriter:
                     raise chunk
                 message = json.loads(chunk)
                 if "error" in message:
-                    raise UsageError(str(message["error"].get("message"))[:300], where=self._path)
+                    raise self._error(str(message["error"].get("message")))
                 choice = message["choices"][0]
                 if piece := piece_of(choice):
                     text.append(piece)
@@ -163,6 +169,12 @@ class LlamaCppWriter:
             stopped.set()
             thread.join(_PATIENCE)
         return Reply("".join(text), pace, full)
+
+    def _error(self, said: str) -> UsageError:
+        """What llama.cpp says of a request, in words of ours where a text is too long."""
+        if long := re.search(r"request \((\d+) tokens\) exceeds the available context size \((\d+)", said):
+            return too_long(int(long[1]), int(long[2]), self._path)
+        return UsageError(said[:300], where=self._path)
 
     def _options(self) -> dict[str, Any]:
         """The sampling, with the filters in the order of transformers."""

@@ -27,6 +27,12 @@ def no_tokens() -> UsageError:
     return UsageError("the prompt has no tokens", where="PROMPT", fix="give it a word")
 
 
+def too_long(tokens: int, context: int, where: object) -> UsageError:
+    """The error for a prompt, or a conversation, beyond the context."""
+    what = f"{tokens} tokens do not fit into the model's context of {context}"
+    return UsageError(what, where=where, fix="shorten the text")
+
+
 class Writer(Protocol):
     """A model that writes."""
 

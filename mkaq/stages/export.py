@@ -85,6 +85,7 @@ def check_formats(section: ExportSection, source: Checkpoint, config: dict[str, 
         config: The quantization_config of the result; None for a dense one.
 
     Raises:
+        UsageError: If the package that writes one is missing.
         UnsupportedError: If there is one.
     """
     from mkaq.errors import UnsupportedError

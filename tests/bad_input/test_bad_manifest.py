@@ -351,4 +351,5 @@ def test_forging_no_fusion_is_no_forgery(fused: Path, model: Path, mkaq: Mkaq, t
 def test_folder_that_is_no_artifact(model: Path, mkaq: Mkaq, tmp_path: Path) -> None:
     for name in ("verify", "inspect"):
         one_message(mkaq(name, model), 5, str(model), "no manifest")
-        one_message(mkaq(name, tmp_path / "nowhere"), 5, "nowhere", "no manifest")
+        one_message(mkaq(name, tmp_path / "nowhere"), 2, "nowhere", "no such folder")
+        one_message(mkaq(name, model / "config.json"), 2, "config.json", "is a file")

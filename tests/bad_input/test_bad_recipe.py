@@ -250,6 +250,13 @@ def test_setting_with_a_fault(setting: str, words: tuple[str, ...], refused: Cal
     refused(2, *words, arguments=("--set", setting))
 
 
+def test_a_setting_in_the_place_of_a_list_has_no_line_of_it(refused: Callable[..., Outcome]) -> None:
+    export = {"formats": ["safetensors", "gguf"]}
+    setting = "export.formats=[safetensors, ggufs]"
+    outcome = refused(2, "--set export.formats", "'ggufs'", arguments=("--set", setting), export=export)
+    assert "line " not in outcome.err
+
+
 # --- recipes that do not fit their model -------------------------------------------------------
 
 
