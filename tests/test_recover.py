@@ -220,6 +220,7 @@ def test_changed_settings_redo_the_recovery_and_what_follows(
     assert [step.step for step in read_manifest(fresh / "artifact").steps] == ["merge", "recover", "quantize"]
     verified = mkaq("verify", fresh / "artifact", "--source", tiny)
     assert verified.code == 0, verified.err
+    assert "errors that recover recorded not measured again: the weights were changed" in verified.out
 
 
 def test_fused_layers_are_tuned_or_kept(tiny: Path, text: Path, mkaq: Mkaq, tmp_path: Path) -> None:
