@@ -84,6 +84,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
     add("--distill-text", metavar="FILE", action="append", default=[], help=what)
     add("--distill-samples", type=int, default=8192, help="sequences of it, as long as those of calibration")
     add("--distill-batch", type=int, default=16, help="sequences per step")
+    add("--distill-epochs", type=int, default=1, help="how often each sequence is learned from")
 
 
 def lessons_of(options: argparse.Namespace, tokenizer: Any, hidden: int) -> Lessons | None:
@@ -96,4 +97,5 @@ def lessons_of(options: argparse.Namespace, tokenizer: Any, hidden: int) -> Less
     tokens = calibration_of(options.distill_text, tokenizer, wanted.num_samples, wanted.max_seq_length)
     other = probing_tokens(tokens[-held:], 0)[held:]
     text = with_other(tokens, torch.ones_like(tokens, dtype=torch.bool), other)
-    return Lessons(text, DistillSection(method="distill", batch_size=options.distill_batch), hidden)
+    course = {"batch_size": options.distill_batch, "epochs": options.distill_epochs}
+    return Lessons(text, DistillSection(method="distill", **course), hidden)
