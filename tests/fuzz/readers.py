@@ -19,7 +19,7 @@ from mkaq.console import print_json
 from mkaq.dtypes import DTYPES
 from mkaq.errors import MkaqError, VerificationError
 from mkaq.export.gguf_check import faults
-from mkaq.generate.llamacpp import _fields
+from mkaq.generate.llamacpp import fields_of
 from mkaq.manifest import MANIFEST, read_manifest
 from mkaq.merge.origins import ORIGINS, read_origins, write_origins
 from mkaq.pipeline import stage_of
@@ -127,7 +127,7 @@ def gguf(folder: Path) -> Read:
         path.write_bytes(data)
         found = list(faults(path, metadata, tensors))
         assert not (found and data == whole), found
-        _fields(path)
+        fields_of(path)
 
     return read
 
