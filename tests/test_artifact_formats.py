@@ -43,6 +43,10 @@ def test_every_format_is_in_the_artifact_the_manifest_and_the_card(made: Path) -
         assert f"`{each.format}/" in (made / "README.md").read_text()
 
 
+def test_the_form_of_mlx_is_refused_by_name(made: Path, mkaq: Mkaq) -> None:
+    one_message(mkaq("eval", made / "mlx"), 3, "in the form of MLX", "the artifact's own folder")
+
+
 def test_inspect_names_every_format(made: Path, mkaq: Mkaq) -> None:
     shown = mkaq("inspect", made).out
     assert all(f"{name}: the same codes and weights in " in shown for name in EVERY[1:])
@@ -106,7 +110,10 @@ def test_a_forged_claim_about_a_format_is_found(made: Path, forgery: str, mkaq: 
 REFUSED = {
     "desc_act": (["quantize.desc_act=true"], "gguf cannot hold this model"),
     "not quantized": (["quantize=null"], "compressed-tensors cannot hold this model"),
-    "bitsandbytes": (["quantize={method: bitsandbytes}"], "gguf cannot hold this model"),
+    "bitsandbytes": (
+        ["quantize={method: bitsandbytes}"],
+        "fix: leave gguf and compressed-tensors and mlx out, or change quantize",
+    ),
     "group": (["quantize.group_size=16"], "multiple of 32"),
     "a target": (["export={formats: [safetensors]}", "targets=[llama.cpp]"], "targets"),
 }

@@ -128,6 +128,9 @@ def _read_config(path: Path, quantized: bool) -> tuple[dict[str, Any], tuple[str
         value = config.get(key)
         if value is not None and (not isinstance(value, int) or not 1 <= value <= most):
             raise CheckpointError(f"{key} is {str(value)[:40]}, not a number from 1 to {most}", where=where)
+    if isinstance(config.get("quantization"), dict):
+        fix = "name the artifact's own folder, or start from the original weights"
+        raise UnsupportedError("is quantized in the form of MLX", where=path, fix=fix)
     method = config.get("quantization_config")
     if method is not None and not isinstance(method, dict):
         raise CheckpointError("quantization_config is not an object", where=where)

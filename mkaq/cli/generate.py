@@ -27,7 +27,7 @@ _Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draw
 
 def generate(
     artifact: _Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
     max_new_tokens: _MaxNewTokens = 64,
     temperature: _Temperature = 0.0,
     top_k: _TopK = 0,

@@ -77,7 +77,7 @@ def settings_of(manifest: Manifest) -> Settings:
 
 
 def check_formats(section: ExportSection, source: Checkpoint, config: dict[str, Any] | None) -> None:
-    """Refuses a format that cannot hold the model to come.
+    """Refuses formats that cannot hold the model to come.
 
     Args:
         section: The recipe's section.
@@ -91,12 +91,12 @@ def check_formats(section: ExportSection, source: Checkpoint, config: dict[str, 
     from mkaq.errors import UnsupportedError
     from mkaq.export.formats import EXPORTS
 
-    for name in section.others:
-        if reason := EXPORTS[name].refusal(source, config):
-            fix = f"leave {name} out, or change quantize"
-            raise UnsupportedError(
-                f"{name} cannot hold this model: {reason}", where="export.formats", fix=fix
-            )
+    reasons = {name: EXPORTS[name].refusal(source, config) for name in section.others}
+    refused = {name: reason for name, reason in reasons.items() if reason}
+    if refused:
+        what = "; ".join(f"{name} cannot hold this model: {reason}" for name, reason in refused.items())
+        fix = f"leave {' and '.join(refused)} out, or change quantize"
+        raise UnsupportedError(what, where="export.formats", fix=fix)
 
 
 def run(job: Job, manifest: Manifest, card: str, folder: Path) -> list[dict[str, Any]]:
