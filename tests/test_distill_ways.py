@@ -15,6 +15,7 @@ from mkaq.distill.learner import Learner
 from mkaq.distill.student import Lesson, Student
 from mkaq.distill.teacher import Teacher, write_predictions
 from mkaq.progress import Progress
+from mkaq.run.memory import saved_for_backward
 from mkaq.walk.activations import Activations
 from mkaq.walk.walk import LayerWalk
 from tests.runs import ROOT
@@ -23,6 +24,37 @@ from tests.tiny import FAMILIES, make_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, LENGTH, K = torch.device("cpu"), 24, 16
 STEPS = 3
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_saves_for_backward_what_plan_expects(family: str, fast: bool, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "head_dim": 32}
+    model = open_checkpoint(make_model(tmp_path / "model", family, **sizes))
+    walk, length = LayerWalk(model, CPU, torch.float32), 128
+    walk.use_eager_attention()
+    saved = dict[int, int]()
+
+    def noted(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)  # so that its place is not used again
+        return tensor
+
+    kept = list[torch.Tensor]()
+    with (
+        walk.layer(0) as layer,
+        torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=fast),
+    ):
+        layer.requires_grad_(True)
+        walk.run(layer, 0, torch.randn(4, length, 128, requires_grad=True))
+        own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    shapes = {shape for weight in layer.parameters() for shape in (weight.shape, weight.shape[::-1])}
+    copies = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.shape in shapes}
+    found = sum(size for place, size in saved.items() if place not in own | copies) / (4 * length)
+    expected = saved_for_backward(model.sizes, length, eager=True)
+    assert (0.4 if fast else 0.6) * expected < found <= 1.2 * expected, (found, expected)
 
 
 def lessons(folder: Path, family: str) -> list[Lesson]:

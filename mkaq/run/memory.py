@@ -7,6 +7,7 @@ to measured peaks: benchmarks/memory.py prints both.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mkaq.arch.config import Sizes
 from mkaq.distill.loss import LOGITS as DISTILLED_LOGITS
 from mkaq.distill.own_words import BATCH
 from mkaq.distill.teacher import FILE, bytes_per_token
@@ -152,9 +153,21 @@ def distilling(task: Task, layers: int, batch_size: int, length: int, held_out: 
     logits = 6 * 4 * min(DISTILLED_LOGITS, shape.vocabulary * batch)
     streams = max(layers * own, held_out // task.processes) * shape.hidden * 4
     states = layers * (int(12 * trained) + task.dtype.itemsize * shape.layer) + streams
-    beside = layers * (8 - task.dtype.itemsize) * shape.layer + (layers - 1) * batch * kept
+    saved = saved_for_backward(task.source.sizes, length, eager=eager)
+    beside = layers * (8 - task.dtype.itemsize) * shape.layer + (layers - 1) * batch * saved
     weights = shape.walked(4) + int(8 * trained) + 4 * shape.layer
     return Need(weights + batch * kept + head + logits, states, beside)
+
+
+def saved_for_backward(sizes: Sizes, length: int, *, eager: bool) -> int:
+    """Bytes that a layer keeps of each token until its backward pass, in float32; in bfloat16 it is less.
+
+    Args:
+        sizes: The model's.
+        length: Tokens per sequence.
+        eager: Whether the attention keeps its weights.
+    """
+    return 16 * sizes.intermediate + 48 * sizes.hidden + (6 * length * sizes.heads if eager else 0)
 
 
 def gptq(task: Task, *, desc_act: bool, joint: bool, head: bool) -> Need:
