@@ -115,7 +115,10 @@ REFUSED = {
         "fix: leave gguf and compressed-tensors and mlx out, or change quantize",
     ),
     "group": (["quantize.group_size=16"], "multiple of 32"),
-    "a target": (["export={formats: [safetensors]}", "targets=[llama.cpp]"], "targets"),
+    "a target": (
+        ["export={formats: [safetensors]}", "targets=[llama.cpp]"],
+        "leave llama.cpp out of targets",
+    ),
 }
 
 

@@ -117,3 +117,8 @@ def test_llamacpp_is_measured(tmp_path: Path) -> None:
         *("load_seconds", "peak_memory_bytes"),
         *("prefill_tokens_per_second", "decode_tokens_per_second"),
     }
+
+
+def test_half_a_gguf_file_is_one_error(mkaq: Mkaq, tmp_path: Path) -> None:
+    (tmp_path / "half.gguf").write_bytes(b"GGUF" + bytes(20))
+    one_message(mkaq("bench", tmp_path / "half.gguf"), 4, "half.gguf", "is no whole GGUF file")
