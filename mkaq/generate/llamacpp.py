@@ -75,7 +75,7 @@ def _threads() -> int:
     """OMP_NUM_THREADS, as torch has it, or as many as there are cores for this process."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return int(asked) if asked.isdigit() and int(asked) else min(psutil.cpu_count(False) or 1, allowed)
+    return int(asked) if asked.isdecimal() and int(asked) else min(psutil.cpu_count(False) or 1, allowed)
 
 
 def _missing(path: Path) -> UsageError:

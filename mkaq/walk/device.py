@@ -15,7 +15,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or (kind == "cpu" and number):
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cpu" and number):
         raise UsageError(f"{name!r} is not auto, cpu, cuda or cuda:N", where="--device")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise UsageError(

@@ -31,6 +31,7 @@ from tests.tiny import PROTECT
         (("run", "x.yaml", "y.yaml"), ("y.yaml",)),
         (("run", "tiny_llama_int4", "--device", "tpu"), ("--device", "tpu")),
         (("run", "tiny_llama_int4", "--device", "cuda:99"), ("--device", "cuda:99")),
+        (("run", "tiny_llama_int4", "--device", "cuda:²"), ("--device", "is not auto, cpu, cuda or cuda:N")),
         (("generate", "builtin:tiny-llama", ""), ("PROMPT",)),
         (("generate", "builtin:tiny-llama", "\udcff"), ("PROMPT",)),
         (("generate", "builtin:nothing", "x"), ("builtin:nothing", "builtin:tiny-llama")),
